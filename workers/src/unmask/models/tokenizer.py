@@ -1,0 +1,225 @@
+"""Text to token ids and back, and conversations to text: what a model folder says about its vocabulary.
+
+A folder holds ``tokenizer.json`` (read by the ``tokenizers`` library) and, optionally,
+``tokenizer_config.json`` with the special tokens' names and the chat template (``chat_template``, or a file
+``chat_template.jinja`` beside it, which wins). Training and serving read both through this module, so a
+model is asked in the form it was taught in.
+
+Invariants:
+
+* No token is added that the text does not hold: no beginning or end of text, no padding, no truncation.
+* The text of a special token encodes to that token, since chat templates write them so. A mask token's id
+  in a prompt is therefore text like any other; what is masked is never decided by comparing ids.
+* A chat template comes with the weights, so it is untrusted: it runs in jinja2's immutable sandbox.
+
+This module imports no torch.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from unmask.errors import ModelError, UsageError
+
+__all__ = ["Tokenizer"]
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+KNOWN_FILES = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "mask_token", "unk_token")
+
+
+class Tokenizer:
+    """The vocabulary of one model folder; immutable, and safe to use from several threads.
+
+    Attributes:
+        files: The tokenizer's files in its folder: what to copy when a model is exported.
+        bos_token_id, eos_token_id, pad_token_id, mask_token_id: The ids of the tokens that
+            ``tokenizer_config.json`` names; None where it names none.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        self._template = None if chat_template is None else _compile(chat_template)
+        self.files = tuple(files)
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        self.pad_token_id = self._special_id("pad_token")
+        self.mask_token_id = self._special_id("mask_token")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a model folder's tokenizer.
+
+        Raises:
+            ModelError: A file is missing or cannot be parsed, or names a token the vocabulary lacks.
+        """
+        folder = Path(folder)
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; a tokenizer folder holds {TOKENIZER_FILE}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+            raise ModelError(f"{path}: not a tokenizer file: {_one_line(error)}") from error
+        config = _read_config(folder / CONFIG_FILE)
+        try:
+            return cls(
+                backend,
+                _special_tokens(config),
+                _chat_template(folder, config),
+                [folder / name for name in KNOWN_FILES if (folder / name).is_file()],
+            )
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id, added tokens included: the embedding needs this many rows."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder says how a conversation is written out."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, none added.
+
+        Raises:
+            UsageError: The text is not valid Unicode (a lone surrogate, as JSON escapes can make).
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text has a lone surrogate at character {error.start}; remove it"
+            ) from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; an incomplete UTF-8 sequence shows as U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """Write a conversation out as the text the model was taught to read.
+
+        Args:
+            messages: Turns in order, each with ``role`` and ``content``.
+            add_generation_prompt: End with the opening of an assistant's turn, for the model to go on from.
+
+        Raises:
+            ModelError: The folder has no chat template.
+            UsageError: The template refuses these messages.
+        """
+        if self._template is None:
+            raise ModelError(
+                "the tokenizer has no chat template; send text, or add chat_template to tokenizer_config.json"
+            )
+        try:
+            return self._template.render(
+                **self._special_tokens,
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UsageError(f"the chat template refuses the messages: {_one_line(error)}") from error
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files, byte for byte, into an existing folder."""
+        for path in self.files:
+            shutil.copyfile(path, Path(folder) / path.name)
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        if token is None:
+            return None
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ModelError(
+                f"{CONFIG_FILE}: {name} is {token!r}, which {TOKENIZER_FILE} lacks; correct the name"
+            )
+        return token_id
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the special tokens; published files write a token as its text or as {"content": text, ...}."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        if token is None:
+            continue
+        if not isinstance(token, str):
+            raise ModelError(f"{CONFIG_FILE}: {name} must be a string, got {type(token).__name__}")
+        found[name] = token
+    return found
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones: the one called "default" is for conversations
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{CONFIG_FILE}: chat_template must be a string, got {type(template).__name__}")
+    return template
+
+
+def _compile(template: str) -> jinja2.Template:
+    """Compile with the settings and the few functions that published templates rely on."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template, line {error.lineno}: {_one_line(error)}") from error
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """JSON as a model reads it: jinja2's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    """What a template calls to refuse its input."""
+    raise jinja2.TemplateError(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

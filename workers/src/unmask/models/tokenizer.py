@@ -107,11 +107,12 @@ class Tokenizer:
             UsageError: The text is not valid Unicode (a lone surrogate, as JSON escapes can make).
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"the text has a lone surrogate at character {error.start}; remove it"
+                f"the text has a lone surrogate at character {error.start}: remove it"
             ) from error
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence shows as U+FFFD."""

@@ -1,0 +1,438 @@
+"""The DiffusionTrainJob: one manifest for a laptop and a cluster, and the file the trainer reads.
+
+What a run is depends on nothing but this object: the trainer, the operator and the command line
+all read it through these models. Numbers that are not integers are quoted strings, see
+:data:`unmask_api.base.DecimalString`. Defaults that depend on other fields (``supervise``,
+``noise``) are filled in on reading and stand in no schema; CEL rules must allow for their absence.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from unmask_api.base import ApiModel, Count, DecimalString, Name, Rule, Uri
+from unmask_api.metadata import ObjectMeta
+from unmask_api.train_status import TrainStatus
+
+__all__ = [
+    "Balance",
+    "Checkpoint",
+    "Data",
+    "DataSource",
+    "DiffusionTrainJob",
+    "Evaluation",
+    "GenerationEvaluation",
+    "LearningRate",
+    "Model",
+    "ModelInit",
+    "Noise",
+    "Objective",
+    "Optimizer",
+    "Parallelism",
+    "RunPolicy",
+    "Stage",
+    "StageData",
+    "Tokenizer",
+    "TrainSpec",
+]
+
+Objective = Literal["ar", "mdlm", "bdlm", "sft"]
+
+
+class ModelInit(ApiModel):
+    """Where the first weights come from."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="has(self.config) != has(self.uri)",
+            message="give exactly one of config (random weights) and uri (a checkpoint to start from)",
+        ),
+    )
+
+    config: (
+        Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+        | None
+    ) = None
+    """An inline ``config.json``: the model is built from it with random weights."""
+    uri: Uri | None = None
+    """A folder with ``config.json`` and safetensors weights."""
+
+
+class Tokenizer(ApiModel):
+    """The tokenizer that text is read with."""
+
+    uri: Uri
+    """A folder with ``tokenizer.json`` and, if there are messages to render, ``tokenizer_config.json``."""
+
+
+class Model(ApiModel):
+    """The model that is trained."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="has(self.tokenizer) || !has(self.init.config)",
+            message="a model from an inline config brings no tokenizer: set tokenizer.uri",
+        ),
+    )
+
+    init: ModelInit
+    """Where the first weights come from: exactly one of ``config`` and ``uri``."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer; left out, the one in the folder of ``init.uri``."""
+
+
+class DataSource(ApiModel):
+    """One file of documents."""
+
+    uri: Uri
+    """The file: one document per line."""
+    format: Literal["text", "messages", "completion"]
+    """What a document is: plain ``text``, chat ``messages``, or a prompt and its ``completion``."""
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+    """How many times the documents of this file occur in one pass over the data."""
+
+
+class StageData(ApiModel):
+    """What a stage learns from and is measured on."""
+
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=32)]
+    """Documents to learn from."""
+    validation: Annotated[tuple[DataSource, ...], Field(max_length=32)] = ()
+    """Documents to measure on; none: no evaluation."""
+
+
+class Data(StageData):
+    """The data of the job, and how they are read."""
+
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """The one seed of the run: random weights, order of the documents, and noise follow from it."""
+    overlong: Literal["Error", "Skip"] = "Error"
+    """What to do with a document longer than a row: stop with an error, or leave it out and count it."""
+
+
+class Noise(ApiModel):
+    """How much of a document is masked, and how masked tokens are weighed."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="double(self.low) < double(self.high) && double(self.high) <= 1.0",
+            message="the mask ratio needs 0 <= low < high <= 1",
+            field_path=".high",
+        ),
+        Rule(
+            rule="!self.complementary || self.views == 2",
+            message="complementary masks come in pairs: set views to 2, or complementary to false",
+            field_path=".views",
+        ),
+    )
+
+    low: DecimalString
+    """Smallest mask ratio."""
+    high: DecimalString
+    """Largest mask ratio."""
+    scope: Literal["Block", "Document"]
+    """Draw one mask ratio for each block, or one for the whole document."""
+    weight: Literal["Elbo", "Flat"]
+    """Weigh a masked token by one over its mask ratio (a likelihood bound), or all alike."""
+    views: Annotated[int, Field(ge=1, le=8)] = 1
+    """Noisy copies of each row in one step."""
+    complementary: bool = False
+    """Let the second view mask exactly what the first leaves visible."""
+
+
+class LearningRate(ApiModel):
+    """Warm-up, stable, decay: rises from 0 to ``peak``, stays, and falls to ``final``."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="double(self.peak) > 0.0 && double(self.final) <= double(self.peak)",
+            message="the learning rate needs peak > 0 and final <= peak",
+            field_path=".peak",
+        ),
+    )
+
+    peak: DecimalString
+    """Learning rate between warm-up and decay."""
+    final: DecimalString = "0"
+    """Learning rate after the last step; without meaning when ``decaySteps`` is 0."""
+    warmup_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Steps to rise for."""
+    decay_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Steps to fall for, at the end of the stage."""
+    decay: Literal["Linear", "Cosine"] = "Linear"
+    """Shape of the fall."""
+
+
+def _default_supervise(stage: dict[str, Any]) -> Literal["All", "Response"]:
+    return "Response" if stage.get("objective") == "sft" else "All"
+
+
+def _default_noise(stage: dict[str, Any]) -> Noise | None:
+    match stage.get("objective"):
+        case "mdlm" | "bdlm":
+            return Noise(low="0.0", high="1.0", scope="Block", weight="Elbo")
+        case "sft":
+            return Noise(low="0.3", high="0.8", scope="Document", weight="Flat")
+    return None
+
+
+class Stage(ApiModel):
+    """A run of steps with one objective, row length and learning-rate schedule."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="has(self.blockSizes) == (self.objective in ['bdlm', 'sft'])",
+            message="bdlm and sft need blockSizes; ar and mdlm have none",
+            field_path=".blockSizes",
+        ),
+        Rule(
+            rule="!has(self.blockSizes) || self.blockSizes.all(size, self.length % size == 0)",
+            message="every block size must divide length: change blockSizes or length",
+            field_path=".blockSizes",
+        ),
+        Rule(
+            rule="!has(self.blockSizes) || size(self.blockSizes) <= self.steps",
+            message="every block size needs at least one step: raise steps or drop block sizes",
+            field_path=".steps",
+        ),
+        Rule(
+            rule="!has(self.noise) || self.objective != 'ar'",
+            message="an ar stage has no noise: drop noise or change objective",
+            field_path=".noise",
+        ),
+        Rule(
+            rule="self.learningRate.warmupSteps + self.learningRate.decaySteps <= self.steps",
+            message="warmupSteps + decaySteps must not exceed steps: lower them or raise steps",
+            field_path=".learningRate",
+        ),
+    )
+
+    name: Name
+    """Name of the stage, in logs and folders."""
+    objective: Objective
+    """What is learnt.
+
+    ``ar``: the next token. ``mdlm``: masked tokens of the whole document. ``bdlm``: masked tokens block by
+    block. ``sft``: the same in answers only.
+    """
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Optimiser steps."""
+    length: Annotated[int, Field(ge=2, le=1_048_576)]
+    """Tokens in a row; documents are packed into rows."""
+    rows_per_step: Annotated[int, Field(ge=1, le=1_048_576)]
+    """Rows in one optimiser step, over all processes."""
+    learning_rate: LearningRate
+    """Learning-rate schedule of the stage."""
+    convert_to: Literal["LLaDA2MoeModelLM"] | None = None
+    """Architecture that the model takes on before the first step of the stage, weights unchanged."""
+    block_sizes: (
+        Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=16)]
+        | None
+    ) = None
+    """Tokens in a block; several sizes share the steps equally. Required by ``bdlm`` and ``sft`` alone."""
+    supervise: Literal["All", "Response"] = Field(default_factory=_default_supervise)
+    """Learn from all tokens or from answers only. Left out: ``Response`` for ``sft``, else ``All``."""
+    noise: Noise | None = Field(default_factory=_default_noise)
+    """How much is masked.
+
+    Left out: ratios 0 to 1 per block with Elbo weights; for ``sft`` 0.3 to 0.8 per document with Flat
+    weights. ``ar`` has none.
+    """
+    data: StageData | None = None
+    """The stage's own data; left out, ``spec.data``."""
+    export: bool = False
+    """Write the model to ``<run>/exports/<name>`` in the published format when the stage ends."""
+
+
+class Optimizer(ApiModel):
+    """AdamW, and the clipping of gradients."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="self.betas.all(beta, double(beta) < 1.0)",
+            message="both betas must be below 1",
+            field_path=".betas",
+        ),
+        Rule(rule="double(self.clipNorm) > 0.0", message="clipNorm must be above 0", field_path=".clipNorm"),
+        Rule(rule="double(self.epsilon) > 0.0", message="epsilon must be above 0", field_path=".epsilon"),
+    )
+
+    betas: Annotated[tuple[DecimalString, ...], Field(min_length=2, max_length=2)] = ("0.9", "0.95")
+    """Decay rates of the first and second moment."""
+    weight_decay: DecimalString = "0.1"
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    clip_norm: DecimalString = "1.0"
+    """Largest global norm of the gradient."""
+    epsilon: DecimalString = "1e-8"
+    """Added to the denominator."""
+
+
+class Balance(ApiModel):
+    """Balancing of experts without an auxiliary loss."""
+
+    bias_update_rate: DecimalString = "0.001"
+    """How far each step moves a router's expert bias towards equal load; 0 freezes it."""
+
+
+class Parallelism(ApiModel):
+    """Processes that train together."""
+
+    nodes: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Machines (pods); on a laptop, launcher processes."""
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] = 1
+    """Worker processes on each, one per GPU."""
+    micro_batch_rows: Annotated[int, Field(ge=1, le=65536)] = 1
+    """At most this many rows in one forward pass of a process; a step takes as many passes as it needs."""
+
+    @property
+    def processes(self) -> int:
+        """Worker processes in all."""
+        return self.nodes * self.processes_per_node
+
+
+class GenerationEvaluation(ApiModel):
+    """Measure by generating answers to validation prompts."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="double(self.threshold) > 0.0 && double(self.threshold) <= 1.0",
+            message="the confidence threshold must be above 0 and at most 1",
+            field_path=".threshold",
+        ),
+    )
+
+    samples: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Prompts to answer, the first ones of the validation data."""
+    threshold: DecimalString = "0.9"
+    """Confidence above which a token is kept."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 64
+    """Longest answer, in tokens."""
+
+
+class Evaluation(ApiModel):
+    """Measurements on validation data while training."""
+
+    every_steps: Count
+    """Steps between measurements; there is also one at the end of every stage."""
+    batches: Annotated[int, Field(ge=1, le=65536)] = 4
+    """Batches of ``rowsPerStep`` rows that the validation loss is taken over."""
+    generation: GenerationEvaluation | None = None
+    """Also generate answers; for completion and messages data."""
+
+
+class Checkpoint(ApiModel):
+    """Where a run lives and how often it is saved."""
+
+    uri: Uri
+    """The run folder: checkpoints, metrics, exports and the final model."""
+    every_steps: Count = 100
+    """Steps between checkpoints; there is also one after the last step."""
+    keep_last: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Checkpoints to keep."""
+    resume: Literal["Auto", "Never"] = "Auto"
+    """Go on from the newest committed checkpoint, or refuse to start in a run folder that holds one."""
+
+
+class RunPolicy(ApiModel):
+    """What happens when a process fails."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Restarts before the job fails; what a restart cannot mend fails it at once."""
+
+
+def _immutable(field: str) -> Rule:
+    return Rule(
+        rule=f"self.{field} == oldSelf.{field}",
+        message=f"{field} cannot be changed: make a new job",
+        field_path=f".{field}",
+    )
+
+
+class TrainSpec(ApiModel):
+    """What to train, on what, and how."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="self.stages.all(stage, self.stages.exists_one(other, other.name == stage.name))",
+            message="stage names must be unique: rename one",
+            field_path=".stages",
+        ),
+        Rule(
+            rule="self.stages.all(stage, stage.rowsPerStep"
+            " % (self.parallelism.nodes * self.parallelism.processesPerNode) == 0)",
+            message="rowsPerStep of every stage must be a multiple of nodes * processesPerNode:"
+            " all processes share alike",
+            field_path=".stages",
+        ),
+        Rule(
+            rule="!has(self.evaluation) || size(self.data.validation) > 0"
+            " || self.stages.exists(stage, has(stage.data) && size(stage.data.validation) > 0)",
+            message="evaluation needs validation data: set data.validation or drop evaluation",
+            field_path=".evaluation",
+        ),
+        Rule(
+            rule="!has(self.evaluation) || !has(self.evaluation.generation)"
+            " || self.data.validation.exists(source, source.format != 'text')"
+            " || self.stages.exists(stage, has(stage.data)"
+            " && stage.data.validation.exists(source, source.format != 'text'))",
+            message="evaluation.generation needs validation data of format completion or messages",
+            field_path=".evaluation.generation",
+        ),
+        Rule(
+            rule="self.stages.all(stage,"
+            " !(has(stage.supervise) ? stage.supervise == 'Response' : stage.objective == 'sft')"
+            " || (has(stage.data) ? stage.data.train : self.data.train)"
+            ".all(source, source.format != 'text'))",
+            message="text holds no answers: a stage that supervises Response needs train data of format"
+            " completion or messages",
+            field_path=".stages",
+        ),
+        _immutable("model"),
+        _immutable("data"),
+        _immutable("stages"),
+    )
+
+    model: Model
+    """The model, and the tokenizer."""
+    data: Data
+    """Training and validation data."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=64)]
+    """What to do, one after the other; each stage goes on with the weights of the one before."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW."""
+    balance: Balance = Balance()
+    """Balancing of experts."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of forward and backward passes; weights and optimiser state are fp32 in any case."""
+    parallelism: Parallelism = Parallelism()
+    """Processes that train together."""
+    evaluation: Evaluation | None = None
+    """Measurements while training; left out, none."""
+    checkpoint: Checkpoint
+    """The run folder, and how often it is saved."""
+    run_policy: RunPolicy = RunPolicy()
+    """What happens when a process fails."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def data_of(self, stage: Stage) -> StageData:
+        """Return what ``stage`` learns from: its own data, else the job's."""
+        return stage.data or self.data
+
+
+class DiffusionTrainJob(ApiModel):
+    """Trains a masked-diffusion language model, from random weights or from an autoregressive checkpoint."""
+
+    api_version: Literal["unmask.dev/v1alpha1"]
+    """Version of this schema."""
+    kind: Literal["DiffusionTrainJob"]
+    """Type of this object."""
+    metadata: ObjectMeta
+    """Standard object metadata."""
+    spec: TrainSpec
+    """What to train, on what, and how."""
+    status: TrainStatus | None = None
+    """What the operator observed; ignored by ``unmask run``."""

@@ -1,0 +1,247 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Decoder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DECODER_UNSPECIFIED: _ClassVar[Decoder]
+    DECODER_THRESHOLD: _ClassVar[Decoder]
+
+class CanvasMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CANVAS_MODE_UNSPECIFIED: _ClassVar[CanvasMode]
+    CANVAS_MODE_NONE: _ClassVar[CanvasMode]
+    CANVAS_MODE_DIFF: _ClassVar[CanvasMode]
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_END_OF_TEXT: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+DECODER_UNSPECIFIED: Decoder
+DECODER_THRESHOLD: Decoder
+CANVAS_MODE_UNSPECIFIED: CanvasMode
+CANVAS_MODE_NONE: CanvasMode
+CANVAS_MODE_DIFF: CanvasMode
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_END_OF_TEXT: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "diffusion", "committed_token_ids")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DIFFUSION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    text: str
+    token_ids: TokenIds
+    chat: Chat
+    sampling: SamplingParams
+    diffusion: DiffusionParams
+    committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Chat(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
+
+class ChatMessage(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "seed")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class DiffusionParams(_message.Message):
+    __slots__ = ("decoder", "threshold", "steps_per_block")
+    DECODER_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    decoder: Decoder
+    threshold: float
+    steps_per_block: int
+    def __init__(self, decoder: _Optional[_Union[Decoder, str]] = ..., threshold: _Optional[float] = ..., steps_per_block: _Optional[int] = ...) -> None: ...
+
+class GenerateStreamRequest(_message.Message):
+    __slots__ = ("request", "options")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    options: StreamOptions
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., options: _Optional[_Union[StreamOptions, _Mapping]] = ...) -> None: ...
+
+class StreamOptions(_message.Message):
+    __slots__ = ("canvas",)
+    CANVAS_FIELD_NUMBER: _ClassVar[int]
+    canvas: CanvasMode
+    def __init__(self, canvas: _Optional[_Union[CanvasMode, str]] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("request_id", "token_ids", "text", "finish_reason", "usage")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class GenerateStreamResponse(_message.Message):
+    __slots__ = ("started", "canvas_update", "block_committed", "finished")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    CANVAS_UPDATE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    started: Started
+    canvas_update: CanvasUpdate
+    block_committed: BlockCommitted
+    finished: Finished
+    def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., canvas_update: _Optional[_Union[CanvasUpdate, _Mapping]] = ..., block_committed: _Optional[_Union[BlockCommitted, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class Started(_message.Message):
+    __slots__ = ("request_id", "model", "prompt_tokens", "queue_seconds", "block_length", "sampling", "diffusion")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    DIFFUSION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    prompt_tokens: int
+    queue_seconds: float
+    block_length: int
+    sampling: SamplingParams
+    diffusion: DiffusionParams
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., block_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ...) -> None: ...
+
+class CanvasUpdate(_message.Message):
+    __slots__ = ("block_index", "step", "positions", "token_ids", "confidences", "texts", "masks_left")
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    block_index: int
+    step: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    confidences: _containers.RepeatedScalarFieldContainer[float]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    masks_left: int
+    def __init__(self, block_index: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., texts: _Optional[_Iterable[str]] = ..., masks_left: _Optional[int] = ...) -> None: ...
+
+class BlockCommitted(_message.Message):
+    __slots__ = ("block_index", "offset", "token_ids", "text_delta", "forwards")
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DELTA_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    block_index: int
+    offset: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    text_delta: str
+    forwards: int
+    def __init__(self, block_index: _Optional[int] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text_delta: _Optional[str] = ..., forwards: _Optional[int] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("reason", "text_delta", "usage")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DELTA_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    text_delta: str
+    usage: Usage
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., text_delta: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("prompt_tokens", "completion_tokens", "forwards_prefill", "forwards_denoise", "forwards_persist", "positions_evaluated", "tpf", "tpf_decode", "tpf_denoise")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_DENOISE_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_PERSIST_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_EVALUATED_FIELD_NUMBER: _ClassVar[int]
+    TPF_FIELD_NUMBER: _ClassVar[int]
+    TPF_DECODE_FIELD_NUMBER: _ClassVar[int]
+    TPF_DENOISE_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    completion_tokens: int
+    forwards_prefill: int
+    forwards_denoise: int
+    forwards_persist: int
+    positions_evaluated: int
+    tpf: float
+    tpf_decode: float
+    tpf_denoise: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., forwards_prefill: _Optional[int] = ..., forwards_denoise: _Optional[int] = ..., forwards_persist: _Optional[int] = ..., positions_evaluated: _Optional[int] = ..., tpf: _Optional[float] = ..., tpf_decode: _Optional[float] = ..., tpf_denoise: _Optional[float] = ...) -> None: ...
+
+class GetModelInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModelInfoResponse(_message.Message):
+    __slots__ = ("name", "architecture", "vocab_size", "context_length", "block_length", "has_chat_template", "eos_token_id", "mask_token_id", "max_running_requests", "default_max_tokens", "decoders", "default_diffusion")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    MASK_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_DIFFUSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    architecture: str
+    vocab_size: int
+    context_length: int
+    block_length: int
+    has_chat_template: bool
+    eos_token_id: int
+    mask_token_id: int
+    max_running_requests: int
+    default_max_tokens: int
+    decoders: _containers.RepeatedScalarFieldContainer[Decoder]
+    default_diffusion: DiffusionParams
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., block_length: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., eos_token_id: _Optional[int] = ..., mask_token_id: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., decoders: _Optional[_Iterable[_Union[Decoder, str]]] = ..., default_diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ...) -> None: ...

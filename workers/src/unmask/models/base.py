@@ -1,0 +1,55 @@
+"""What the trainer, the decoders and the server ask of a model, whatever its family."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from unmask.attention import AttentionMetadata
+from unmask.models.config import ModelConfig
+from unmask.models.moe import Router
+
+__all__ = ["Cache", "LanguageModel"]
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, which the tokens of a forward may see besides each other."""
+
+    def keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
+        """Who the keys of this forward are: what is cached, then the queries' own tokens; shape (B, K)."""
+
+    def extend(self, layer: int, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cached keys and values of ``layer`` with the forward's own behind them, each (B, G, K, D)."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A transformer over token ids whose attention pattern is given by metadata.
+
+    Hidden states and logits are separate calls since training and decoding need logits at
+    few positions, and the output layer is the widest of all.
+    """
+
+    config: ModelConfig
+    causal: ClassVar[bool]
+    """Whether the family predicts the next token (True) or the token at its own position (False)."""
+
+    @abstractmethod
+    def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:
+        """Final, normalised hidden states.
+
+        Args:
+            ids: int64 (B, S). Masked positions hold ``config.mask_token_id``.
+            metadata: Who each token is, (B, S).
+            cache: Earlier tokens that may be seen too; it takes up this forward's keys and values.
+
+        Returns:
+            (B, S, hidden_size) in the model's dtype.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary: (..., hidden_size) to float32 (..., vocab_size)."""
+
+    @abstractmethod
+    def routers(self) -> list[Router]:
+        """The routers of the mixture-of-experts layers, first layer first."""

@@ -1,0 +1,135 @@
+"""Mixture of experts: a router that chooses, experts that compute, and a plain reference of both.
+
+The router is LLaDA2.0's (that of Ling 2.0 and DeepSeek-V3): sigmoid scores, a bias that
+steers the choice but not the weights, and a choice limited to the best groups. It always
+computes in float32; in bfloat16 other experts would be chosen.
+
+All experts of a layer are one tensor, so that a layer is two grouped matrix products over
+the tokens sorted by expert. Shape letters: T tokens, D hidden size, E experts, K experts
+chosen per token, I expert width, N = T x K routed copies.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.models.feedforward import FeedForward
+
+__all__ = ["Experts", "MixtureOfExperts", "Router", "Routing", "experts_one_by_one"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each token goes to, and how much each counts."""
+
+    experts: Tensor
+    """int64 (T, K)."""
+    weights: Tensor
+    """float32 (T, K)."""
+
+
+class Router(nn.Module):
+    """Group-limited sigmoid routing.
+
+    Scores s = sigmoid(W h). For the choice alone, r = s + bias: each of the groups is worth
+    the sum of its two best r; the best groups stay, and the best K experts among them are
+    chosen. Weights are s of the chosen, normalised to 1, times ``scale``. Experts outside
+    the best groups are excluded with minus infinity, not with 0: r may be negative.
+    """
+
+    expert_bias: Tensor
+    tokens_per_expert: Tensor
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, *, choose: int, groups: int, keep_groups: int, scale: float
+    ) -> None:
+        """``weight`` is a parameter of shape (E, D), ``expert_bias`` a buffer (E,), both float32 for good."""
+        super().__init__()
+        self.choose, self.groups, self.keep_groups, self.scale = choose, groups, keep_groups, scale
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer(
+            "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False
+        )
+
+    def forward(self, hidden_TD: Tensor) -> Routing:
+        """Route T tokens; in training mode ``tokens_per_expert`` also counts them."""
+        scores_TE = torch.sigmoid(F.linear(hidden_TD.float(), self.weight))
+        with torch.no_grad():
+            experts_TK = self._choose(scores_TE + self.expert_bias)
+            if self.training:
+                self.tokens_per_expert += torch.bincount(
+                    experts_TK.flatten(), minlength=len(self.expert_bias)
+                )
+        weights_TK = scores_TE.gather(1, experts_TK)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.scale
+        return Routing(experts_TK, weights_TK)
+
+    def _choose(self, preference_TE: Tensor) -> Tensor:
+        """The K best experts of the best groups: int64 (T, K)."""
+        grouped = preference_TE.unflatten(1, (self.groups, -1))
+        group_worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best_groups = group_worth.topk(self.keep_groups, dim=-1).indices
+        excluded = torch.ones_like(group_worth, dtype=torch.bool).scatter_(1, best_groups, False)
+        allowed = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
+        return allowed.topk(self.choose, dim=-1).indices
+
+
+class Experts(nn.Module):
+    """E gated feed-forwards whose parameters are stacked on dimension 0."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """``gate_up_proj`` is (E, 2I, D), gate rows first; ``down_proj`` is (E, D, I)."""
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of each token's experts, (T, D)."""
+        chosen_N = routing.experts.flatten()
+        order_N = torch.argsort(chosen_N, stable=True)
+        ends_E = torch.bincount(chosen_N, minlength=len(self.gate_up_proj)).cumsum(0)
+        token_N = order_N.div(routing.experts.shape[1], rounding_mode="floor")
+
+        routed_ND = hidden_TD.index_select(0, token_N)
+        gate_NI, up_NI = grouped_linear(routed_ND, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        out_ND = grouped_linear(F.silu(gate_NI) * up_NI, self.down_proj, ends_E)
+        out_ND = out_ND * routing.weights.flatten()[order_N].unsqueeze(1).to(out_ND.dtype)
+        return torch.zeros_like(hidden_TD).index_add(0, token_N, out_ND)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of ``x`` up to ``ends[0]`` times weight 0, the rows up to ``ends[1]`` times weight 1, ...: (N, O)."""
+    return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+
+
+def experts_one_by_one(experts: Experts, hidden_TD: Tensor, routing: Routing) -> Tensor:
+    """The reference of :meth:`Experts.forward`: a loop over experts, each on the tokens that chose it."""
+    total_TD = torch.zeros_like(hidden_TD)
+    for expert, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+        token, choice = torch.where(routing.experts == expert)
+        gate, up = (hidden_TD[token] @ gate_up.T).chunk(2, dim=-1)
+        weight = routing.weights[token, choice].unsqueeze(1).to(hidden_TD.dtype)
+        total_TD = total_TD.index_add(0, token, (F.silu(gate) * up) @ down.T * weight)
+    return total_TD
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus shared experts that every token passes through, unweighted."""
+
+    def __init__(self, gate: Router, experts: Experts, shared_experts: FeedForward | None) -> None:
+        """Put the parts together; ``gate`` is the router, under its published name."""
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        self.shared_experts = shared_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden_TD = x.flatten(0, -2)
+        out_TD = self.experts(hidden_TD, self.gate(hidden_TD))
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(hidden_TD)
+        return out_TD.view_as(x)

@@ -1,0 +1,82 @@
+"""Which family a ``config.json`` belongs to. No torch is needed here.
+
+Families are told apart by ``architectures`` alone: published ``model_type`` values collide
+(LLaDA-MoE and dense LLaDA both say "llada"). A family's configuration and model are
+imported only when a checkpoint asks for them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ModelError
+from unmask.models.config import ModelConfig
+
+__all__ = ["FAMILIES", "Family", "family_of", "parse_config", "read_config"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Where a family lives: ``unmask.models.<package>`` with modules config, model, weights."""
+
+    package: str
+    config: str
+    """Class in ``config``."""
+    model: str
+    """Class in ``model``."""
+
+    def config_class(self) -> type[ModelConfig]:
+        """The family's :class:`ModelConfig`."""
+        found: type[ModelConfig] = getattr(import_module(f"unmask.models.{self.package}.config"), self.config)
+        return found
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LLaDA2MoeModelLM": Family(package="llada2_moe", config="LLaDA2MoeConfig", model="LLaDA2MoeModelLM"),
+    "BailingMoeV2ForCausalLM": Family(
+        package="bailing_moe_v2", config="BailingMoeV2Config", model="BailingMoeV2ForCausalLM"
+    ),
+}
+"""``architectures`` entry -> family."""
+
+
+def family_of(architectures: object, *, source: str) -> Family:
+    """The family that ``architectures`` (of a ``config.json``) names.
+
+    Raises:
+        ModelError: If it names none that we know.
+    """
+    names = architectures if isinstance(architectures, list | tuple) else []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    known = ", ".join(sorted(FAMILIES))
+    raise ModelError(f"{source}: architectures: got {architectures!r}, known are {known}")
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "model config") -> ModelConfig:
+    """A validated configuration from the content of a ``config.json``; ``source`` names it in errors."""
+    return family_of(data.get("architectures"), source=source).config_class().parse(data, source=source)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of the checkpoint in ``folder``.
+
+    Raises:
+        ModelError: If ``config.json`` is missing, not JSON, or not a model we know.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: no such file; a model folder holds config.json and safetensors weights"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: got a JSON {type(data).__name__}, expected an object")
+    return parse_config(data, source=str(path))

@@ -104,7 +104,7 @@ class StageData(ApiModel):
 class Data(StageData):
     """The data of the job, and how they are read."""
 
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     """The one seed of the run: random weights, order of the documents, and noise follow from it."""
     overlong: Literal["Error", "Skip"] = "Error"
     """What to do with a document longer than a row: stop with an error, or leave it out and count it."""
@@ -381,8 +381,8 @@ class TrainSpec(ApiModel):
         Rule(
             rule="self.stages.all(stage,"
             " !(has(stage.supervise) ? stage.supervise == 'Response' : stage.objective == 'sft')"
-            " || (has(stage.data) ? stage.data.train : self.data.train)"
-            ".all(source, source.format != 'text'))",
+            " || (has(stage.data) ? stage.data.train.all(source, source.format != 'text')"
+            " : self.data.train.all(source, source.format != 'text')))",
             message="text holds no answers: a stage that supervises Response needs train data of format"
             " completion or messages",
             field_path=".stages",

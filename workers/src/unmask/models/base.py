@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from unmask.attention import AttentionMetadata
+from unmask.models.cache import RowCache
 from unmask.models.config import ModelConfig
 from unmask.models.moe import Router
 
@@ -49,6 +51,16 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: (..., hidden_size) to float32 (..., vocab_size)."""
+
+    def new_cache(self, *, rows: int, capacity: int, block_length: int) -> RowCache:
+        """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, in the model's dtype and place."""
+        dtype = next(self.parameters()).dtype
+        return RowCache(self.config, rows, capacity, block_length, dtype=dtype, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     @abstractmethod
     def routers(self) -> list[Router]:

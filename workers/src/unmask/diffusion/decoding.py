@@ -1,0 +1,87 @@
+"""The rule that says which masked positions of a block are filled after a forward.
+
+LLaDA2.0's confidence threshold with a quota (arXiv 2512.15745, section 5.4, and the
+published ``generate``): every masked position whose best token has a probability
+strictly greater than the threshold is filled; if those are fewer than the step's quota,
+the quota's most confident positions are filled instead. So a block of B positions is
+full after at most ``steps`` forwards. Filled positions are final.
+
+Ties: equal logits choose the smaller token id, equal confidences the earlier position.
+The mask token is never chosen, where the published code lets it win and go round again.
+Shape letters: R rows, B positions of a block, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Candidates", "DecodingParams", "accept", "best_tokens", "quota"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodingParams:
+    """How one request is decoded."""
+
+    max_new_tokens: int
+    block_length: int
+    threshold: float = 0.95
+    """Probability above which a position is filled at once; above 1 only the quota fills."""
+    steps: int | None = None
+    """Most forwards per block; by default ``block_length``, that is at least one token each."""
+    eos_token_id: int = 156_892
+    mask_token_id: int = 156_895
+
+    def __post_init__(self) -> None:
+        """Check what no forward could make sense of."""
+        if self.max_new_tokens < 1 or self.block_length < 1:
+            raise ValueError(
+                f"max_new_tokens and block_length must be positive, got {self.max_new_tokens} and {self.block_length}"
+            )
+        if self.threshold <= 0:
+            raise ValueError(f"threshold must be above 0, got {self.threshold}")
+        if self.steps is not None and not 1 <= self.steps <= self.block_length:
+            raise ValueError(f"steps must be 1 to block_length {self.block_length}, got {self.steps}")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The best token of each position, and how sure the model is of it."""
+
+    tokens: Tensor
+    """int64 (..., B)."""
+    confidence: Tensor
+    """float32 (..., B): probability under the softmax at temperature 1."""
+
+
+def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
+    """Greedy candidates from float32 ``logits`` (..., B, V); the mask token is excluded from choice and softmax."""
+    allowed = logits.clone()
+    allowed[..., mask_token_id] = float("-inf")
+    best, tokens = allowed.max(dim=-1)
+    return Candidates(tokens, torch.exp(best - torch.logsumexp(allowed, dim=-1)))
+
+
+def quota(params: DecodingParams, step: int) -> int:
+    """Fewest positions that step number ``step`` (from 0) fills: the block's positions in even shares, the first ones larger."""
+    steps = params.steps or params.block_length
+    share, longer = divmod(params.block_length, steps)
+    return share + (1 if step < longer else 0)
+
+
+def accept(confidence_B: Tensor, masked_B: Tensor, *, threshold: float, at_least: int) -> Tensor:
+    """Which positions of one block to fill: bool (B,), a subset of ``masked_B``.
+
+    Args:
+        confidence_B: Probability of each position's candidate.
+        masked_B: Positions not yet filled.
+        threshold: Strict lower bound of the confidence.
+        at_least: The step's quota; capped by the masked positions.
+    """
+    sure = masked_B & (confidence_B > threshold)
+    if int(sure.sum()) >= at_least:
+        return sure
+    ranked = torch.sort(confidence_B.masked_fill(~masked_B, -1.0), descending=True, stable=True).indices
+    filled = torch.zeros_like(masked_B)
+    filled[ranked[: min(at_least, int(masked_B.sum()))]] = True
+    return filled

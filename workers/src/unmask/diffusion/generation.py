@@ -1,0 +1,464 @@
+"""Block-by-block generation: the plain way, and in batches with a key/value cache.
+
+The sequence is cut into blocks of B positions from the prompt's start. The first block
+to be generated holds the prompt's tail, if any; those positions are given, never masked.
+A block is denoised (see :mod:`~unmask.diffusion.decoding`) until none of its positions is
+masked, then the next one starts. Generation ends with the block that holds an end of
+text, or that reaches ``max_new_tokens`` (LLaDA2.0, arXiv 2512.15745, section 5.4).
+
+With a cache a request goes through three kinds of forwards:
+
+* prefill: the whole blocks of the prompt, at once, block-causally;
+* denoise: one block with masks; its keys and values are thrown away;
+* persist: the block once more, now full, so that its keys and values stand. The last
+  block needs none.
+
+Masked positions are kept as a boolean, never recognised by the mask token's id: a
+prompt that contains that id is text like any other.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from unmask.attention import AttentionMetadata
+from unmask.diffusion.decoding import DecodingParams, accept, best_tokens, quota
+from unmask.errors import UsageError
+
+__all__ = [
+    "BlockBatch",
+    "BlockCache",
+    "Committed",
+    "Event",
+    "Filled",
+    "Finished",
+    "ForwardCounts",
+    "Generation",
+    "Model",
+    "Prefilled",
+    "generate",
+    "generate_uncached",
+]
+
+FinishReason: TypeAlias = Literal["eos", "length"]
+
+
+class BlockCache(Protocol):
+    """What a batch asks of its cache; :class:`unmask.models.cache.RowCache` is one."""
+
+    def select(self, first: int, count: int) -> Any:
+        """Let the next forward work on ``count`` rows from ``first``; returns what ``hidden`` takes as cache."""
+
+    def commit(self, row: int, tokens: int) -> None:
+        """Keep what the last forward wrote."""
+
+    def clear(self, row: int) -> None:
+        """Forget a row."""
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another."""
+
+
+class Model(Protocol):
+    """The part of :class:`unmask.models.base.LanguageModel` that generation needs."""
+
+    def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Any = None) -> Tensor:
+        """Final hidden states, (B, S) ids to (B, S, D)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary scores in float32, (..., D) to (..., V)."""
+
+    def new_cache(self, *, rows: int, capacity: int, block_length: int) -> BlockCache:
+        """An empty cache beside the model's parameters."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+
+
+@dataclass(slots=True)
+class ForwardCounts:
+    """Forwards that one request took part in, by kind, and tokens per forward (TPF) from them.
+
+    ``kept`` tokens are those generated before the end of text, which does not count
+    itself. The papers' tables are to be compared with ``tpf_decode``.
+    """
+
+    prefill: int = 0
+    denoise: int = 0
+    persist: int = 0
+    positions: int = 0
+    """Token positions that were computed for the request."""
+
+    def tpf(self, kept: int) -> float:
+        """Kept tokens per forward of any kind."""
+        return kept / max(1, self.prefill + self.denoise + self.persist)
+
+    def tpf_decode(self, kept: int) -> float:
+        """Kept tokens per denoise or persist forward."""
+        return kept / max(1, self.denoise + self.persist)
+
+    def tpf_denoise(self, kept: int) -> float:
+        """Kept tokens per denoise forward."""
+        return kept / max(1, self.denoise)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt's whole blocks are in the cache."""
+
+    ticket: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A denoise forward filled some positions of a block; provisional until the block is committed."""
+
+    ticket: int
+    block_index: int
+    """Counted from the prompt's start."""
+    step: int
+    """Denoise forward of this block, from 0."""
+    positions: tuple[int, ...]
+    """Relative to the first generated token."""
+    token_ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    masks_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A block is full and will not change."""
+
+    ticket: int
+    block_index: int
+    token_ids: tuple[int, ...]
+    """Its generated tokens, up to the first end of text and ``max_new_tokens``."""
+    forwards: int
+    """Denoise forwards that it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request has ended, and its row is free."""
+
+    ticket: int
+    reason: FinishReason
+    usage: ForwardCounts
+    kept_tokens: int
+    """Generated tokens before the end of text."""
+
+
+Event: TypeAlias = Prefilled | Filled | Committed | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was generated for one prompt."""
+
+    token_ids: list[int]
+    """Up to and including the first end of text."""
+    reason: FinishReason
+    usage: ForwardCounts
+    kept_tokens: int
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request: its tokens so far, and the block in the making."""
+
+    ticket: int
+    params: DecodingParams
+    tokens: list[int]
+    """Prompt and committed tokens."""
+    prompt_length: int
+    cached: int = 0
+    """Tokens whose keys and values stand."""
+    step: int = 0
+    block: list[int] = field(default_factory=list)
+    masked: list[bool] = field(default_factory=list)
+    usage: ForwardCounts = field(default_factory=ForwardCounts)
+
+    @property
+    def length(self) -> int:
+        return self.params.block_length
+
+    @property
+    def end(self) -> int:
+        """Position after the last that may be generated."""
+        return self.prompt_length + self.params.max_new_tokens
+
+    @property
+    def start(self) -> int:
+        """First position of the current block."""
+        return len(self.tokens) // self.length * self.length
+
+    def open_block(self) -> None:
+        """Start the next block: given tokens first, masks behind them."""
+        tail = self.tokens[self.start :]
+        free = self.length - len(tail)
+        self.block = tail + [self.params.mask_token_id] * free
+        self.masked = [False] * len(tail) + [True] * free
+        self.step = 0
+
+    def fill(self, tokens: Tensor, confidence: Tensor) -> Filled:
+        """Accept candidates (B,) at masked positions by the params' rule."""
+        masked = torch.tensor(self.masked)
+        chosen = accept(
+            confidence, masked, threshold=self.params.threshold, at_least=quota(self.params, self.step)
+        ).nonzero()[:, 0]
+        places = chosen.tolist()
+        for place, token in zip(places, tokens[chosen].tolist(), strict=True):
+            self.block[place], self.masked[place] = token, False
+        event = Filled(
+            ticket=self.ticket,
+            block_index=self.start // self.length,
+            step=self.step,
+            positions=tuple(self.start + place - self.prompt_length for place in places),
+            token_ids=tuple(self.block[place] for place in places),
+            confidences=tuple(confidence[chosen].tolist()),
+            masks_left=sum(self.masked),
+        )
+        self.step += 1
+        self.usage.denoise += 1
+        return event
+
+    def close_block(self) -> tuple[Committed, FinishReason | None]:
+        """Take the full block over into the tokens; say whether it is the last."""
+        block_index, given = self.start // self.length, len(self.tokens) - self.start
+        new = self.block[given:][: self.end - len(self.tokens)]
+        eos = self.params.eos_token_id
+        reason: FinishReason | None = None
+        if eos in new:
+            new, reason = new[: new.index(eos) + 1], "eos"
+        self.tokens += new
+        if reason is None and len(self.tokens) >= self.end:
+            reason = "length"
+        return Committed(self.ticket, block_index, tuple(new), self.step), reason
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """The closing event."""
+        generated = len(self.tokens) - self.prompt_length
+        return Finished(self.ticket, reason, self.usage, generated - (reason == "eos"))
+
+
+class BlockBatch:
+    """Requests decoded together; each gets what it would get alone.
+
+    One :meth:`step` is one forward of the model: either the prefill of one waiting
+    request, or one block of every running request, each in its own state (denoise or
+    persist). Prefills and decoding take turns, so that neither starves the other.
+    Not thread-safe: one thread owns a batch.
+    """
+
+    def __init__(self, model: Model, *, rows: int, capacity: int, block_length: int) -> None:
+        """Room for ``rows`` requests of at most ``capacity`` tokens each, prompt included."""
+        self.rows, self.block_length = rows, block_length
+        self.capacity = -(-capacity // block_length) * block_length
+        self._model = model
+        self._cache = model.new_cache(rows=rows, capacity=self.capacity, block_length=block_length)
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._tickets = count()
+        self._prefilled_last = False
+
+    @property
+    def active(self) -> int:
+        """Requests admitted and not finished."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def free_rows(self) -> int:
+        """Requests that can be admitted now."""
+        return self.rows - self.active
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+        """Take a request up; no forward is run. Returns its ticket.
+
+        Args:
+            prompt: Token ids; none of them counts as masked, whatever its value.
+            params: ``block_length`` must be the batch's.
+            committed: Generated tokens of an earlier attempt, to go on from.
+
+        Raises:
+            UsageError: If the request is empty, does not fit, or has nothing left to generate.
+            RuntimeError: If no row is free.
+        """
+        if params.block_length != self.block_length:
+            raise UsageError(
+                f"block_length: got {params.block_length}, this batch decodes {self.block_length}"
+            )
+        if not prompt:
+            raise UsageError("prompt: got no tokens, expected at least one")
+        if len(prompt) + params.max_new_tokens > self.capacity:
+            raise UsageError(
+                f"prompt of {len(prompt)} tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
+                f"{self.capacity} tokens; shorten the prompt or ask for fewer"
+            )
+        if len(committed) >= params.max_new_tokens or params.eos_token_id in committed:
+            raise UsageError(
+                "committed tokens: the request they belong to has ended; nothing is left to generate"
+            )
+        if self.free_rows == 0:
+            raise RuntimeError(f"all {self.rows} rows are taken")
+        row = _Row(next(self._tickets), params, [*prompt, *committed], prompt_length=len(prompt))
+        self._waiting.append(row)
+        return row.ticket
+
+    def release(self, ticket: int) -> None:
+        """Drop a request between two steps; its row is free at once. Unknown tickets are ignored."""
+        for row in self._waiting:
+            if row.ticket == ticket:
+                self._waiting.remove(row)
+                return
+        for place, row in enumerate(self._running):
+            if row.ticket == ticket:
+                self._free(place)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Run exactly one forward and return what it brought about.
+
+        Raises:
+            RuntimeError: If no request is active.
+        """
+        while self._waiting and self._waiting[0].start == 0:
+            self._run(self._waiting.popleft())
+        if self._waiting and not (self._prefilled_last and self._running):
+            self._prefilled_last = True
+            return self._prefill(self._waiting.popleft())
+        if not self._running:
+            raise RuntimeError("step() without an active request")
+        self._prefilled_last = False
+        return self._decode()
+
+    def _run(self, row: _Row) -> None:
+        """Give a request whose prefix is cached a row of the cache and its first block."""
+        if row.cached == 0:
+            self._cache.clear(len(self._running))
+        row.open_block()
+        self._running.append(row)
+
+    def _prefill(self, row: _Row) -> list[Event]:
+        """One forward over the whole blocks of one request's prefix."""
+        place, length = len(self._running), row.start
+        self._cache.clear(place)
+        ids = torch.tensor([row.tokens[:length]], device=self._model.device)
+        metadata = AttentionMetadata.single_row(length, block_length=row.length, device=self._model.device)
+        self._model.hidden(ids, metadata, cache=self._cache.select(place, 1))
+        self._cache.commit(place, length)
+        row.cached = length
+        row.usage.prefill += 1
+        row.usage.positions += length
+        self._run(row)
+        return [Prefilled(row.ticket, length)]
+
+    def _decode(self) -> list[Event]:
+        """One forward over the current block of every running request."""
+        rows, length, device = self._running, self.block_length, self._model.device
+        ids = torch.tensor([row.block for row in rows], device=device)
+        start = torch.tensor([[row.cached] for row in rows], device=device)
+        position = start + torch.arange(length, device=device)
+        metadata = AttentionMetadata.block_causal(position, torch.zeros_like(position), block_length=length)
+        hidden = self._model.hidden(ids, metadata, cache=self._cache.select(0, len(rows)))
+        masked = torch.tensor([row.masked for row in rows], device=device)
+        tokens, confidence = self._candidates(hidden, masked)
+        events: list[Event] = []
+        ended = []
+        for place, row in enumerate(rows):
+            row.usage.positions += length
+            if not any(row.masked):
+                self._persist(place, row)
+                continue
+            events.append(row.fill(tokens[place], confidence[place]))
+            if not any(row.masked):
+                committed, reason = row.close_block()
+                events.append(committed)
+                if reason is not None:
+                    events.append(row.finished(reason))
+                    ended.append(place)
+        for place in reversed(ended):
+            self._free(place)
+        return events
+
+    def _candidates(self, hidden: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Best token and confidence of every masked position, on the host: (R, B) each."""
+        tokens = torch.zeros(masked.shape, dtype=torch.int64)
+        confidence = torch.zeros(masked.shape)
+        if bool(masked.any()):
+            mask_ids = {row.params.mask_token_id for row in self._running}
+            assert len(mask_ids) == 1, "one model has one mask token"
+            best = best_tokens(self._model.logits(hidden[masked]), mask_token_id=mask_ids.pop())
+            tokens[masked.cpu()] = best.tokens.cpu()
+            confidence[masked.cpu()] = best.confidence.cpu()
+        return tokens, confidence
+
+    def _persist(self, place: int, row: _Row) -> None:
+        """The forward just run saw a full block: its keys and values stand."""
+        self._cache.commit(place, row.length)
+        row.cached += row.length
+        row.usage.persist += 1
+        row.open_block()
+
+    def _free(self, place: int) -> None:
+        """Give row ``place`` back; the last running row takes its place."""
+        last = len(self._running) - 1
+        if place != last:
+            self._cache.move(last, place)
+            self._running[place] = self._running[last]
+        self._running.pop()
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], params: DecodingParams, *, rows: int = 16
+) -> list[Generation]:
+    """Decode all ``prompts``, at most ``rows`` at a time; results in their order."""
+    capacity = max(len(prompt) for prompt in prompts) + params.max_new_tokens
+    batch = BlockBatch(
+        model, rows=min(rows, len(prompts)), capacity=capacity, block_length=params.block_length
+    )
+    results: list[Generation | None] = [None] * len(prompts)
+    index_of: dict[int, int] = {}
+    tokens: dict[int, list[int]] = {}
+    queue = deque(enumerate(prompts))
+    while queue or batch.active:
+        while queue and batch.free_rows:
+            index, prompt = queue.popleft()
+            ticket = batch.admit(prompt, params)
+            index_of[ticket], tokens[ticket] = index, []
+        for event in batch.step():
+            if isinstance(event, Committed):
+                tokens[event.ticket] += event.token_ids
+            elif isinstance(event, Finished):
+                done = Generation(tokens[event.ticket], event.reason, event.usage, event.kept_tokens)
+                results[index_of[event.ticket]] = done
+    return [result for result in results if result is not None]
+
+
+@torch.inference_mode()
+def generate_uncached(model: Model, prompt: Sequence[int], params: DecodingParams) -> Generation:
+    """The reference: every forward runs over the whole sequence so far, without a cache."""
+    row = _Row(0, params, list(prompt), prompt_length=len(prompt))
+    row.open_block()
+    generated: list[int] = []
+    while True:
+        ids = torch.tensor([row.tokens[: row.start] + row.block], device=model.device)
+        metadata = AttentionMetadata.single_row(ids.shape[1], block_length=row.length, device=model.device)
+        block = model.hidden(ids, metadata)[0, row.start :]
+        best = best_tokens(model.logits(block), mask_token_id=params.mask_token_id)
+        row.usage.positions += ids.shape[1]
+        row.fill(best.tokens.cpu(), best.confidence.cpu())
+        if any(row.masked):
+            continue
+        committed, reason = row.close_block()
+        generated += committed.token_ids
+        if reason is not None:
+            return Generation(generated, reason, row.usage, row.finished(reason).kept_tokens)
+        row.open_block()

@@ -1,0 +1,46 @@
+"""Packed rows of documents, and the randomness that belongs to each document.
+
+All numpy: rows are made and corrupted on the host, before any tensor exists. Shape
+letters: B rows, L tokens of a row.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PackedRows", "uniform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Documents laid end to end in rows of L tokens; arrays of shape (B, L)."""
+
+    ids: NDArray[np.int64]
+    document: NDArray[np.int64]
+    """Number of the document inside its row, -1 where the row is padded."""
+    position: NDArray[np.int64]
+    """Position inside the document."""
+    supervised: NDArray[np.bool_]
+    """Tokens that may be masked and are predicted; the others (a prompt) are always given."""
+    ordinal: NDArray[np.int64]
+    """Number of the token's document in the whole training stream: what its noise is drawn from."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows B, tokens L)."""
+        rows, length = self.ids.shape
+        return rows, length
+
+
+def uniform(seed: int, stream: int, ordinal: int, view: int, count: int) -> NDArray[np.float64]:
+    """``count`` numbers in [0, 1) that depend on nothing but the arguments.
+
+    They come from the counter-based generator Philox (Salmon et al., SC 2011), keyed by
+    ``seed`` and started at (stream, ordinal, view), so that any process draws the same
+    numbers for the same document whatever it drew before. The raw 64-bit outputs are
+    used, which numpy guarantees never to change.
+    """
+    generator = np.random.Philox(key=seed, counter=[0, view, ordinal, stream])
+    raw = np.asarray(generator.random_raw(count), dtype=np.uint64)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

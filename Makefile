@@ -1,0 +1,65 @@
+# What people and CI run. Every target works in an environment outside the tree, which `setup` makes.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# The first Python that can be used; name another with `make ... PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	  "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	    && command -v "$$python" && break; \
+	done || echo python3)
+PYTHON := $(PYTHON)
+VENV = $(shell $(PYTHON) scripts/environment.py path)
+RUN = PATH="$(VENV)/bin:$$PATH"
+# One thread each: the tests start several processes on few cores.
+PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
+
+export TORCH_INDEX UNMASK_CACHE
+
+.PHONY: help setup demo test test-fast test-full lint format generate verify lock bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make the environment: pinned packages and this checkout (nothing to do if it is there)
+	@$(PYTHON) scripts/environment.py setup
+
+demo: setup ## Train a small diffusion model and generate with it, end to end, on this machine
+	@$(RUN) python examples/quickstart/demo.py
+
+test: setup lint verify ## Check and test everything, fast tests first
+	@$(PYTEST)
+
+test-fast: setup ## Run the tests that take less than ten seconds each
+	@$(PYTEST) -m "not slow"
+
+test-full: setup ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
+
+lint: setup ## Check format, style, types and who imports whom
+	@$(RUN) ruff format --check --quiet . || { echo "lint: make format mends these" >&2; exit 1; }
+	@$(RUN) ruff check --quiet .
+	@$(RUN) mypy
+	@$(RUN) lint-imports --no-cache > /dev/null || $(RUN) lint-imports --no-cache
+
+format: setup ## Format the code and mend what can be mended
+	@$(RUN) ruff format --quiet .
+	@$(RUN) ruff check --fix --quiet .
+
+generate: setup ## Write again what is made from the protos, the models and the command line
+	@$(RUN) python scripts/generate.py write
+
+verify: setup ## Fail where a generated file differs from what `make generate` would write
+	@$(RUN) python scripts/generate.py check
+
+lock: setup ## Resolve requirements/*.txt anew from pyproject.toml (needs the network)
+	@$(RUN) scripts/lock
+
+bench: setup ## Measure, and write benchmarks/*.md
+	@echo "bench: nothing is measured yet" >&2; exit 1
+
+clean: ## Remove this checkout's environment and the tools' caches
+	rm -rf "$(VENV)" .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Builders and measures that tests share; import them as ``support.<module>``."""

@@ -1,0 +1,115 @@
+"""Writes down what a test run found: ``--report=PATH`` makes ``PATH.json`` and ``PATH.md``.
+
+A test adds a number worth keeping with the ``record_measurement`` fixture. The files are committed, so that a
+reader sees when and on which machine the full counts were last run, and what they measured.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PACKAGES = ("torch", "grpcio", "pydantic", "torchx")
+_SLOWEST = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--report", type=Path, help="write PATH.json and PATH.md about this run", metavar="PATH")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--report")
+    if path is not None:
+        config.pluginmanager.register(Report(path), "unmask-report")
+
+
+@pytest.fixture
+def record_measurement(request: pytest.FixtureRequest) -> Callable[[str, float | str], None]:
+    """A function ``(name, value)`` that keeps a number for the report; without ``--report`` it does nothing."""
+    report = request.config.pluginmanager.get_plugin("unmask-report")
+
+    def record(name: str, value: float | str) -> None:
+        if report is not None:
+            report.measurements.append({"test": request.node.nodeid, "name": name, "value": value})
+
+    return record
+
+
+class Report:
+    """Collects outcomes, durations and measurements, and writes them when the run ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.measurements: list[dict[str, Any]] = []
+        self.outcomes: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self.started = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
+
+    def pytest_sessionfinish(self) -> None:
+        facts = self.facts()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        self.path.with_suffix(".md").write_text(markdown(facts), encoding="utf-8")
+
+    def facts(self) -> dict[str, Any]:
+        """Everything the two files say."""
+        return {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "full_counts": os.environ.get("UNMASK_FULL") == "1",
+            "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+            "versions": {"python": platform.python_version(), **_versions()},
+            "outcomes": {"passed": 0, "failed": 0, **self.outcomes},
+            "seconds": round(time.monotonic() - self.started, 1),
+            "slowest": [[name, round(seconds, 1)] for name, seconds in self.seconds.most_common(_SLOWEST)],
+            "measurements": self.measurements,
+        }
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The report as a page."""
+    return "\n".join(_lines(facts)) + "\n"
+
+
+def _lines(facts: dict[str, Any]) -> Iterator[str]:
+    machine = facts["machine"]
+    counts = "full counts" if facts["full_counts"] else "sampled counts"
+    yield f"# Test run of {facts['date']}, {counts}\n"
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in facts["outcomes"].items())
+    yield f"{outcomes} in {facts['seconds']} s.\n"
+    yield f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB of memory"
+    yield "- versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    yield "\n## Measurements\n\n| measurement | value | test |\n|---|---|---|"
+    for item in facts["measurements"]:
+        yield f"| {item['name']} | {item['value']} | `{item['test']}` |"
+    yield "\n## Slowest tests\n\n| seconds | test |\n|---|---|"
+    for name, seconds in facts["slowest"]:
+        yield f"| {seconds} | `{name}` |"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _cpu_model() -> str:
+    """The processor's name: ``platform.processor()`` is often empty on Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _memory_gib() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)

@@ -54,7 +54,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> Path:
 
 
 def setup(folder: Path) -> None:
-    """Make the environment in ``folder`` complete: all requirements, and this checkout as an editable install.
+    """Complete the environment in ``folder``: the pinned packages, and this checkout as an editable install.
 
     Raises:
         SetupError: This Python cannot be used, or an installer failed.

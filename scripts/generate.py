@@ -38,7 +38,7 @@ def generated() -> dict[str, str]:
 
 
 def outdated(files: dict[str, str]) -> list[str]:
-    """Return the paths at which the tree holds something else than ``files``, or a file that is no longer made."""
+    """Return the paths where the tree holds something else than ``files``, or what is no longer made."""
     present = {
         str(path.relative_to(ROOT)) for pattern in _OWNED for path in ROOT.glob(pattern) if path.is_file()
     }
@@ -51,7 +51,7 @@ def _wire() -> dict[str, str]:
     sources = sorted((ROOT / "protos").rglob("*.proto"))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-        # protoc has no types for the services; mypy-protobuf writes them, for both the sync and the async API.
+        # protoc has no types for the services; mypy-protobuf writes them, for the sync and the async API.
         outputs.append(f"--mypy_grpc_out=quiet:{folder}")
         command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *outputs]
         subprocess.run([*command, *map(str, sources)], check=True)

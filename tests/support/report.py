@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def record_measurement(request: pytest.FixtureRequest) -> Callable[[str, float | str], None]:
-    """A function ``(name, value)`` that keeps a number for the report; without ``--report`` it does nothing."""
+    """A function ``(name, value)`` that keeps a number for the report, where one is written."""
     report = request.config.pluginmanager.get_plugin("unmask-report")
 
     def record(name: str, value: float | str) -> None:

@@ -14,7 +14,9 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema
 
 __all__ = [
+    "DECIMAL",
     "GROUP",
+    "PATTERNS",
     "ApiModel",
     "Count",
     "DecimalString",
@@ -82,23 +84,27 @@ class ApiModel(BaseModel):
         return schema
 
 
-DecimalString = Annotated[
-    str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$", max_length=16)
-]
+DECIMAL = r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$"
+NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
+
+PATTERNS = {
+    DECIMAL: 'a decimal number in quotes, such as "0.5" or "3e-4"',
+    NAME: "lowercase letters, digits and inner dashes, at most 40",
+    URI: "pvc://CLAIM/path, or an absolute path inside the worker",
+}
+"""What the patterns allow, in words."""
+
+DecimalString = Annotated[str, StringConstraints(pattern=DECIMAL, max_length=16)]
 """A number that need not be whole, as a quoted string (``"3e-4"``); ``float`` reads it.
 
 Kubernetes keeps floats out of specs because they do not survive every client unchanged.
 """
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+Name = Annotated[str, StringConstraints(pattern=NAME, max_length=40)]
 """A lowercase name that fits into names of pods and folders."""
 
-Uri = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$", max_length=1024
-    ),
-]
+Uri = Annotated[str, StringConstraints(pattern=URI, max_length=1024)]
 """``pvc://CLAIM/path`` on a volume, or an absolute path inside the worker."""
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]

@@ -79,14 +79,7 @@ RESOURCES = (
 def schema(model: type[ApiModel]) -> Json:
     """Return the structural schema of ``model``, with descriptions, defaults and CEL rules in place."""
     document = model.model_json_schema(by_alias=True)
-    structural = _structural(document, document.get("$defs", {}))
-    properties = structural["properties"]
-    for key in ("apiVersion", "kind"):
-        properties[key] = {"type": "string", "description": properties[key]["description"]}
-    # The server owns metadata; of a CRD's rules for it only those on the name are allowed.
-    name = properties["metadata"]["properties"]["name"]
-    properties["metadata"] = {"type": "object", "properties": {"name": name}}
-    return structural
+    return _structural(document, document.get("$defs", {}))
 
 
 def definition(resource: Resource) -> Json:
@@ -97,7 +90,7 @@ def definition(resource: Resource) -> Json:
         "storage": True,
         "subresources": {"status": {}},
         "additionalPrinterColumns": [column.to_json() for column in resource.columns],
-        "schema": {"openAPIV3Schema": schema(resource.model)},
+        "schema": {"openAPIV3Schema": _root(schema(resource.model))},
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -117,6 +110,16 @@ def definition(resource: Resource) -> Json:
             "versions": [version],
         },
     }
+
+
+def _root(node: Json) -> Json:
+    """Leave to the server what is its own at the root: versions, and metadata but for the name."""
+    properties = dict(node["properties"])
+    for key in ("apiVersion", "kind"):
+        properties[key] = {"type": "string", "description": properties[key]["description"]}
+    name = properties["metadata"]["properties"]["name"]
+    properties["metadata"] = {"type": "object", "properties": {"name": name}}
+    return node | {"properties": properties}
 
 
 def _structural(node: Json, definitions: Json) -> Json:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from unmask_api import crd
-from unmask_api.base import GROUP
+from unmask_api.base import GROUP, PATTERNS
 
 __all__ = ["allowed", "markdown", "type_name"]
 
@@ -30,6 +30,8 @@ def allowed(node: Json) -> str:
     """Return the values that a schema node allows, in words; empty when the type says it all."""
     if "enum" in node:
         return " | ".join(str(value) for value in node["enum"])
+    if "pattern" in node:
+        return PATTERNS[node["pattern"]]
     low, high = node.get("minimum"), node.get("maximum")
     if low is not None or high is not None:
         return f"{low} to {high}" if high is not None else f"at least {low}"

@@ -1,0 +1,1 @@
+"""The operator: turns custom resources into running jobs, on a cluster or as local processes."""

@@ -59,7 +59,7 @@ def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
     allowed = logits.clone()
     allowed[..., mask_token_id] = float("-inf")
     best, tokens = allowed.max(dim=-1)
-    return Candidates(tokens, torch.exp(best - torch.logsumexp(allowed, dim=-1)))
+    return Candidates(tokens, torch.exp(best - torch.logsumexp(allowed, dim=-1)).float())
 
 
 def quota(params: DecodingParams, step: int) -> int:

@@ -35,7 +35,8 @@ __all__ = ["build", "load", "save", "slots_of"]
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CHECKSUMS = "checksums.json"
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes that weights may have, by their names in safetensors."""
 
 
 def build(
@@ -68,8 +69,9 @@ def load(
     _verify_checksums(path)
     files = _weight_files(path)
     with _Weights(path, files) as weights:
-        model = _empty(config, device=device, dtype=dtype or weights.dtype(path / _SINGLE))
-        _fill(model, weights)
+        slots = _matching_slots(config, weights)
+        model = _empty(config, device=device, dtype=dtype or _FLOATS[weights.dtype(slots[0].name)])
+        _fill(model, slots, weights)
     return model.eval()
 
 
@@ -210,14 +212,8 @@ class _Weights:
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def dtype(self, source: Path) -> torch.dtype:
-        """The dtype of the first matrix: a published checkpoint has one, but for fp32 routers."""
-        for name in self._file_of:
-            if name.endswith("lm_head.weight") or name.endswith("word_embeddings.weight"):
-                return self.tensor(name).dtype
-        raise ModelError(
-            f"{source}: holds neither an embedding nor an output layer; are these a model's weights?"
-        )
+    def dtype(self, name: str) -> str:
+        return str(self._open[self._file_of[name]].get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
@@ -230,38 +226,36 @@ class _Weights:
         return self.path / self._file_of[name]
 
 
-def _fill(model: LanguageModel, weights: _Weights) -> None:
-    module = _weights_module(model.config)
-    slots = list(module.slots(model.config))
+def _matching_slots(config: ModelConfig, weights: _Weights) -> list[Slot]:
+    """The slots of ``config``, once ``weights`` is known to have just those, in shape and kind."""
+    module = _weights_module(config)
+    slots: list[Slot] = list(module.slots(config))
     missing = [slot.name for slot in slots if slot.name not in weights.names]
     if missing:
         raise ModelError(f"{weights.path}: {len(missing)} tensors are missing, first {missing[0]}")
     extra = sorted(weights.names - {slot.name for slot in slots})
-    extra = [name for name in extra if not module.is_ignored(name, model.config)]
+    extra = [name for name in extra if not module.is_ignored(name, config)]
     if extra:
         raise ModelError(
             f"{weights.file(extra[0])}: {len(extra)} tensors that config.json has no place for, first {extra[0]}"
         )
+    for slot in slots:
+        at = f"{weights.file(slot.name)}: {slot.name}"
+        shape, dtype = weights.shape(slot.name), weights.dtype(slot.name)
+        if shape != slot.shape:
+            raise ModelError(f"{at}: got shape {list(shape)}, config.json asks for {list(slot.shape)}")
+        if dtype not in _FLOATS:
+            raise ModelError(f"{at}: got dtype {dtype}, allowed are {', '.join(_FLOATS)}")
+    return slots
+
+
+def _fill(model: LanguageModel, slots: list[Slot], weights: _Weights) -> None:
     state = model.state_dict()
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
         for slot in slots:
-            _check_shape(slot, weights)
-            tensor = weights.tensor(slot.name)
-            if tensor.dtype not in _FLOATS:
-                raise ModelError(
-                    f"{weights.file(slot.name)}: {slot.name}: got dtype {tensor.dtype}, expected floating point"
-                )
-            slot.view(state).copy_(tensor)
-
-
-def _check_shape(slot: Slot, weights: _Weights) -> None:
-    if weights.shape(slot.name) != slot.shape:
-        raise ModelError(
-            f"{weights.file(slot.name)}: {slot.name}: got shape {list(weights.shape(slot.name))}, "
-            f"config.json asks for {list(slot.shape)}"
-        )
+            slot.view(state).copy_(weights.tensor(slot.name))
 
 
 def _verify_checksums(path: Path) -> None:

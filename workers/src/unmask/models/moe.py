@@ -2,7 +2,7 @@
 
 The router is LLaDA2.0's (that of Ling 2.0 and DeepSeek-V3): sigmoid scores, a bias that
 steers the choice but not the weights, and a choice limited to the best groups. It always
-computes in float32; in bfloat16 other experts would be chosen.
+computes in float32 or wider; in bfloat16 other experts would be chosen.
 
 All experts of a layer are one tensor, so that a layer is two grouped matrix products over
 the tokens sorted by expert. Shape letters: T tokens, D hidden size, E experts, K experts
@@ -27,7 +27,7 @@ class Routing:
     experts: Tensor
     """int64 (T, K)."""
     weights: Tensor
-    """float32 (T, K)."""
+    """float32 or wider, (T, K)."""
 
 
 class Router(nn.Module):
@@ -45,18 +45,19 @@ class Router(nn.Module):
     def __init__(
         self, hidden_size: int, num_experts: int, *, choose: int, groups: int, keep_groups: int, scale: float
     ) -> None:
-        """``weight`` is a parameter of shape (E, D), ``expert_bias`` a buffer (E,), both float32 for good."""
+        """``weight`` is a parameter of shape (E, D), ``expert_bias`` a buffer (E,), both float32 or wider for good."""
         super().__init__()
         self.choose, self.groups, self.keep_groups, self.scale = choose, groups, keep_groups, scale
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=dtype))
         self.register_buffer(
             "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False
         )
 
     def forward(self, hidden_TD: Tensor) -> Routing:
         """Route T tokens; in training mode ``tokens_per_expert`` also counts them."""
-        scores_TE = torch.sigmoid(F.linear(hidden_TD.float(), self.weight))
+        scores_TE = torch.sigmoid(F.linear(hidden_TD.to(self.weight.dtype), self.weight))
         with torch.no_grad():
             experts_TK = self._choose(scores_TE + self.expert_bias)
             if self.training:
@@ -102,6 +103,9 @@ class Experts(nn.Module):
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of ``x`` up to ``ends[0]`` times weight 0, the rows up to ``ends[1]`` times weight 1, ...: (N, O)."""
+    if x_NI.dtype == torch.float64:  # grouped_mm has no float64, which exactness tests run in
+        parts = x_NI.tensor_split(ends_E[:-1].cpu())
+        return torch.cat([x @ weight.T for x, weight in zip(parts, weight_EOI.unbind(), strict=True)])
     return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
 
 

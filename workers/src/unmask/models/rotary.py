@@ -28,6 +28,6 @@ class Rotation:
         """Rotate the first R dimensions of each head and pass the others through; keeps the dtype."""
         rotary_dim = self.cos.shape[-1]
         turned, passed = x_BHSD[..., :rotary_dim], x_BHSD[..., rotary_dim:]
-        left, right = turned.float().chunk(2, dim=-1)
-        turned = turned.float() * self.cos + torch.cat((-right, left), dim=-1) * self.sin
+        left, right = turned.to(torch.promote_types(turned.dtype, torch.float32)).chunk(2, dim=-1)
+        turned = torch.cat((left, right), dim=-1) * self.cos + torch.cat((-right, left), dim=-1) * self.sin
         return torch.cat((turned.to(x_BHSD.dtype), passed), dim=-1)

@@ -128,7 +128,8 @@ class LLaDA2MoeModelLM(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`LanguageModel.logits`."""
-        return self.lm_head(hidden).to(torch.float32)  # type: ignore[no-any-return]
+        scores: Tensor = self.lm_head(hidden)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def routers(self) -> list[Router]:
         """See :meth:`LanguageModel.routers`."""

@@ -1,0 +1,219 @@
+"""Every metric a server exports, declared once; exporter and reference page are made from this table.
+
+A metric is a constant of this module, so recording an undeclared one cannot be written. No label tells
+requests apart: the number of time series does not depend on traffic. Which model and pod a series is of,
+the scraper adds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["SERVING", "Metric", "Recorder"]
+
+_PER_FORWARD = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        name: As exported. Seconds end in ``_seconds``, counters in ``_total``.
+        kind: Its Prometheus type.
+        help: What one observation or count is.
+        labels: Label names, each with a small, fixed set of values.
+        buckets: Upper bounds of a histogram's buckets; ``+Inf`` is added.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+REQUESTS = Metric(
+    name="unmask_requests_total",
+    kind="counter",
+    help="Calls of Generate and GenerateStream that ended, by gRPC status code and, where OK, by reason.",
+    labels=("code", "finish_reason"),
+)
+REQUESTS_RUNNING = Metric(
+    name="unmask_requests_running", kind="gauge", help="Requests that have a row in the batch."
+)
+REQUESTS_WAITING = Metric(name="unmask_requests_waiting", kind="gauge", help="Requests in the queue.")
+ADMISSION_REJECTIONS = Metric(
+    name="unmask_admission_rejections_total",
+    kind="counter",
+    help="Requests turned away at once: too many requests or tokens wait, or the server drains.",
+    labels=("reason",),
+)
+CANCELLED = Metric(
+    name="unmask_cancelled_total",
+    kind="counter",
+    help="Requests that ended before they were complete, by who ended them: the client, or its deadline.",
+    labels=("by",),
+)
+QUEUE_SECONDS = Metric(
+    name="unmask_request_queue_seconds",
+    kind="histogram",
+    help="From a request's arrival to its row in the batch.",
+    buckets=_LATENCY,
+)
+TIME_TO_FIRST_BLOCK = Metric(
+    name="unmask_time_to_first_block_seconds",
+    kind="histogram",
+    help="From a request's arrival to its first committed block.",
+    buckets=_LATENCY,
+)
+INTER_BLOCK = Metric(
+    name="unmask_inter_block_seconds",
+    kind="histogram",
+    help="From one committed block of a request to the next.",
+    buckets=_LATENCY,
+)
+E2E = Metric(
+    name="unmask_e2e_seconds",
+    kind="histogram",
+    help="From a request's arrival to its end, complete ones only.",
+    buckets=_LATENCY,
+)
+PROMPT_TOKENS = Metric(
+    name="unmask_prompt_tokens_total", kind="counter", help="Prompt tokens of admitted requests."
+)
+COMMITTED_TOKENS = Metric(
+    name="unmask_committed_tokens_total",
+    kind="counter",
+    help="Generated tokens that were committed, end of text included.",
+)
+BLOCKS_COMMITTED = Metric(
+    name="unmask_blocks_committed_total", kind="counter", help="Blocks that were committed."
+)
+FORWARDS = Metric(
+    name="unmask_forwards_total",
+    kind="counter",
+    help="Forward passes of the model, by what their rows did: prefill, denoise, persist, or mixed.",
+    labels=("kind",),
+)
+FORWARD_SECONDS = Metric(
+    name="unmask_forward_seconds",
+    kind="histogram",
+    help="Wall time of one forward pass with its decoding decisions.",
+    labels=("kind",),
+    buckets=(0.001, 0.0025, *_LATENCY),
+)
+POSITIONS_EVALUATED = Metric(
+    name="unmask_positions_evaluated_total",
+    kind="counter",
+    help="Positions that were computed for complete requests, over all their forwards.",
+)
+TOKENS_PER_FORWARD = Metric(
+    name="unmask_tokens_per_forward",
+    kind="histogram",
+    help="Per complete request: tokens kept over all forwards it took part in.",
+    buckets=_PER_FORWARD,
+)
+TOKENS_PER_FORWARD_DECODE = Metric(
+    name="unmask_tokens_per_forward_decode",
+    kind="histogram",
+    help="Per complete request: tokens kept over denoise and persist forwards, as papers' tables have it.",
+    buckets=_PER_FORWARD,
+)
+TOKENS_PER_FORWARD_DENOISE = Metric(
+    name="unmask_tokens_per_forward_denoise",
+    kind="histogram",
+    help="Per complete request: tokens kept over denoise forwards.",
+    buckets=_PER_FORWARD,
+)
+FORWARDS_PER_BLOCK = Metric(
+    name="unmask_forwards_per_block",
+    kind="histogram",
+    help="Forwards that a committed block took.",
+    buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 33, 49),
+)
+TOKENS_ACCEPTED_PER_STEP = Metric(
+    name="unmask_tokens_accepted_per_step",
+    kind="histogram",
+    help="Masked positions that one denoise forward filled in one row.",
+    buckets=(0, 1, 2, 4, 8, 16, 32),
+)
+CANVAS_UPDATES_MERGED = Metric(
+    name="unmask_canvas_updates_merged_total",
+    kind="counter",
+    help="Canvas updates merged into a later one, or dropped, because their client reads more slowly.",
+)
+
+SERVING: tuple[Metric, ...] = (
+    REQUESTS,
+    REQUESTS_RUNNING,
+    REQUESTS_WAITING,
+    ADMISSION_REJECTIONS,
+    CANCELLED,
+    QUEUE_SECONDS,
+    TIME_TO_FIRST_BLOCK,
+    INTER_BLOCK,
+    E2E,
+    PROMPT_TOKENS,
+    COMMITTED_TOKENS,
+    BLOCKS_COMMITTED,
+    FORWARDS,
+    FORWARD_SECONDS,
+    POSITIONS_EVALUATED,
+    TOKENS_PER_FORWARD,
+    TOKENS_PER_FORWARD_DECODE,
+    TOKENS_PER_FORWARD_DENOISE,
+    FORWARDS_PER_BLOCK,
+    TOKENS_ACCEPTED_PER_STEP,
+    CANVAS_UPDATES_MERGED,
+)
+
+
+class Recorder:
+    """Records a table of metrics in a registry of its own; safe to use from several threads."""
+
+    def __init__(self, table: Sequence[Metric] = SERVING) -> None:
+        self.registry = CollectorRegistry()
+        self._collectors = {metric.name: _collector(metric, self.registry) for metric in table}
+
+    def count(self, metric: Metric, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        collector = self._find(metric, labels)
+        assert isinstance(collector, Counter), metric.name
+        collector.inc(amount)
+
+    def observe(self, metric: Metric, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        collector = self._find(metric, labels)
+        assert isinstance(collector, Histogram), metric.name
+        collector.observe(value)
+
+    def gauge(self, metric: Metric, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        collector = self._find(metric, labels)
+        assert isinstance(collector, Gauge), metric.name
+        collector.set(value)
+
+    def value(self, metric: Metric, **labels: str) -> float:
+        """What a counter or gauge stands at, or how often a histogram was observed; 0 before first use."""
+        sample = f"{metric.name}_count" if metric.kind == "histogram" else metric.name
+        return self.registry.get_sample_value(sample, labels) or 0.0
+
+    def _find(self, metric: Metric, labels: dict[str, str]) -> Counter | Gauge | Histogram:
+        collector = self._collectors[metric.name]
+        return collector.labels(**labels) if metric.labels else collector
+
+
+def _collector(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    match metric.kind:
+        case "counter":
+            return Counter(metric.name, metric.help, metric.labels, registry=registry)
+        case "gauge":
+            return Gauge(metric.name, metric.help, metric.labels, registry=registry)
+        case "histogram":
+            return Histogram(
+                metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets
+            )

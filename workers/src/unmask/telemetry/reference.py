@@ -1,0 +1,44 @@
+"""The reference page of the metrics, written from their table."""
+
+from unmask.telemetry.metrics import SERVING, Metric
+
+__all__ = ["markdown"]
+
+_INTRODUCTION = """\
+# Metrics
+
+<!-- Generated from unmask.telemetry.metrics: `make generate`. -->
+
+`unmask serve` exports these at `http://HOST:METRICS_PORT/metrics` in the Prometheus text format. Every
+counter starts anew with the process. No label tells requests apart.
+
+Tokens per forward pass are always three figures, which differ in the forwards they count: all that the
+request took part in (`unmask_tokens_per_forward`), denoise and persist (`..._decode`), and denoise alone
+(`..._denoise`). The end of text and what follows it are not counted as tokens.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+
+_BUCKETS = """
+## Buckets
+
+Upper bounds of the histograms; `+Inf` is the last of each.
+
+"""
+
+
+def markdown() -> str:
+    """The content of ``docs/reference/metrics.md``."""
+    rows = "\n".join(_row(metric) for metric in SERVING)
+    bounds = "\n".join(_bounds(metric) for metric in SERVING if metric.buckets)
+    return f"{_INTRODUCTION}{rows}\n{_BUCKETS}{bounds}\n"
+
+
+def _row(metric: Metric) -> str:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    return f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |"
+
+
+def _bounds(metric: Metric) -> str:
+    return f"- `{metric.name}`: {', '.join(f'{bound:g}' for bound in metric.buckets)}"

@@ -1,0 +1,157 @@
+"""``unmask serve DIR``: answer generation requests with the model in a folder."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from unmask.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from unmask.models.config import ModelConfig
+    from unmask.serving.server import Server
+
+__all__ = ["command"]
+
+
+@click.command("serve", short_help="Answer generation requests over gRPC.")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=50051,
+    show_default=True,
+    help="gRPC; 0 for any free port.",
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=9090,
+    show_default=True,
+    help="Prometheus metrics; 0 for any free port.",
+)
+@click.option("--name", help="What requests call the model.  [default: the folder's name]")
+@click.option(
+    "--rows",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Requests that share one forward pass.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Most tokens of a prompt and its generation; the cache is allocated for --rows of them.  "
+    "[default: the model's own, at most 4096]",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Requests that may wait for a row.",
+)
+@click.option(
+    "--max-queue-tokens",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    help="Tokens, read and to be written, of the requests that wait.",
+)
+@click.option(
+    "--max-request-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Most time one request gets.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(0),
+    default=30,
+    show_default=True,
+    help="How long running requests may go on after SIGTERM.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads for one forward pass.  [default: torch's own]"
+)
+def command(
+    folder: Path,
+    host: str,
+    port: int,
+    metrics_port: int,
+    name: str | None,
+    rows: int,
+    context: int | None,
+    max_queue: int,
+    max_queue_tokens: int,
+    max_request_seconds: float,
+    drain_seconds: float,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Answer generation requests over gRPC (unmask.v1.Generation) with the masked-diffusion model in DIR.
+
+    DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
+    template) and generation_config.json (block_length, threshold, eos_token_id, mask_token_id). When the
+    server answers, one line with its address is printed. It ends on SIGTERM or Ctrl-C.
+    """
+    import torch
+
+    from unmask.diffusion.generation import BlockBatch
+    from unmask.models.loading import load
+    from unmask.models.registry import read_config
+    from unmask.serving.model import ServedModel
+    from unmask.serving.server import ServerOptions, serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = read_config(folder)
+    _refuse_autoregressive(folder, config)
+    _check_context(context, config)
+    described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
+    model = load(folder, device=device)
+    batch = BlockBatch(
+        model, rows=rows, capacity=described.context_length, block_length=described.defaults.block_length
+    )
+    options = ServerOptions(
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        max_queue_requests=max_queue,
+        max_queue_tokens=max_queue_tokens,
+        max_request_s=max_request_seconds,
+        drain_s=drain_seconds,
+    )
+
+    def ready(server: "Server") -> None:
+        click.echo(
+            f"serving {described.name} ({described.architecture}) on {host}:{server.port}, "
+            f"metrics on http://{host}:{server.metrics_port}/metrics"
+        )
+
+    asyncio.run(serve(batch, described, options, ready))
+
+
+def _refuse_autoregressive(folder: Path, config: "ModelConfig") -> None:
+    """Find out before the weights are read, which may take minutes."""
+    from unmask.models.loading import build
+
+    if build(config, device="meta").causal:
+        raise ModelError(
+            f"{folder / 'config.json'}: {config.architectures[0]} is autoregressive, only masked diffusion "
+            "models are served; train it with a stage that has `convertTo: LLaDA2MoeModelLM`"
+        )
+
+
+def _check_context(context: int | None, config: "ModelConfig") -> None:
+    if context is not None and context > config.max_position_embeddings:
+        raise UsageError(
+            f"--context: got {context}, the model's max_position_embeddings allows at most "
+            f"{config.max_position_embeddings}"
+        )

@@ -1,0 +1,346 @@
+"""One model thread that decodes whatever requests there are, one forward at a time.
+
+Any thread submits and cancels; the model thread alone touches the batch. Between two forwards it lets
+cancelled requests go, takes up waiting ones where a row is free (first come, first served), and hands out
+what the last forward brought about. So a request never waits for another one's block to end, and a cancelled
+request takes part in at most the forward that is running.
+
+What does not fit the queue is turned away at once: waiting without an end is worse than being told to come
+back.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.generation import (
+    Committed,
+    Event,
+    Filled,
+    Finished,
+    FinishReason,
+    ForwardCounts,
+    Prefilled,
+)
+from unmask.errors import UsageError
+from unmask.serving.outbox import Admitted, Failed, Outbox
+from unmask.telemetry import Recorder, metrics
+
+__all__ = ["Batch", "Engine", "EngineStopped", "QueueFull", "Request"]
+
+logger = logging.getLogger(__name__)
+
+_NO_TICKET = -1
+_DELAY_S = (0.1, 30.0)
+"""Shortest and longest time to ask a rejected client to wait."""
+
+
+class Batch(Protocol):
+    """What the engine asks of :class:`unmask.diffusion.generation.BlockBatch`."""
+
+    @property
+    def block_length(self) -> int:
+        """Positions in one block."""
+
+    @property
+    def rows(self) -> int:
+        """Requests that can be active at a time."""
+
+    @property
+    def free_rows(self) -> int:
+        """Requests that can be admitted now."""
+
+    @property
+    def active(self) -> int:
+        """Requests admitted and not finished."""
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+        """Take a request up, without a forward."""
+
+    def release(self, ticket: int) -> None:
+        """Drop a request."""
+
+    def step(self) -> list[Event]:
+        """Run one forward."""
+
+
+class QueueFull(Exception):
+    """No room to wait; ``retry_after_s`` is when a place may have come free."""
+
+    def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"the queue is full: it holds at most {limit} {what}; retry in {retry_after_s:.1f} s"
+        )
+        self.what = what
+        self.retry_after_s = retry_after_s
+
+
+class EngineStopped(Exception):
+    """The engine takes nothing more: it drains, has stopped, or has failed."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """One request from submission to its end; the engine's own, but for what it is made from."""
+
+    prompt: Sequence[int]
+    params: DecodingParams
+    outbox: Outbox
+    committed: Sequence[int] = ()
+    canvas: bool = False
+    """Whether provisional updates go to the outbox."""
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    last_block: float | None = None
+    """When the last block was committed."""
+    ticket: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Cache positions it may come to use."""
+        return len(self.prompt) + self.params.max_new_tokens
+
+    def outcome(self) -> FinishReason | None:
+        """How it has ended already, if the committed tokens leave nothing to generate."""
+        if self.params.eos_token_id in self.committed:
+            return "eos"
+        return "length" if len(self.committed) >= self.params.max_new_tokens else None
+
+
+class Engine:
+    """The scheduler of one batch.
+
+    Args:
+        batch: What runs the forwards.
+        recorder: Takes the metrics.
+        max_queue_requests: Requests that may wait beyond those for which a row is free.
+        max_queue_tokens: Prompt and ``max_new_tokens`` of waiting requests together; one alone may exceed it.
+        on_failure: Called once, on the model thread, when a forward raised and the engine has ended for it.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        recorder: Recorder,
+        *,
+        max_queue_requests: int = 256,
+        max_queue_tokens: int = 1_000_000,
+        on_failure: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._batch = batch
+        self._recorder = recorder
+        self._max_queue_requests = max_queue_requests
+        self._max_queue_tokens = max_queue_tokens
+        self._on_failure = on_failure
+        self._changed = threading.Condition()
+        # All below is guarded by _changed.
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}
+        self._cancelled: set[int] = set()
+        self._decoding: set[int] = set()
+        self._refusal: str | None = None
+        self._stopping = False
+        self._service_seconds = 1.0
+        self._thread = threading.Thread(target=self._run, name="unmask-model", daemon=True)
+
+    # Any thread.
+
+    def start(self) -> None:
+        """Start the model thread."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; what comes of it goes to its outbox.
+
+        Raises:
+            QueueFull: There is no room to wait.
+            EngineStopped: The engine takes nothing more.
+        """
+        with self._changed:
+            self._check_room(request)
+            outcome = request.outcome()
+            if outcome is None:
+                self._waiting.append(request)
+                self._gauge()
+                self._changed.notify()
+                return
+        request.outbox.put(Admitted(queue_seconds=0.0))
+        request.outbox.put(Finished(_NO_TICKET, outcome, ForwardCounts(), kept_tokens=0))
+
+    def cancel(self, request: Request) -> None:
+        """Let a request go; nothing happens if it has ended."""
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif request.ticket in self._running:
+                self._cancelled.add(request.ticket)
+            self._gauge()
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Refuse what is new and go on with what is there."""
+        with self._changed:
+            self._refusal = self._refusal or "the server is shutting down; go on elsewhere"
+
+    def stop(self) -> None:
+        """End the model thread after the forward it is in; requests that are left fail."""
+        with self._changed:
+            self._refusal = self._refusal or "the server has stopped; go on elsewhere"
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._fail_all(EngineStopped(self._refusal))
+
+    # The model thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self.turn()
+        except Exception as error:
+            # Whatever a forward raises, the batch's state is unknown after it: end, and let all callers know.
+            logger.exception("a forward failed; the engine ends")
+            with self._changed:
+                self._refusal = "the model has failed; go on elsewhere"
+            self._fail_all(error)
+            self._on_failure()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; False to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._running)
+            return not self._stopping
+
+    def turn(self) -> None:
+        """Let cancelled requests go, take waiting ones up, and run one forward if any request is active."""
+        with self._changed:
+            self._release_cancelled()
+            self._admit_waiting()
+            self._gauge()
+        if self._batch.active:
+            started = time.monotonic()
+            events = self._batch.step()
+            self._record_forward(events, time.monotonic() - started)
+            for event in events:
+                self._deliver(event)
+
+    def _release_cancelled(self) -> None:
+        for ticket in self._cancelled:
+            if self._running.pop(ticket, None):
+                self._batch.release(ticket)
+                self._decoding.discard(ticket)
+        self._cancelled.clear()
+
+    def _admit_waiting(self) -> None:
+        while self._waiting and self._batch.free_rows:
+            request = self._waiting.popleft()
+            try:
+                request.ticket = self._batch.admit(request.prompt, request.params, request.committed)
+            except UsageError as error:
+                request.outbox.put(Failed(error=error))
+                continue
+            self._running[request.ticket] = request
+            if len(request.prompt) + len(request.committed) < self._batch.block_length:
+                self._decoding.add(request.ticket)  # there is no whole block to prefill
+            request.admitted = time.monotonic()
+            queue_seconds = request.admitted - request.arrived
+            self._recorder.observe(metrics.QUEUE_SECONDS, queue_seconds)
+            self._recorder.count(metrics.PROMPT_TOKENS, len(request.prompt))
+            request.outbox.put(Admitted(queue_seconds=queue_seconds))
+
+    def _deliver(self, event: Event) -> None:
+        request = self._running[event.ticket]
+        match event:
+            case Prefilled():
+                self._decoding.add(event.ticket)
+            case Filled():
+                self._recorder.observe(metrics.TOKENS_ACCEPTED_PER_STEP, len(event.positions))
+                if request.canvas and request.outbox.put(event):
+                    self._recorder.count(metrics.CANVAS_UPDATES_MERGED)
+            case Committed():
+                self._record_block(request, event)
+                request.outbox.put(event)
+            case Finished():
+                self._finish(request, event)
+
+    def _finish(self, request: Request, event: Finished) -> None:
+        now = time.monotonic()
+        with self._changed:
+            del self._running[event.ticket]
+            self._decoding.discard(event.ticket)
+            self._service_seconds += 0.1 * (now - request.admitted - self._service_seconds)
+            self._gauge()
+        usage, kept = event.usage, event.kept_tokens - len(request.committed)
+        self._recorder.observe(metrics.E2E, now - request.arrived)
+        self._recorder.observe(metrics.TOKENS_PER_FORWARD, usage.tpf(kept))
+        self._recorder.observe(metrics.TOKENS_PER_FORWARD_DECODE, usage.tpf_decode(kept))
+        self._recorder.observe(metrics.TOKENS_PER_FORWARD_DENOISE, usage.tpf_denoise(kept))
+        self._recorder.count(metrics.POSITIONS_EVALUATED, usage.positions)
+        request.outbox.put(replace(event, kept_tokens=kept))
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._changed:
+            requests = [*self._waiting, *self._running.values()]
+            self._waiting.clear()
+            self._running.clear()
+            self._gauge()
+        for request in requests:
+            request.outbox.put(Failed(error=error))
+
+    def _check_room(self, request: Request) -> None:
+        if self._refusal is not None:
+            self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="stopped")
+            raise EngineStopped(self._refusal)
+        shortest, longest = _DELAY_S
+        retry_after = min(longest, max(shortest, self._service_seconds / self._batch.rows))
+        room = self._max_queue_requests + self._batch.rows - len(self._running)
+        if len(self._waiting) >= room:
+            self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="requests")
+            raise QueueFull("requests", self._max_queue_requests, retry_after)
+        waiting_tokens = sum(waiting.tokens for waiting in self._waiting)
+        if self._waiting and waiting_tokens + request.tokens > self._max_queue_tokens:
+            self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="tokens")
+            raise QueueFull("tokens", self._max_queue_tokens, retry_after)
+
+    def _gauge(self) -> None:
+        self._recorder.gauge(metrics.REQUESTS_RUNNING, len(self._running))
+        self._recorder.gauge(metrics.REQUESTS_WAITING, len(self._waiting))
+
+    def _record_forward(self, events: Sequence[Event], seconds: float) -> None:
+        kind = forward_kind(events, self._decoding)
+        self._recorder.count(metrics.FORWARDS, kind=kind)
+        self._recorder.observe(metrics.FORWARD_SECONDS, seconds, kind=kind)
+
+    def _record_block(self, request: Request, event: Committed) -> None:
+        now = time.monotonic()
+        if request.last_block is None:
+            self._recorder.observe(metrics.TIME_TO_FIRST_BLOCK, now - request.arrived)
+        else:
+            self._recorder.observe(metrics.INTER_BLOCK, now - request.last_block)
+        request.last_block = now
+        self._recorder.count(metrics.BLOCKS_COMMITTED)
+        self._recorder.count(metrics.COMMITTED_TOKENS, len(event.token_ids))
+        self._recorder.observe(metrics.FORWARDS_PER_BLOCK, event.forwards)
+
+
+def forward_kind(events: Sequence[Event], decoding: set[int]) -> str:
+    """What the rows of one forward did: "prefill", "denoise", "persist" or "mixed".
+
+    A row that persists has nothing to tell, so it is known by its silence.
+
+    Args:
+        events: What the forward brought about.
+        decoding: Tickets past their prefill when it began.
+    """
+    if any(isinstance(event, Prefilled) for event in events):
+        return "prefill"
+    filled = {event.ticket for event in events if isinstance(event, Filled)}
+    if not filled:
+        return "persist"
+    return "mixed" if decoding - filled else "denoise"

@@ -1,0 +1,184 @@
+"""What a request asks for, checked against the model before it may wait for anything.
+
+All wrong fields are reported at once, each with what is allowed. Nothing is accepted that could fail in the
+middle of a generation.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from unmask.diffusion.decoding import DecodingParams
+from unmask.errors import ModelError, UsageError
+from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel
+from unmask.serving.refusals import Refused, Violation, invalid
+from unmask.v1 import generation_pb2 as pb
+
+__all__ = ["Order", "check_canvas", "read_order"]
+
+MAX_REQUEST_ID_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A request that can be carried out."""
+
+    request_id: str
+    prompt: Sequence[int]
+    committed: Sequence[int]
+    params: DecodingParams
+
+
+def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
+    """Check a request and fill in its defaults.
+
+    Raises:
+        Refused: INVALID_ARGUMENT with every wrong field, NOT_FOUND or UNIMPLEMENTED.
+    """
+    if request.HasField("model") and request.model != model.name:
+        message = f"model: got {request.model!r}, served here is {model.name!r}"
+        raise Refused(grpc.StatusCode.NOT_FOUND, message)
+    reader = _Reader(model)
+    prompt = reader.prompt(request)
+    max_tokens = reader.max_tokens(request.sampling, len(prompt))
+    committed = reader.committed(request.committed_token_ids, max_tokens)
+    threshold = reader.threshold(request.diffusion)
+    steps = reader.steps(request.diffusion)
+    reader.decoder(request.diffusion)
+    request_id = reader.request_id(request)
+    if reader.violations:
+        raise invalid(reader.violations)
+    if request.sampling.temperature != 0:
+        message = f"sampling.temperature: got {request.sampling.temperature:g}, only 0 is implemented"
+        raise Refused(grpc.StatusCode.UNIMPLEMENTED, message)
+    params = model.params(max_new_tokens=max_tokens, threshold=threshold, steps=steps)
+    return Order(request_id=request_id, prompt=prompt, committed=committed, params=params)
+
+
+def check_canvas(options: pb.StreamOptions) -> bool:
+    """Whether a stream wants canvas updates.
+
+    Raises:
+        Refused: The mode is not one we know.
+    """
+    if options.canvas not in pb.CanvasMode.values():
+        raise invalid(
+            [Violation("options.canvas", f"got {options.canvas}, {_allowed(pb.CanvasMode.keys())}")]
+        )
+    return options.canvas == pb.CANVAS_MODE_DIFF
+
+
+class _Reader:
+    """Reads a request field by field; what is wrong gathers in ``violations``."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.violations: list[Violation] = []
+
+    def prompt(self, request: pb.GenerateRequest) -> list[int]:
+        """The prompt's token ids, at least one."""
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            self._wrong("prompt", "nothing is set; set one of text, token_ids, chat")
+            return []
+        try:
+            ids = self._encode(kind, request)
+        except (UsageError, ModelError) as error:
+            self._wrong(kind, str(error))
+            return []
+        if not ids:
+            self._wrong(kind, "holds no tokens; send at least one")
+        return ids
+
+    def max_tokens(self, sampling: pb.SamplingParams, prompt_tokens: int) -> int:
+        """The given limit, or the default as far as there is room; it fits the context."""
+        context = self._model.context_length
+        room = context - prompt_tokens
+        if room < 1:
+            self._wrong(
+                "prompt",
+                f"has {prompt_tokens} tokens; the context holds {context}, one to be generated included",
+            )
+            return 0
+        if not sampling.HasField("max_tokens"):
+            return min(DEFAULT_MAX_TOKENS, room)
+        if not 1 <= sampling.max_tokens <= room:
+            self._wrong(
+                "sampling.max_tokens",
+                f"got {sampling.max_tokens}, must be 1 to {room}: the context holds {context} tokens, "
+                f"{prompt_tokens} of them the prompt's",
+            )
+        return sampling.max_tokens
+
+    def committed(self, ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Token ids to go on from."""
+        self._check_ids("committed_token_ids", ids)
+        if len(ids) > max_tokens:
+            self._wrong(
+                "committed_token_ids",
+                f"got {len(ids)} ids, more than {max_tokens} max_tokens; send the former call's max_tokens",
+            )
+        return tuple(ids)
+
+    def decoder(self, diffusion: pb.DiffusionParams) -> None:
+        """There is one decoder so far."""
+        if diffusion.decoder not in pb.Decoder.values():
+            self._wrong("diffusion.decoder", f"got {diffusion.decoder}, {_allowed(pb.Decoder.keys())}")
+
+    def threshold(self, diffusion: pb.DiffusionParams) -> float:
+        """The given threshold or the model's."""
+        if not diffusion.HasField("threshold"):
+            return self._model.defaults.threshold
+        if not 0 < diffusion.threshold <= 1:
+            self._wrong("diffusion.threshold", f"got {diffusion.threshold:g}, must be above 0 and at most 1")
+        return diffusion.threshold
+
+    def steps(self, diffusion: pb.DiffusionParams) -> int:
+        """The given steps per block or as many as a block has positions."""
+        longest = self._model.defaults.block_length
+        if not diffusion.HasField("steps_per_block"):
+            return longest
+        if not 1 <= diffusion.steps_per_block <= longest:
+            self._wrong(
+                "diffusion.steps_per_block",
+                f"got {diffusion.steps_per_block}, must be 1 to {longest}, the block length",
+            )
+        return diffusion.steps_per_block
+
+    def request_id(self, request: pb.GenerateRequest) -> str:
+        """The given name or a new one."""
+        if not request.HasField("request_id"):
+            return uuid.uuid4().hex
+        if not 0 < len(request.request_id.encode()) <= MAX_REQUEST_ID_BYTES:
+            self._wrong("request_id", f"must have 1 to {MAX_REQUEST_ID_BYTES} bytes, or be unset")
+        return request.request_id
+
+    def _encode(self, kind: str, request: pb.GenerateRequest) -> list[int]:
+        tokenizer = self._model.tokenizer
+        if kind == "token_ids":
+            ids = list(request.token_ids.ids)
+            self._check_ids("token_ids.ids", ids)
+            return ids
+        if kind == "text":
+            return tokenizer.encode(request.text)
+        if not request.chat.messages:
+            raise UsageError("has no messages; send at least one turn")
+        turns = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+        return tokenizer.encode(tokenizer.render_chat(turns, add_generation_prompt=True))
+
+    def _check_ids(self, field: str, ids: Sequence[int]) -> None:
+        for place, token_id in enumerate(ids):
+            if token_id >= self._model.vocab_size:
+                self._wrong(
+                    f"{field}[{place}]", f"got {token_id}, ids run from 0 to {self._model.vocab_size - 1}"
+                )
+                return
+
+    def _wrong(self, field: str, description: str) -> None:
+        self.violations.append(Violation(field, description))
+
+
+def _allowed(names: Sequence[str]) -> str:
+    return "allowed are " + ", ".join(name for name in names if not name.endswith("_UNSPECIFIED"))

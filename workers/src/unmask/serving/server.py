@@ -1,0 +1,169 @@
+"""A server's life: ports, health, and an orderly end.
+
+It answers from the moment it is ready. On SIGTERM or SIGINT it says NOT_SERVING, takes nothing new, lets what
+is running come to its end for a while, and stops. If the model fails, the process ends with an error, so that
+whoever started it can start it again.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from unmask.errors import UsageError
+from unmask.serving.engine import Batch, Engine
+from unmask.serving.model import ServedModel
+from unmask.serving.service import GenerationService, ModelsService
+from unmask.telemetry import Recorder
+from unmask.v1 import generation_pb2
+from unmask.v1.generation_pb2_grpc import add_GenerationServicer_to_server, add_ModelsServicer_to_server
+
+__all__ = ["Server", "ServerOptions", "serve"]
+
+logger = logging.getLogger(__name__)
+
+SERVICES = tuple(service.full_name for service in generation_pb2.DESCRIPTOR.services_by_name.values())
+_CALLS_BEYOND_QUEUE = 128
+"""Calls beside those that run or wait: health, model info, and those about to be refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Where a server listens and how much it takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    """0 for any free one."""
+    metrics_port: int = 9090
+    """0 for any free one."""
+    max_queue_requests: int = 256
+    max_queue_tokens: int = 1_000_000
+    max_request_s: float = 600.0
+    """The most time one call gets."""
+    drain_s: float = 30.0
+    """How long running calls may go on when the server is asked to end."""
+    max_message_bytes: int = 4 << 20
+
+
+class Server:
+    """One model behind one port, with its metrics behind another. Use from one event loop."""
+
+    def __init__(self, batch: Batch, model: ServedModel, options: ServerOptions) -> None:
+        self._options = options
+        self._failed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.recorder = Recorder()
+        self.engine = Engine(
+            batch,
+            self.recorder,
+            max_queue_requests=options.max_queue_requests,
+            max_queue_tokens=options.max_queue_tokens,
+            on_failure=lambda: self._loop.call_soon_threadsafe(self._failed.set),
+        )
+        self._health = health.aio.HealthServicer()
+        self._grpc = _grpc_server(
+            options, max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE
+        )
+        generation = GenerationService(self.engine, model, self.recorder, max_request_s=options.max_request_s)
+        add_GenerationServicer_to_server(generation, self._grpc)
+        add_ModelsServicer_to_server(ModelsService(model), self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self._metrics: tuple[WSGIServer, Thread] | None = None
+        self.port = 0
+        self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Bind the ports and answer; ``port`` and ``metrics_port`` then say where.
+
+        Raises:
+            UsageError: A port cannot be bound.
+        """
+        host = self._options.host
+        try:
+            self.port = self._grpc.add_insecure_port(_address(host, self._options.port))
+        except RuntimeError as error:
+            raise UsageError(
+                f"--port: cannot listen on {_address(host, self._options.port)}; is it in use?"
+            ) from error
+        try:
+            self._metrics = start_http_server(self._options.metrics_port, host, self.recorder.registry)
+        except OSError as error:
+            address = _address(host, self._options.metrics_port)
+            raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
+        self.metrics_port = self._metrics[0].server_port
+        self.engine.start()
+        await self._grpc.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, HealthCheckResponse.SERVING)
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Take nothing new, give running calls ``drain_s`` seconds (or the options'), and end."""
+        await self._health.enter_graceful_shutdown()
+        self.engine.drain()
+        await self._grpc.stop(self._options.drain_s if drain_s is None else drain_s)
+        await asyncio.to_thread(self.engine.stop)
+        if self._metrics:
+            server, thread = self._metrics
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            thread.join()
+
+    async def failed(self) -> None:
+        """Return once the model has failed."""
+        await self._failed.wait()
+
+
+async def serve(
+    batch: Batch, model: ServedModel, options: ServerOptions, ready: Callable[[Server], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT; ``ready`` is called when the server answers.
+
+    Raises:
+        UsageError: A port cannot be bound.
+        RuntimeError: The model failed; the log has the traceback.
+    """
+    server = Server(batch, model, options)
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await server.start()
+    ready(server)
+    waits = {asyncio.create_task(asked.wait()), asyncio.create_task(server.failed())}
+    _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    logger.info("stopping; running calls have %s s", options.drain_s)
+    await server.stop()
+    if not asked.is_set():
+        raise RuntimeError("the model failed; the log says why")
+
+
+def _grpc_server(options: ServerOptions, *, max_calls: int) -> grpc.aio.Server:
+    return grpc.aio.server(
+        maximum_concurrent_rpcs=max_calls,
+        options=[
+            ("grpc.max_receive_message_length", options.max_message_bytes),
+            ("grpc.max_send_message_length", options.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # two servers on one port would share its calls in silence
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often clients may ping
+        ],
+    )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -47,7 +47,7 @@ def tiny_model(*, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: 
 def packed_row(
     *documents: Sequence[int], length: int, prompt: Sequence[int] = (), first_ordinal: int = 0
 ) -> PackedRows:
-    """One row that holds ``documents`` in order; ``prompt[i]`` first tokens of document i are not supervised."""
+    """One row of ``documents`` in order; the ``prompt[i]`` first tokens of document i are not supervised."""
     ids = np.full((1, length), TINY["eos_token_id"], np.int64)
     document, ordinal = np.full((1, length), -1, np.int64), np.zeros((1, length), np.int64)
     position, supervised = np.zeros((1, length), np.int64), np.zeros((1, length), np.bool_)

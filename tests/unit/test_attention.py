@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from unmask.attention import AttentionMetadata, attend_plainly, may_attend, plan
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from support.models import TINY, packed_row, random_tokens, tiny_model
 from unmask.attention import AttentionMetadata
 from unmask.diffusion import layout

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from support.models import TINY, tiny_model
 from unmask.errors import ModelError
 from unmask.models.conversion import to_diffusion
@@ -106,15 +107,15 @@ def test_saving_replaces_a_folder_and_leaves_nothing_beside_it(saved, tmp_path):
 
 def test_a_model_loads_in_another_dtype_with_its_router_in_float32(saved):
     model = load(saved[1], dtype=torch.bfloat16)
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.head.weight.dtype == torch.bfloat16
     assert {router.weight.dtype for router in model.routers()} == {torch.float32}
 
 
 def test_equal_seeds_give_equal_weights():
     config = parse_config(TINY)
     assert_equal_weights(build(config, seed=3), build(config, seed=3))
-    different = build(config, seed=4).state_dict()["lm_head.weight"]
-    assert not torch.equal(build(config, seed=3).state_dict()["lm_head.weight"], different)
+    different = build(config, seed=4).state_dict()["head.weight"]
+    assert not torch.equal(build(config, seed=3).state_dict()["head.weight"], different)
 
 
 # The autoregressive source
@@ -157,7 +158,7 @@ def test_multi_token_prediction_layers_are_dropped(tmp_path):
         "model.layers.3.enorm.weight": torch.zeros(2),
     }
     model = load(as_ling(GOLDEN / "llada2_a", tmp_path / "ling", extra))
-    assert len(model.model.layers) == 3
+    assert len(model.layers) == 3
 
 
 def test_conversion_keeps_every_tensor_and_changes_the_architecture(tmp_path):

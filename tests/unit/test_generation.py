@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from support.models import TINY, random_tokens, tiny_model
 from unmask.diffusion.decoding import DecodingParams, accept, best_tokens, quota
 from unmask.diffusion.generation import (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from support.models import TINY, packed_row, random_tokens, tiny_model
 from unmask.diffusion import layout
 from unmask.diffusion.losses import summed_loss, token_nll

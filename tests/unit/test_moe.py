@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from support.models import tiny_model
 from unmask.models.moe import Experts, Router, Routing, experts_one_by_one
 

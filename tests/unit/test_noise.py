@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from support.models import packed_row, random_tokens
 from unmask.diffusion.noise import NoiseConfig, corrupt
 from unmask.diffusion.rows import uniform
-
 
 RECORDED = [0.7545134190860097, 0.976164072590892, 0.13449337146211693]
 

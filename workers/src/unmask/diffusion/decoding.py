@@ -36,7 +36,8 @@ class DecodingParams:
         """Check what no forward could make sense of."""
         if self.max_new_tokens < 1 or self.block_length < 1:
             raise ValueError(
-                f"max_new_tokens and block_length must be positive, got {self.max_new_tokens} and {self.block_length}"
+                "max_new_tokens and block_length must be positive, "
+                f"got {self.max_new_tokens} and {self.block_length}"
             )
         if self.threshold <= 0:
             raise ValueError(f"threshold must be above 0, got {self.threshold}")
@@ -55,7 +56,7 @@ class Candidates:
 
 
 def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
-    """Greedy candidates from float32 ``logits`` (..., B, V); the mask token is excluded from choice and softmax."""
+    """Greedy candidates from ``logits`` (..., B, V); choice and softmax exclude the mask token."""
     allowed = logits.clone()
     allowed[..., mask_token_id] = float("-inf")
     best, tokens = allowed.max(dim=-1)
@@ -63,7 +64,7 @@ def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
 
 
 def quota(params: DecodingParams, step: int) -> int:
-    """Fewest positions that step number ``step`` (from 0) fills: the block's positions in even shares, the first ones larger."""
+    """Fewest positions that step ``step`` (from 0) fills: even shares of the block, the first ones larger."""
     steps = params.steps or params.block_length
     share, longer = divmod(params.block_length, steps)
     return share + (1 if step < longer else 0)

@@ -52,7 +52,7 @@ class BlockCache(Protocol):
     """What a batch asks of its cache; :class:`unmask.models.cache.RowCache` is one."""
 
     def select(self, first: int, count: int) -> Any:
-        """Let the next forward work on ``count`` rows from ``first``; returns what ``hidden`` takes as cache."""
+        """Let the next forward work on ``count`` rows from ``first``; returns the cache for ``hidden``."""
 
     def commit(self, row: int, tokens: int) -> None:
         """Keep what the last forward wrote."""
@@ -298,8 +298,8 @@ class BlockBatch:
             raise UsageError("prompt: got no tokens, expected at least one")
         if len(prompt) + params.max_new_tokens > self.capacity:
             raise UsageError(
-                f"prompt of {len(prompt)} tokens and max_new_tokens {params.max_new_tokens} exceed the context of "
-                f"{self.capacity} tokens; shorten the prompt or ask for fewer"
+                f"prompt of {len(prompt)} tokens and max_new_tokens {params.max_new_tokens} exceed "
+                f"the context of {self.capacity} tokens; shorten the prompt or ask for fewer"
             )
         if len(committed) >= params.max_new_tokens or params.eos_token_id in committed:
             raise UsageError(

@@ -15,7 +15,7 @@ predictions.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -154,18 +154,14 @@ def _normaliser(rows: PackedRows, corruption: Corruption, flat: bool) -> float:
 
 def _assemble(rows: PackedRows, copies: list[_Copy], *, normaliser: float) -> ModelInputs:
     """Lay the kept tokens of all copies side by side and close the gaps; short rows end in padding."""
-
-    def beside(parts: list[NDArray[np.generic]]) -> NDArray[np.generic]:
-        return np.concatenate(parts, axis=1)
-
-    kept = beside([copy.kept for copy in copies])
+    kept = np.concatenate([copy.kept for copy in copies], axis=1)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : max(1, int(kept.sum(1).max()))]
     real = np.take_along_axis(kept, order, 1)
 
-    def gathered(parts: list[NDArray[np.generic]], filler: int = 0) -> NDArray[np.generic]:
-        return np.where(real, np.take_along_axis(beside(parts), order, 1), filler)
+    def gathered(parts: list[NDArray[Any]], filler: int = 0) -> NDArray[Any]:
+        return np.where(real, np.take_along_axis(np.concatenate(parts, axis=1), order, 1), filler)
 
-    def tensor(parts: list[NDArray[np.generic]], filler: int = 0) -> Tensor:
+    def tensor(parts: list[NDArray[Any]], filler: int = 0) -> Tensor:
         return torch.from_numpy(gathered(parts, filler).astype(np.int64, copy=False))
 
     metadata = AttentionMetadata(
@@ -188,7 +184,7 @@ def _assemble(rows: PackedRows, copies: list[_Copy], *, normaliser: float) -> Mo
 
 
 def _block_keys(rows: PackedRows, block: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A number per token that is equal just for tokens of the same block of the same document of the same row."""
+    """A number per token, equal just for tokens of one block of one document of one row."""
     row = np.arange(rows.shape[0])[:, None]
     width = int(block.max(initial=0)) + 1
     documents = int(rows.document.max(initial=0)) + 2
@@ -199,7 +195,8 @@ def _any_in_block(rows: PackedRows, block: NDArray[np.int64], flag: NDArray[np.b
     """For each token, whether ``flag`` holds for any token of its block."""
     keys = _block_keys(rows, block)
     counts = np.bincount(keys.ravel(), weights=flag.ravel(), minlength=int(keys.max()) + 1)
-    return counts[keys] > 0
+    found: NDArray[np.bool_] = counts[keys] > 0
+    return found
 
 
 def _in_last_block(rows: PackedRows, block: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -207,4 +204,5 @@ def _in_last_block(rows: PackedRows, block: NDArray[np.int64]) -> NDArray[np.boo
     documents = _block_keys(rows, np.zeros_like(block))
     last = np.zeros(int(documents.max()) + 1, np.int64)
     np.maximum.at(last, documents.ravel(), block.ravel())
-    return block == last[documents]
+    found: NDArray[np.bool_] = block == last[documents]
+    return found

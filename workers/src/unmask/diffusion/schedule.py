@@ -14,7 +14,7 @@ __all__ = ["BlockSchedule"]
 
 @dataclass(frozen=True, slots=True)
 class BlockSchedule:
-    """Block sizes in order, in equal shares of ``steps``; earlier sizes last a step longer if it does not divide."""
+    """Block sizes in order, in equal shares of ``steps``; a remainder goes to the first ones."""
 
     sizes: Sequence[int]
     steps: int

@@ -53,7 +53,7 @@ class LanguageModel(nn.Module, ABC):
         """Scores of the vocabulary: (..., hidden_size) to float32 (..., vocab_size)."""
 
     def new_cache(self, *, rows: int, capacity: int, block_length: int) -> RowCache:
-        """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, in the model's dtype and place."""
+        """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, beside the parameters."""
         dtype = next(self.parameters()).dtype
         return RowCache(self.config, rows, capacity, block_length, dtype=dtype, device=self.device)
 

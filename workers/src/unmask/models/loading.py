@@ -46,7 +46,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LanguageModel:
-    """A model with random weights: normal with ``initializer_range`` for matrices, ones for norms, zero biases.
+    """A model with random weights: matrices normal with ``initializer_range``, norms one, biases zero.
 
     On ``device="meta"`` the model has shapes and no storage. Equal seeds give equal weights.
     """
@@ -70,7 +70,7 @@ def load(
     files = _weight_files(path)
     with _Weights(path, files) as weights:
         slots = _matching_slots(config, weights)
-        model = _empty(config, device=device, dtype=dtype or _FLOATS[weights.dtype(slots[0].name)])
+        model = _empty(config, device=device, dtype=dtype or _FLOATS[weights.dtype(slots[-1].name)])
         _fill(model, slots, weights)
     return model.eval()
 
@@ -82,7 +82,7 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     companions: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write ``config.json``, the weights under published names, and ``checksums.json`` to the folder ``path``.
+    """Write ``config.json``, published weights and ``checksums.json`` to the folder ``path``.
 
     The folder appears, or is replaced, in one step when all is written.
 
@@ -129,7 +129,7 @@ def _empty(config: ModelConfig, *, device: str | torch.device, dtype: torch.dtyp
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = model_class(config)  # type: ignore[call-arg]
+            model = model_class(config)
     finally:
         torch.set_default_dtype(default)
     if torch.device(device).type == "meta":
@@ -195,7 +195,8 @@ class _Weights:
     @staticmethod
     def _open_file(file: Path) -> safe_open:
         try:
-            return safe_open(file, framework="pt", device="cpu").__enter__()
+            handle: safe_open = safe_open(file, framework="pt", device="cpu").__enter__()
+            return handle
         except FileNotFoundError:
             raise ModelError(f"{file}: no such file, though {_INDEX} names it") from None
         except (SafetensorError, OSError) as error:
@@ -237,7 +238,8 @@ def _matching_slots(config: ModelConfig, weights: _Weights) -> list[Slot]:
     extra = [name for name in extra if not module.is_ignored(name, config)]
     if extra:
         raise ModelError(
-            f"{weights.file(extra[0])}: {len(extra)} tensors that config.json has no place for, first {extra[0]}"
+            f"{weights.file(extra[0])}: {len(extra)} tensors that config.json has no place for, "
+            f"first {extra[0]}"
         )
     for slot in slots:
         at = f"{weights.file(slot.name)}: {slot.name}"
@@ -286,7 +288,7 @@ def _write_weights(model: LanguageModel, folder: Path, max_shard_bytes: int) -> 
     if len(shards) == 1:
         _write_shard(folder / _SINGLE, shards[0], state)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / name, shard, state)

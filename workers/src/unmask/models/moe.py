@@ -45,7 +45,7 @@ class Router(nn.Module):
     def __init__(
         self, hidden_size: int, num_experts: int, *, choose: int, groups: int, keep_groups: int, scale: float
     ) -> None:
-        """``weight`` is a parameter of shape (E, D), ``expert_bias`` a buffer (E,), both float32 or wider for good."""
+        """``weight`` is a parameter (E, D), ``expert_bias`` a buffer (E,); float32 or wider for good."""
         super().__init__()
         self.choose, self.groups, self.keep_groups, self.scale = choose, groups, keep_groups, scale
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -75,7 +75,8 @@ class Router(nn.Module):
         best_groups = group_worth.topk(self.keep_groups, dim=-1).indices
         excluded = torch.ones_like(group_worth, dtype=torch.bool).scatter_(1, best_groups, False)
         allowed = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
-        return allowed.topk(self.choose, dim=-1).indices
+        chosen: Tensor = allowed.topk(self.choose, dim=-1).indices
+        return chosen
 
 
 class Experts(nn.Module):
@@ -102,11 +103,12 @@ class Experts(nn.Module):
 
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows of ``x`` up to ``ends[0]`` times weight 0, the rows up to ``ends[1]`` times weight 1, ...: (N, O)."""
+    """Rows of ``x`` up to ``ends[0]`` by weight 0, those up to ``ends[1]`` by weight 1, ...: (N, O)."""
     if x_NI.dtype == torch.float64:  # grouped_mm has no float64, which exactness tests run in
         parts = x_NI.tensor_split(ends_E[:-1].cpu())
         return torch.cat([x @ weight.T for x, weight in zip(parts, weight_EOI.unbind(), strict=True)])
-    return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+    product: Tensor = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+    return product
 
 
 def experts_one_by_one(experts: Experts, hidden_TD: Tensor, routing: Routing) -> Tensor:
@@ -123,17 +125,18 @@ def experts_one_by_one(experts: Experts, hidden_TD: Tensor, routing: Routing) ->
 class MixtureOfExperts(nn.Module):
     """Routed experts plus shared experts that every token passes through, unweighted."""
 
-    def __init__(self, gate: Router, experts: Experts, shared_experts: FeedForward | None) -> None:
-        """Put the parts together; ``gate`` is the router, under its published name."""
+    def __init__(self, router: Router, experts: Experts, shared_experts: FeedForward | None) -> None:
+        """Put the parts together."""
         super().__init__()
-        self.gate = gate
+        self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         hidden_TD = x.flatten(0, -2)
-        out_TD = self.experts(hidden_TD, self.gate(hidden_TD))
+        out_TD = self.experts(hidden_TD, self.router(hidden_TD))
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(hidden_TD)
-        return out_TD.view_as(x)
+        out: Tensor = out_TD.view_as(x)
+        return out

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864), "neox" halves, on the first dimensions of a head."""
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in "neox" halves, on part of a head."""
 
 from dataclasses import dataclass
 from typing import Self

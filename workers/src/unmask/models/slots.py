@@ -2,15 +2,16 @@
 
 A family's ``weights`` module lists its slots once; loading and saving both walk that
 list, one tensor at a time, so neither direction can drift from the other and neither
-needs a second copy of the model in memory.
+needs a second copy of the model in memory. Parts that several families name alike are
+listed by the functions here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor
 
-__all__ = ["Slot"]
+__all__ = ["Slot", "expert_slots", "feed_forward_slots"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +22,29 @@ class Slot:
     """On disk."""
     parameter: str
     """Parameter or buffer of the module, as ``state_dict`` names it."""
-    index: tuple[int | slice, ...]
-    """The part of ``parameter`` that the tensor fills; empty for all of it."""
     shape: tuple[int, ...]
     """Of the tensor on disk."""
-
-    @classmethod
-    def whole(cls, name: str, shape: tuple[int, ...]) -> Self:
-        """A tensor that fills a parameter of the same name."""
-        return cls(name, name, (), shape)
+    index: tuple[int | slice, ...] = ()
+    """The part of ``parameter`` that the tensor fills; empty for all of it."""
 
     def view(self, state: dict[str, Tensor]) -> Tensor:
         """The part of ``state`` that the tensor fills, sharing its storage."""
         parameter = state[self.parameter]
         return parameter[self.index] if self.index else parameter
+
+
+def feed_forward_slots(name: str, parameter: str, *, hidden: int, width: int) -> Iterator[Slot]:
+    """``gate_proj``, ``up_proj`` and ``down_proj`` of a dense feed-forward."""
+    yield Slot(f"{name}.gate_proj.weight", f"{parameter}.gate_proj.weight", (width, hidden))
+    yield Slot(f"{name}.up_proj.weight", f"{parameter}.up_proj.weight", (width, hidden))
+    yield Slot(f"{name}.down_proj.weight", f"{parameter}.down_proj.weight", (hidden, width))
+
+
+def expert_slots(name: str, parameter: str, *, experts: int, hidden: int, width: int) -> Iterator[Slot]:
+    """The same for each of the experts that are stacked in ``parameter``, one published tensor each."""
+    gate_up, down = f"{parameter}.gate_up_proj", f"{parameter}.down_proj"
+    for expert in range(experts):
+        at = f"{name}.{expert}"
+        yield Slot(f"{at}.gate_proj.weight", gate_up, (width, hidden), (expert, slice(0, width)))
+        yield Slot(f"{at}.up_proj.weight", gate_up, (width, hidden), (expert, slice(width, 2 * width)))
+        yield Slot(f"{at}.down_proj.weight", down, (hidden, width), (expert,))

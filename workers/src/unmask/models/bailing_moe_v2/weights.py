@@ -15,6 +15,6 @@ def slots(config: BailingMoeV2Config) -> Iterator[Slot]:
 
 
 def is_ignored(name: str, config: BailingMoeV2Config) -> bool:
-    """Whether a published tensor belongs to the multi-token-prediction layers, numbered after the last layer."""
+    """Whether a tensor belongs to the multi-token-prediction layers, numbered after the last layer."""
     parts = name.split(".")
     return parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers

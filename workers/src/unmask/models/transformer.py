@@ -1,0 +1,158 @@
+"""The transformer that every family is made of: parts to choose from, and the one forward.
+
+A family's ``model`` module picks its parts (attention with or without norms on queries
+and keys, dense or expert feed-forwards) and hands its layers to :class:`Transformer`.
+Nothing here is causal: who sees whom comes with each forward as metadata.
+Parameter names are ours and the same for all families; published names are the business
+of each family's ``weights`` module. Shape letters: B rows, S tokens, D hidden size,
+H query heads, G key/value heads.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.attention import AttentionMetadata, AttentionPlan, plan
+from unmask.models.base import Cache, LanguageModel
+from unmask.models.config import ModelConfig
+from unmask.models.feedforward import FeedForward
+from unmask.models.moe import MixtureOfExperts, Router
+from unmask.models.rotary import Rotation
+
+__all__ = ["Attention", "Layer", "Rotary", "Transformer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """How positions turn queries and keys: the first ``dim`` dimensions of a head, with base ``theta``."""
+
+    dim: int
+    theta: float
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused projection for queries, keys and values."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        query_key_norm: Literal["none", "head", "all heads"],
+        norm_eps: float,
+    ) -> None:
+        """``query_key_value`` has all query rows, then all key rows, then all value rows.
+
+        ``query_key_norm`` says what a norm on queries and on keys runs over: each head by
+        itself, or all heads as one vector.
+        """
+        super().__init__()
+        self.heads = (heads, kv_heads, kv_heads)
+        self.head_dim = head_dim
+        self.query_key_value = nn.Linear(hidden_size, sum(self.heads) * head_dim, bias=False)
+        self.output = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.normalises_all_heads = query_key_norm == "all heads"
+        self.query_norm: nn.Module = nn.Identity()
+        self.key_norm: nn.Module = nn.Identity()
+        if query_key_norm != "none":
+            widths = (
+                (heads * head_dim, kv_heads * head_dim) if self.normalises_all_heads else (head_dim, head_dim)
+            )
+            self.query_norm, self.key_norm = (nn.RMSNorm(width, eps=norm_eps) for width in widths)
+
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        query, key, value = self._project(x_BSD)
+        query, key = rotation.turn(query), rotation.turn(key)
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
+        out_BHSD = attention.attend(query, key, value)
+        out: Tensor = self.output(out_BHSD.transpose(1, 2).flatten(2))
+        return out
+
+    def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries (B, H, S, head), normalised keys and values (B, G, S, head)."""
+        fused = self.query_key_value(x_BSD)
+        if self.normalises_all_heads:
+            query, key, value = fused.split([count * self.head_dim for count in self.heads], dim=-1)
+            parts = (self.query_norm(query), self.key_norm(key), value)
+            query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+            return query, key, value
+        heads_BHSD = fused.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        query, key, value = heads_BHSD.split(self.heads, dim=1)
+        return self.query_norm(query), self.key_norm(key), value
+
+
+class Layer(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        attention: Attention,
+        feed_forward: FeedForward | MixtureOfExperts,
+        norm_eps: float,
+    ) -> None:
+        """Put the parts together."""
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
+    ) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
+        out: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
+        return out
+
+
+class Transformer(LanguageModel):
+    """Embedding, layers, final norm and output layer."""
+
+    def __init__(
+        self, config: ModelConfig, *, layers: Iterable[Layer], rotary: Rotary, tied_output: bool = False
+    ) -> None:
+        """Uninitialised parameters; :mod:`unmask.models.loading` fills them.
+
+        ``tied_output`` makes the embedding the output layer as well.
+        """
+        super().__init__()
+        self.config = config
+        self.rotary = rotary
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = None if tied_output else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:
+        """See :meth:`LanguageModel.hidden`."""
+        keys = metadata if cache is None else cache.keys_seen(metadata)
+        attention = plan(metadata, keys)
+        rotation = Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)
+        x_BSD = self.embedding(ids)
+        for index, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD, rotation, attention, index, cache)
+        out: Tensor = self.norm(x_BSD)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :meth:`LanguageModel.logits`."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        scores = F.linear(hidden, weight)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def routers(self) -> list[Router]:
+        """See :meth:`LanguageModel.routers`."""
+        return [module for module in self.modules() if isinstance(module, Router)]

@@ -12,6 +12,8 @@ Environment variables:
         other hashes than the locked ones, so they are pinned by version alone.
 """
 
+from __future__ import annotations  # a Python too old for this project should read far enough to say so
+
 import contextlib
 import fcntl
 import hashlib
@@ -65,12 +67,13 @@ def setup(folder: Path) -> None:
         return
     _require_python()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock")):
+    with _lock(folder.parent / f"{folder.name}.lock"):
         if not stamp.is_file():
             _install_requirements(folder)
         with _step("installing this checkout"):
             _uv(folder, "--offline", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
         stamp.write_text(_project_digest(), encoding="utf-8")
+    _remove_orphans(folder.parent)
     _say(f"ready in {time.monotonic() - started:.0f} s: {folder}")
 
 
@@ -78,17 +81,25 @@ def _install_requirements(folder: Path) -> None:
     with _step(f"making an environment for Python {sys.version.split()[0]}"):
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True, symlinks=True)
+        (folder / "checkout").write_text(str(ROOT), encoding="utf-8")
     with _step("fetching uv, the installer"):
         pip = [_python(folder), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         _run([*pip, "--only-binary=:all:", "--require-hashes", "-r", str(REQUIREMENTS / "uv.txt")])
     locked, torch = _requirements(os.environ.get("TORCH_INDEX", ""))
-    with _step(f"installing {len(locked)} pinned packages (torch and its libraries are most of it)"):
+    with _step(f"installing {len(locked)} pinned packages (5.6 GB on disk, nearly all of it torch)"):
         listing = folder / "requirements.txt"
         listing.write_text("".join(locked), encoding="utf-8")
         _uv(folder, "--no-build", "--no-deps", "--require-hashes", "-r", str(listing))
     if torch:
         with _step(f"installing {torch} from TORCH_INDEX, by version, without a hash"):
             _uv(folder, "--no-build", "--no-deps", "--default-index", os.environ["TORCH_INDEX"], torch)
+
+
+def _remove_orphans(cache: Path) -> None:
+    """Remove the environments whose checkouts are gone; nothing else would."""
+    for note in cache.glob("venv-*/checkout"):
+        if not Path(note.read_text(encoding="utf-8")).is_dir():
+            shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def _requirements(torch_index: str) -> tuple[list[str], str | None]:

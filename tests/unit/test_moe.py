@@ -12,7 +12,7 @@ BIAS = [0.0, 0.0, -0.3, 0.1, 0.2, 0.0, 0.0, -0.6]
 
 def router(scores, bias, **options):
     """A router whose score of expert e is ``scores[e]`` for the token (1,)."""
-    made = Router(1, len(scores), **options)
+    made = Router(1, len(scores), score="sigmoid", normalise=True, biased=True, **options)
     with torch.no_grad():
         made.weight.copy_(torch.tensor(scores).unsqueeze(1))
     made.expert_bias.copy_(torch.tensor(bias))

@@ -181,7 +181,7 @@ class _Weights:
         for name in sorted(set(files.values())) if files else [_SINGLE]:
             handle = self._open_file(path / name)
             self._open[name] = handle
-            for tensor in handle.keys():  # noqa: SIM118 - not a mapping
+            for tensor in handle.keys():
                 if tensor in self._file_of:
                     raise ModelError(f"{path / name}: tensor {tensor} is also in {self._file_of[tensor]}")
                 self._file_of[tensor] = name

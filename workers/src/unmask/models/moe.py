@@ -1,8 +1,9 @@
 """Mixture of experts: a router that chooses, experts that compute, and a plain reference of both.
 
-The router is LLaDA2.0's (that of Ling 2.0 and DeepSeek-V3): sigmoid scores, a bias that
-steers the choice but not the weights, and a choice limited to the best groups. It always
-computes in float32 or wider; in bfloat16 other experts would be chosen.
+Two kinds of routers: LLaDA2.0's (that of Ling 2.0 and DeepSeek-V3) with sigmoid scores, a
+bias that steers the choice but not the weights, and a choice limited to the best groups;
+and the older softmax router of OLMoE, Qwen3 and LLaDA-MoE. A router always computes in
+float32 or wider; in bfloat16 other experts would be chosen.
 
 All experts of a layer are one tensor, so that a layer is two grouped matrix products over
 the tokens sorted by expert. Shape letters: T tokens, D hidden size, E experts, K experts
@@ -10,6 +11,7 @@ chosen per token, I expert width, N = T x K routed copies.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,52 +33,72 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Group-limited sigmoid routing.
+    """Scores experts, chooses K for each token, and weighs them.
 
-    Scores s = sigmoid(W h). For the choice alone, r = s + bias: each of the groups is worth
-    the sum of its two best r; the best groups stay, and the best K experts among them are
-    chosen. Weights are s of the chosen, normalised to 1, times ``scale``. Experts outside
-    the best groups are excluded with minus infinity, not with 0: r may be negative.
+    Scores are the sigmoid of W h, or its softmax over all experts. For the choice alone a
+    bias is added to them where ``biased``. Then, with groups: each group is worth the sum of
+    its two best; the best groups stay, and the best K experts among them are chosen. Experts
+    outside are excluded with minus infinity, not with 0: a biased score may be negative.
+    Weights are the plain scores of the chosen, summing to 1 if ``normalise``, times ``scale``.
     """
 
-    expert_bias: Tensor
+    expert_bias: Tensor | None
     tokens_per_expert: Tensor
 
     def __init__(
-        self, hidden_size: int, num_experts: int, *, choose: int, groups: int, keep_groups: int, scale: float
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        choose: int,
+        score: Literal["sigmoid", "softmax"],
+        normalise: bool,
+        biased: bool = False,
+        groups: int = 1,
+        keep_groups: int = 1,
+        scale: float = 1.0,
     ) -> None:
-        """``weight`` is a parameter (E, D), ``expert_bias`` a buffer (E,); float32 or wider for good."""
+        """``weight`` is a parameter (E, D), ``expert_bias`` a buffer (E,) or None; float32 or wider for good."""
         super().__init__()
-        self.choose, self.groups, self.keep_groups, self.scale = choose, groups, keep_groups, scale
+        self.choose, self.score, self.normalise = choose, score, normalise
+        self.groups, self.keep_groups, self.scale = groups, keep_groups, scale
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype))
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=dtype))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=dtype) if biased else None)
         self.register_buffer(
             "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False
         )
 
     def forward(self, hidden_TD: Tensor) -> Routing:
         """Route T tokens; in training mode ``tokens_per_expert`` also counts them."""
-        scores_TE = torch.sigmoid(F.linear(hidden_TD.to(self.weight.dtype), self.weight))
+        logits_TE = F.linear(hidden_TD.to(self.weight.dtype), self.weight)
+        scores_TE = torch.sigmoid(logits_TE) if self.score == "sigmoid" else torch.softmax(logits_TE, dim=-1)
         with torch.no_grad():
-            experts_TK = self._choose(scores_TE + self.expert_bias)
+            experts_TK = self._choose(scores_TE)
             if self.training:
-                self.tokens_per_expert += torch.bincount(
-                    experts_TK.flatten(), minlength=len(self.expert_bias)
-                )
+                self.tokens_per_expert += torch.bincount(experts_TK.flatten(), minlength=len(self.weight))
         weights_TK = scores_TE.gather(1, experts_TK)
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.scale
-        return Routing(experts_TK, weights_TK)
+        if self.normalise:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(experts_TK, weights_TK * self.scale)
 
-    def _choose(self, preference_TE: Tensor) -> Tensor:
+    def _choose(self, scores_TE: Tensor) -> Tensor:
         """The K best experts of the best groups: int64 (T, K)."""
-        grouped = preference_TE.unflatten(1, (self.groups, -1))
-        group_worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        best_groups = group_worth.topk(self.keep_groups, dim=-1).indices
-        excluded = torch.ones_like(group_worth, dtype=torch.bool).scatter_(1, best_groups, False)
-        allowed = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
-        chosen: Tensor = allowed.topk(self.choose, dim=-1).indices
+        if self.expert_bias is not None:
+            scores_TE = scores_TE + self.expert_bias
+        if self.keep_groups < self.groups:
+            scores_TE = self._only_best_groups(scores_TE)
+        chosen: Tensor = scores_TE.topk(self.choose, dim=-1).indices
         return chosen
+
+    def _only_best_groups(self, scores_TE: Tensor) -> Tensor:
+        """The scores, minus infinity outside the best groups."""
+        grouped = scores_TE.unflatten(1, (self.groups, -1))
+        worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best = worth.topk(self.keep_groups, dim=-1).indices
+        excluded = torch.ones_like(worth, dtype=torch.bool).scatter_(1, best, False)
+        kept: Tensor = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
+        return kept
 
 
 class Experts(nn.Module):

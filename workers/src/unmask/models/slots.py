@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Slot", "expert_slots", "feed_forward_slots"]
+__all__ = ["Slot", "attention_slots", "expert_slots", "feed_forward_slots"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,19 @@ class Slot:
         """The part of ``state`` that the tensor fills, sharing its storage."""
         parameter = state[self.parameter]
         return parameter[self.index] if self.index else parameter
+
+
+def attention_slots(
+    name: str, parameter: str, *, hidden: int, heads: int, kv_heads: int, head_dim: int
+) -> Iterator[Slot]:
+    """``q_proj``, ``k_proj``, ``v_proj`` (rows of one fused projection in memory) and ``o_proj``."""
+    first = 0
+    for letter, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        rows = slice(first, first + count * head_dim)
+        shape = (count * head_dim, hidden)
+        yield Slot(f"{name}.{letter}_proj.weight", f"{parameter}.query_key_value.weight", shape, (rows,))
+        first = rows.stop
+    yield Slot(f"{name}.o_proj.weight", f"{parameter}.output.weight", (hidden, heads * head_dim))
 
 
 def feed_forward_slots(name: str, parameter: str, *, hidden: int, width: int) -> Iterator[Slot]:

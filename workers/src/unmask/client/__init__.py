@@ -1,0 +1,63 @@
+"""A typed client of ``unmask.v1``, blocking and for asyncio, without torch.
+
+>>> from unmask.client import Client
+>>> with Client("127.0.0.1:50051") as client:  # doctest: +SKIP
+...     print(client.generate("Say hello.", max_tokens=32).text)
+
+Errors are :class:`~unmask.client.errors.RequestError` and its kinds; a stream's events are those of
+:mod:`unmask.client.events`.
+"""
+
+from unmask.client.asynchronous import AsyncClient
+from unmask.client.canvas import Canvas, Cell
+from unmask.client.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FieldViolation,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    ServerFailed,
+    Unavailable,
+    UnsupportedRequest,
+)
+from unmask.client.events import (
+    BlockCommitted,
+    CanvasUpdate,
+    Event,
+    Fill,
+    Finished,
+    Generation,
+    ModelInfo,
+    Started,
+    Usage,
+)
+from unmask.client.options import GenerateOptions, Message
+from unmask.client.synchronous import Client
+
+__all__ = [
+    "AsyncClient",
+    "BlockCommitted",
+    "Cancelled",
+    "Canvas",
+    "CanvasUpdate",
+    "Cell",
+    "Client",
+    "DeadlineExceeded",
+    "Event",
+    "FieldViolation",
+    "Fill",
+    "Finished",
+    "GenerateOptions",
+    "Generation",
+    "InvalidRequest",
+    "Message",
+    "ModelInfo",
+    "Overloaded",
+    "RequestError",
+    "ServerFailed",
+    "Started",
+    "Unavailable",
+    "UnsupportedRequest",
+    "Usage",
+]

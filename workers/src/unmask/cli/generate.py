@@ -1,0 +1,140 @@
+"""``unmask generate TEXT``: ask a server to write, and show how it does."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from unmask.client import Canvas, Event, Finished, GenerateOptions, Usage
+
+__all__ = ["command"]
+
+
+@click.command("generate", short_help="Ask a server to write.")
+@click.argument("text")
+@click.option(
+    "--server",
+    default="127.0.0.1:50051",
+    show_default=True,
+    envvar="UNMASK_SERVER",
+    show_envvar=True,
+    help="HOST:PORT of `unmask serve`.",
+)
+@click.option(
+    "--chat/--raw",
+    default=None,
+    help="TEXT is a user's turn, or text to continue.  [default: a turn if the model has a chat template]",
+)
+@click.option("--max-tokens", type=int, help="Most tokens to generate.")
+@click.option("--decoder", help="How masked positions are filled: threshold.")
+@click.option("--threshold", type=float, help="Probability above which a token is accepted, in (0, 1].")
+@click.option("--steps-per-block", type=int, help="Most denoising forwards to spend on one block.")
+@click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait.")
+@click.option("--canvas", is_flag=True, help="Show positions as they are filled (on a terminal).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and usage.")
+def command(
+    text: str,
+    server: str,
+    chat: bool | None,
+    max_tokens: int | None,
+    decoder: str | None,
+    threshold: float | None,
+    steps_per_block: int | None,
+    timeout_s: float,
+    canvas: bool,
+    as_json: bool,
+) -> None:
+    """Send TEXT to a server and print what the model writes.
+
+    Tokens per forward pass (TPF) and tokens per second follow on stderr. TPF is given over all forwards, over
+    decoding (denoise and persist) ones, and over denoising ones.
+    """
+    from unmask.client import Client
+
+    options: GenerateOptions = {"timeout_s": timeout_s}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if decoder is not None:
+        options["decoder"] = decoder
+    if threshold is not None:
+        options["threshold"] = threshold
+    if steps_per_block is not None:
+        options["steps_per_block"] = steps_per_block
+    with Client(server, timeout_s=timeout_s) as client:
+        if chat is None:
+            chat = client.model_info().has_chat_template
+        if chat:
+            options["messages"] = [{"role": "user", "content": text}]
+        prompt = None if chat else text
+        started = time.monotonic()
+        if as_json:
+            generation = client.generate(prompt, **options)
+            seconds = time.monotonic() - started
+            click.echo(json.dumps(asdict(generation) | _speed(generation.usage, seconds), ensure_ascii=False))
+            return
+        live = canvas and sys.stdout.isatty()
+        events = client.stream(prompt, canvas=live, **options)
+        finished = _draw(events) if live else _print(events)
+        click.echo(_summary(finished.usage, time.monotonic() - started), err=True)
+
+
+def _print(events: Iterator["Event"]) -> "Finished":
+    """Write the text as it becomes final."""
+    from unmask.client import BlockCommitted, Finished
+
+    for event in events:
+        if isinstance(event, BlockCommitted | Finished):
+            click.echo(event.text, nl=False)
+        if isinstance(event, Finished):
+            click.echo()
+            return event
+    raise AssertionError("the client ends a stream with Finished or an error")
+
+
+def _draw(events: Iterator["Event"]) -> "Finished":
+    """Write the text as it is filled in."""
+    from rich.live import Live
+
+    from unmask.client import Canvas, Finished
+
+    canvas = Canvas()
+    with Live(refresh_per_second=25) as live:
+        for event in events:
+            canvas.take(event)
+            live.update(_picture(canvas))
+            if isinstance(event, Finished):
+                return event
+    raise AssertionError("the client ends a stream with Finished or an error")
+
+
+def _picture(canvas: "Canvas") -> "Text":
+    """Final text plain, provisional tokens the greener the surer, a shade for what is masked."""
+    from rich.text import Text
+
+    picture = Text(canvas.text)
+    for cell in canvas.cells:
+        if cell.text is None:
+            picture.append(" \N{LIGHT SHADE}", style="dim")
+        else:
+            picture.append(f" {cell.text.strip()}", style="green" if cell.confidence > 0.5 else "yellow")
+    return picture
+
+
+def _speed(usage: "Usage", seconds: float) -> dict[str, float]:
+    rate = usage.completion_tokens / seconds if seconds > 0 else 0.0
+    return {"seconds": seconds, "tokens_per_second": rate}
+
+
+def _summary(usage: "Usage", seconds: float) -> str:
+    rate = _speed(usage, seconds)["tokens_per_second"]
+    return (
+        f"{usage.completion_tokens} tokens in {seconds:.2f} s, {rate:.1f} tokens/s; TPF {usage.tpf:.2f} "
+        f"(decode {usage.tpf_decode:.2f}, denoise {usage.tpf_denoise:.2f})"
+    )

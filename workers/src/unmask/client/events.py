@@ -1,0 +1,239 @@
+"""What a server tells, as plain values. The meaning and unit of each field stand in ``generation.proto``."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from unmask.v1 import generation_pb2 as pb
+
+__all__ = [
+    "BlockCommitted",
+    "CanvasUpdate",
+    "Event",
+    "Fill",
+    "Finished",
+    "Generation",
+    "ModelInfo",
+    "Started",
+    "Usage",
+    "event_of",
+    "generation_of",
+    "model_info_of",
+]
+
+FinishReason: TypeAlias = Literal["end_of_text", "length", "unknown"]
+
+_REASONS: dict[int, FinishReason] = {
+    pb.FINISH_REASON_END_OF_TEXT: "end_of_text",
+    pb.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a request cost; the three TPF differ in the forwards they count."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Generated and kept: the end of text is not counted."""
+    forwards_prefill: int
+    forwards_denoise: int
+    forwards_persist: int
+    positions_evaluated: int
+    tpf: float
+    """Over all forwards."""
+    tpf_decode: float
+    """Over denoise and persist forwards."""
+    tpf_denoise: float
+    """Over denoise forwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request left the queue; these parameters are in force."""
+
+    request_id: str
+    model: str
+    prompt_tokens: int
+    queue_seconds: float
+    block_length: int
+    max_tokens: int
+    threshold: float
+    steps_per_block: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fill:
+    """One position that was filled; provisional."""
+
+    position: int
+    """From the first generated token."""
+    token_id: int
+    confidence: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanvasUpdate:
+    """Positions that were filled since the last update."""
+
+    block_index: int
+    """From the start of the prompt."""
+    step: int
+    fills: tuple[Fill, ...]
+    masks_left: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCommitted:
+    """The tokens of one block, final."""
+
+    block_index: int
+    """From the start of the prompt."""
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+    """What they add to the text."""
+    forwards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The generation is complete."""
+
+    reason: FinishReason
+    text: str
+    """The rest of the text; usually empty."""
+    usage: Usage
+
+
+Event: TypeAlias = Started | CanvasUpdate | BlockCommitted | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole generation."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """The end of text, if there is one, is the last."""
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The served model and its limits."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    context_length: int
+    block_length: int
+    has_chat_template: bool
+    eos_token_id: int | None
+    mask_token_id: int
+    max_running_requests: int
+    default_max_tokens: int
+    threshold: float
+    steps_per_block: int
+
+
+def event_of(message: pb.GenerateStreamResponse) -> Event | None:
+    """The event in ``message``; None if it is of a kind that this client does not know."""
+    match message.WhichOneof("event"):
+        case "started":
+            return _started(message.started)
+        case "canvas_update":
+            return _canvas_update(message.canvas_update)
+        case "block_committed":
+            return _block_committed(message.block_committed)
+        case "finished":
+            return _finished(message.finished)
+        case _:
+            return None
+
+
+def generation_of(message: pb.GenerateResponse) -> Generation:
+    """A unary call's answer."""
+    return Generation(
+        request_id=message.request_id,
+        token_ids=tuple(message.token_ids),
+        text=message.text,
+        finish_reason=_REASONS.get(message.finish_reason, "unknown"),
+        usage=_usage(message.usage),
+    )
+
+
+def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
+    """What is served."""
+    return ModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        vocab_size=message.vocab_size,
+        context_length=message.context_length,
+        block_length=message.block_length,
+        has_chat_template=message.has_chat_template,
+        eos_token_id=message.eos_token_id if message.HasField("eos_token_id") else None,
+        mask_token_id=message.mask_token_id,
+        max_running_requests=message.max_running_requests,
+        default_max_tokens=message.default_max_tokens,
+        threshold=message.default_diffusion.threshold,
+        steps_per_block=message.default_diffusion.steps_per_block,
+    )
+
+
+def _started(message: pb.Started) -> Started:
+    return Started(
+        request_id=message.request_id,
+        model=message.model,
+        prompt_tokens=message.prompt_tokens,
+        queue_seconds=message.queue_seconds,
+        block_length=message.block_length,
+        max_tokens=message.sampling.max_tokens,
+        threshold=message.diffusion.threshold,
+        steps_per_block=message.diffusion.steps_per_block,
+    )
+
+
+def _canvas_update(message: pb.CanvasUpdate) -> CanvasUpdate:
+    fills = zip(message.positions, message.token_ids, message.confidences, message.texts, strict=True)
+    return CanvasUpdate(
+        block_index=message.block_index,
+        step=message.step,
+        fills=tuple(
+            Fill(position=position, token_id=token_id, confidence=confidence, text=text)
+            for position, token_id, confidence, text in fills
+        ),
+        masks_left=message.masks_left,
+    )
+
+
+def _block_committed(message: pb.BlockCommitted) -> BlockCommitted:
+    return BlockCommitted(
+        block_index=message.block_index,
+        offset=message.offset,
+        token_ids=tuple(message.token_ids),
+        text=message.text_delta,
+        forwards=message.forwards,
+    )
+
+
+def _finished(message: pb.Finished) -> Finished:
+    return Finished(
+        reason=_REASONS.get(message.reason, "unknown"), text=message.text_delta, usage=_usage(message.usage)
+    )
+
+
+def _usage(message: pb.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        forwards_prefill=message.forwards_prefill,
+        forwards_denoise=message.forwards_denoise,
+        forwards_persist=message.forwards_persist,
+        positions_evaluated=message.positions_evaluated,
+        tpf=message.tpf,
+        tpf_decode=message.tpf_decode,
+        tpf_denoise=message.tpf_denoise,
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from unmask.errors import ModelError
 
@@ -37,6 +37,28 @@ class ModelConfig(BaseModel):
     """The embedding row that stands at masked positions."""
     eos_token_id: int = Field(ge=0)
     pad_token_id: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_absent(cls, data: Any) -> Any:
+        """Published configs write ``null`` for ids and options that they leave to the class."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check_heads_and_ids(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
+                )
+        return self
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, source: str) -> Self:

@@ -5,7 +5,7 @@ those of its tokenizer. Query/key normalisation is always on: every published ch
 carries its weights, whatever ``use_qk_norm`` says.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -56,21 +56,8 @@ class LLaDA2MoeConfig(ModelConfig):
         """Whether layer number ``layer`` has a dense feed-forward."""
         return layer < self.first_k_dense_replace
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_absent(cls, data: Any) -> Any:
-        """Published configs write ``null`` for ids and counts that they leave to the class."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None}
-
     @model_validator(mode="after")
-    def _check_shapes(self) -> Self:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+    def _check_experts(self) -> Self:
         if self.num_experts % self.n_group:
             raise ValueError(f"num_experts {self.num_experts} is not a multiple of n_group {self.n_group}")
         group_size = self.num_experts // self.n_group
@@ -85,9 +72,4 @@ class LLaDA2MoeConfig(ModelConfig):
             raise ValueError(
                 f"head_dim x partial_rotary_factor is {self.rotary_dim}, expected a positive even number"
             )
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
-                )
         return self

@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE
 
-.PHONY: help setup demo test test-fast test-full lint format generate verify lock bench clean
+.PHONY: help setup demo test test-fast test-full lint format generate verify path lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ generate: setup ## Write again what is made from the protos, the models and the 
 
 verify: setup ## Fail where a generated file differs from what `make generate` would write
 	@$(RUN) python scripts/generate.py check
+
+path: ## Print the folder of the environment's commands, for PATH
+	@echo "$(VENV)/bin"
 
 lock: setup ## Resolve requirements/*.txt anew from pyproject.toml (needs the network)
 	@$(RUN) scripts/lock

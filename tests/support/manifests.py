@@ -16,7 +16,26 @@ __all__ = ["REFUSED", "Refused", "changed", "train_job"]
 
 Json = dict[str, Any]
 
-TINY_CONFIG: Json = {"architectures": ["BailingMoeV2ForCausalLM"], "hidden_size": 64, "rms_norm_eps": 1e-6}
+TINY_CONFIG: Json = {
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "mask_token_id": 63,
+    "eos_token_id": 62,
+    "pad_token_id": 62,
+}
 
 
 def train_job(**spec: Any) -> Json:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unmask.errors import UnmaskError
+from unmask.errors import ModelError, UnmaskError, UsageError
 
 if TYPE_CHECKING:
     from unmask_api.train_job import DiffusionTrainJob
@@ -37,13 +37,12 @@ def read_job(path: Path) -> "DiffusionTrainJob":
 
     job = read_manifest(path)
     if job.spec.model.init.config is not None:
-        from unmask.errors import ModelError
         from unmask.models.registry import parse_config
 
         try:
             parse_config(job.spec.model.init.config)
         except ModelError as error:
-            raise ModelError(f"{path}: spec.model.init.config: {error}") from None
+            raise UsageError(f"{path}: spec.model.init.config: {error}") from None
     return job
 
 

@@ -1,0 +1,63 @@
+"""Volumes: ``pvc://NAME/path`` in manifests, a folder where the processes run.
+
+Resolving gives the same job with absolute paths, which is what the trainer reads; it never meets a
+``pvc://``.
+"""
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import UsageError
+from unmask_api.base import ApiModel
+from unmask_api.train_job import DiffusionTrainJob
+from unmask_operator.launch.admission import FieldPath, field_path
+
+__all__ = ["resolve"]
+
+_SCHEME = "pvc://"
+
+
+def resolve(job: DiffusionTrainJob, folders: Mapping[str, Path]) -> DiffusionTrainJob:
+    """Return ``job`` with each ``pvc://NAME/path`` made a path in ``folders[NAME]``.
+
+    Raises:
+        UsageError: A volume of the manifest has no folder, a folder belongs to no volume of the
+            manifest, or a path leaves its volume.
+    """
+    claims = {path: _claim(uri) for path, uri in _uris(job, ()) if uri.startswith(_SCHEME)}
+    names = sorted({name for name, _ in claims.values()})
+    if unknown := sorted(set(folders) - set(names)):
+        raise UsageError(
+            f"--volume {unknown[0]}: the manifest has no such volume, it has: {', '.join(names) or 'none'}"
+        )
+    document: Any = job.to_json_dict()
+    for path, (name, below) in claims.items():
+        if name not in folders:
+            raise UsageError(f"{field_path(path)}: volume {name} has no folder here; add --volume {name}=DIR")
+        if below.split("/")[0] == "..":
+            raise UsageError(f"{field_path(path)}: the path leaves volume {name}; drop the '..'")
+        target = document
+        for part in path[:-1]:
+            target = target[part]
+        target[path[-1]] = str(folders[name].absolute() / below)
+    return DiffusionTrainJob.model_validate(document, strict=False)
+
+
+def _uris(value: object, path: FieldPath) -> Iterator[tuple[FieldPath, str]]:
+    """Yield every URI in ``value`` and its path; what free-form fields hold is not looked at."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _uris(item, (*path, index))
+    elif isinstance(value, ApiModel):
+        for name, field in type(value).model_fields.items():
+            yield from _uris(getattr(value, name), (*path, field.alias or name))
+    elif isinstance(value, str) and path[-1] == "uri":
+        yield path, value
+
+
+def _claim(uri: str) -> tuple[str, str]:
+    """Split ``pvc://NAME/path`` into the name and the path in normal form, ``.`` for the volume itself."""
+    name, _, below = uri.removeprefix(_SCHEME).partition("/")
+    return name, posixpath.normpath(below)

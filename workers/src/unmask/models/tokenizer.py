@@ -140,7 +140,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # the template is a program, and may fail in any way
             raise UsageError(f"the chat template refuses the messages: {_one_line(error)}") from error
 
     def save(self, folder: str | Path) -> None:

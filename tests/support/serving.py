@@ -1,0 +1,187 @@
+"""Batches that are easy to reason about, and servers in the test's own process."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.generation import Committed, Event, Filled, Finished, ForwardCounts
+from unmask.serving.engine import Batch
+from unmask.serving.model import ServedModel
+from unmask.serving.server import Server, ServerOptions
+
+
+@dataclass(slots=True)
+class _Row:
+    params: DecodingParams
+    next_token: int
+    tokens: list[int] = field(default_factory=list)
+    """Of the current block."""
+    total: int = 0
+    usage: ForwardCounts = field(default_factory=ForwardCounts)
+
+
+class CountingBatch:
+    """Continues a prompt by counting up from its last token, one position of every row at each forward.
+
+    Attributes:
+        forwards: Tickets that took part in each forward, oldest first.
+        fails_at: Number of the forward that raises, if any.
+    """
+
+    def __init__(self, *, rows: int = 2, block_length: int = 4, fails_at: int | None = None) -> None:
+        self.rows, self.block_length, self.fails_at = rows, block_length, fails_at
+        self.forwards: list[set[int]] = []
+        self._rows: dict[int, _Row] = {}
+        self._tickets = 0
+
+    @property
+    def active(self) -> int:
+        return len(self._rows)
+
+    @property
+    def free_rows(self) -> int:
+        return self.rows - self.active
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+        assert self.free_rows
+        self._tickets += 1
+        last = [*prompt, *committed][-1]
+        self._rows[self._tickets] = _Row(params, last + 1, total=len(committed))
+        return self._tickets
+
+    def release(self, ticket: int) -> None:
+        del self._rows[ticket]
+
+    def step(self) -> list[Event]:
+        if len(self.forwards) == self.fails_at:
+            raise ArithmeticError("the model came apart")
+        self.forwards.append(set(self._rows))
+        return [event for ticket in list(self._rows) for event in self._advance(ticket)]
+
+    def _advance(self, ticket: int) -> Iterator[Event]:
+        row = self._rows[ticket]
+        token, position = row.next_token, row.total
+        row.tokens.append(token)
+        row.next_token, row.total = token + 1, row.total + 1
+        row.usage.denoise += 1
+        row.usage.positions += self.block_length
+        block = position // self.block_length
+        left = self.block_length - len(row.tokens)
+        yield Filled(ticket, block, len(row.tokens) - 1, (position,), (token,), (0.5,), left)
+        done = row.total == row.params.max_new_tokens
+        if done or not left:
+            yield Committed(ticket, block, tuple(row.tokens), len(row.tokens))
+            row.tokens = []
+        if done:
+            del self._rows[ticket]
+            yield Finished(ticket, "length", row.usage, row.total)
+
+
+class GatedBatch:
+    """Another batch, whose forwards wait to be let through.
+
+    Attributes:
+        begun, done: Forwards that were asked for, and that have run.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._gate = threading.Semaphore(0)
+        self._open = False
+        self.begun = 0
+        self.done = 0
+
+    def let(self, forwards: int) -> None:
+        """Let so many forwards through."""
+        self._gate.release(forwards)
+
+    def open(self) -> None:
+        """Let all forwards through."""
+        self._open = True
+        self._gate.release()
+
+    @property
+    def rows(self) -> int:
+        return self._batch.rows
+
+    @property
+    def block_length(self) -> int:
+        return self._batch.block_length
+
+    @property
+    def active(self) -> int:
+        return self._batch.active
+
+    @property
+    def free_rows(self) -> int:
+        return self._batch.free_rows
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+        return self._batch.admit(prompt, params, committed)
+
+    def release(self, ticket: int) -> None:
+        self._batch.release(ticket)
+
+    def step(self) -> list[Event]:
+        self.begun += 1
+        if not self._open:
+            self._gate.acquire()
+        events = self._batch.step()
+        self.done += 1
+        return events
+
+
+class RunningServer:
+    """A server on an event loop of its own thread."""
+
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+        self.server = server
+        self._loop = loop
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def stop(self, drain_s: float) -> None:
+        """Stop it as SIGTERM would, and wait until it has."""
+        asyncio.run_coroutine_threadsafe(self.server.stop(drain_s), self._loop).result(30)
+
+
+@contextmanager
+def running_server(batch: Batch, model: ServedModel, **options: object) -> Iterator[RunningServer]:
+    """Serve on free ports of the loopback until the block is left."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="test-server")
+    thread.start()
+
+    async def start() -> Server:
+        server = Server(batch, model, ServerOptions(port=0, metrics_port=0, **options))  # type: ignore[arg-type]
+        await server.start()
+        return server
+
+    try:
+        running = RunningServer(asyncio.run_coroutine_threadsafe(start(), loop).result(30), loop)
+        try:
+            yield running
+        finally:
+            running.stop(0)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def wait_until(true: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+    """Return as soon as ``true()``; a test fails that waits in vain."""
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)

@@ -1,0 +1,69 @@
+"""What a served folder may hold, and what is said where it holds something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from support.folders import served_folder
+from unmask.errors import ModelError
+from unmask.models.registry import read_config
+from unmask.serving.model import ServedModel
+
+
+def describe(folder: Path, **options: int) -> ServedModel:
+    context_length = options.get("context_length")
+    return ServedModel.describe(folder, read_config(folder), name=None, rows=2, context_length=context_length)
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_folder_describes_itself(tmp_path: Path) -> None:
+    model = describe(served_folder(tmp_path / "tiny"))
+    assert (model.name, model.architecture, model.vocab_size) == ("tiny", "LLaDA2MoeModelLM", 512)
+    assert model.context_length == 4096
+    assert describe(served_folder(tmp_path / "tiny"), context_length=100).context_length == 100
+
+
+def test_without_generation_config_the_published_defaults_hold(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    (folder / "generation_config.json").unlink()
+    defaults = describe(folder).defaults
+    assert (defaults.block_length, defaults.threshold) == (32, 0.95)
+    assert (defaults.eos_token_id, defaults.mask_token_id) == (510, 511)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"threshold": 1.5}, "threshold: Input should be less than or equal to 1 .got 1.5."),
+        ({"block_length": 0}, "block_length: Input should be greater than 0 .got 0."),
+        ({"eos_token_id": [1, 2]}, "eos_token_id: Input should be a valid integer"),
+        ({"mask_token_id": 512}, "mask_token_id: got 512, the vocabulary has 512 tokens"),
+        ([1], "not a JSON object"),
+        ("x", "not a JSON object"),
+    ],
+)
+def test_wrong_decoding_defaults_are_named(tmp_path: Path, content: object, message: str) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    write(folder, "generation_config.json", content)
+    with pytest.raises(ModelError, match=message) as error:
+        describe(folder)
+    assert "generation_config.json" in str(error.value)
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write(folder, "config.json", config | {"vocab_size": 400, "eos_token_id": 1, "mask_token_id": 2})
+    with pytest.raises(ModelError, match="ids up to 511, config.json a vocab_size of 400"):
+        describe(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json: no such file"):
+        describe(folder)

@@ -1,0 +1,193 @@
+"""What is asked of the server: defaults filled in, and everything wrong refused at once by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from support.folders import served_folder
+from unmask.models.registry import read_config
+from unmask.serving.model import ServedModel
+from unmask.serving.refusals import Refused
+from unmask.serving.requests import check_canvas, read_order
+from unmask.v1 import generation_pb2 as pb
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder = served_folder(tmp_path_factory.mktemp("model") / "tiny")
+    return ServedModel.describe(folder, read_config(folder), name=None, rows=4, context_length=CONTEXT)
+
+
+def test_defaults_are_the_model_s(model: ServedModel) -> None:
+    order = read_order(pb.GenerateRequest(text="w5 w6"), model)
+    assert order.prompt == [5, 6]
+    assert (order.params.block_length, order.params.threshold, order.params.steps) == (8, 0.9, 8)
+    assert (order.params.eos_token_id, order.params.mask_token_id) == (510, 511)
+    assert order.params.max_new_tokens == CONTEXT - 2
+    assert order.request_id
+
+
+def test_what_is_given_is_taken(model: ServedModel) -> None:
+    request = pb.GenerateRequest(
+        request_id="mine",
+        model="tiny",
+        token_ids=pb.TokenIds(ids=[7, 8, 9]),
+        sampling=pb.SamplingParams(max_tokens=20, temperature=0, seed=3),
+        diffusion=pb.DiffusionParams(decoder=pb.DECODER_THRESHOLD, threshold=1.0, steps_per_block=2),
+        committed_token_ids=[1, 2],
+    )
+    order = read_order(request, model)
+    assert (order.request_id, order.prompt, order.committed) == ("mine", [7, 8, 9], (1, 2))
+    assert (order.params.max_new_tokens, order.params.threshold, order.params.steps) == (20, 1.0, 2)
+
+
+def test_a_conversation_is_written_out_by_the_template(model: ServedModel) -> None:
+    chat = pb.Chat(
+        messages=[pb.ChatMessage(role="system", content="w9"), pb.ChatMessage(role="user", content="w8")]
+    )
+    assert read_order(pb.GenerateRequest(chat=chat), model).prompt == [1, 9, 2, 8, 3]
+
+
+def test_a_prompt_and_its_generation_may_fill_the_context(model: ServedModel) -> None:
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5] * 60), sampling=pb.SamplingParams(max_tokens=4)
+    )
+    assert read_order(request, model).params.max_new_tokens == 4
+
+
+def text() -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="w5")
+
+
+WRONG: dict[str, tuple[Callable[[pb.GenerateRequest], object], str, str]] = {
+    "no prompt": (lambda r: r.ClearField("text"), "prompt", "set one of text, token_ids, chat"),
+    "empty text": (lambda r: r.MergeFrom(pb.GenerateRequest(text="")), "text", "holds no tokens"),
+    "no token ids": (lambda r: r.token_ids.SetInParent(), "token_ids", "holds no tokens"),
+    "token id out of vocabulary": (
+        lambda r: r.token_ids.ids.extend([1, 512]),
+        "token_ids.ids[1]",
+        "got 512, ids run from 0 to 511",
+    ),
+    "no messages": (lambda r: r.chat.SetInParent(), "chat", "send at least one turn"),
+    "prompt too long": (
+        lambda r: r.token_ids.ids.extend([5] * 64),
+        "prompt",
+        "has 64 tokens; the context holds 64",
+    ),
+    "no tokens to generate": (
+        lambda r: setattr(r.sampling, "max_tokens", 0),
+        "sampling.max_tokens",
+        "must be 1 to 63",
+    ),
+    "prompt and max_tokens too long": (
+        lambda r: setattr(r.sampling, "max_tokens", 64),
+        "sampling.max_tokens",
+        "got 64, must be 1 to 63",
+    ),
+    "unknown decoder": (
+        lambda r: setattr(r.diffusion, "decoder", 77),
+        "diffusion.decoder",
+        "got 77, allowed are DECODER_THRESHOLD",
+    ),
+    "threshold zero": (
+        lambda r: setattr(r.diffusion, "threshold", 0),
+        "diffusion.threshold",
+        "must be above 0",
+    ),
+    "threshold above one": (
+        lambda r: setattr(r.diffusion, "threshold", 1.01),
+        "diffusion.threshold",
+        "at most 1",
+    ),
+    "threshold not a number": (
+        lambda r: setattr(r.diffusion, "threshold", float("nan")),
+        "diffusion.threshold",
+        "got nan",
+    ),
+    "no steps": (
+        lambda r: setattr(r.diffusion, "steps_per_block", 0),
+        "diffusion.steps_per_block",
+        "must be 1 to 8",
+    ),
+    "too many steps": (
+        lambda r: setattr(r.diffusion, "steps_per_block", 9),
+        "diffusion.steps_per_block",
+        "got 9",
+    ),
+    "committed id out of vocabulary": (
+        lambda r: r.committed_token_ids.append(600),
+        "committed_token_ids[0]",
+        "got 600",
+    ),
+    "more committed than max_tokens": (
+        lambda r: (setattr(r.sampling, "max_tokens", 1), r.committed_token_ids.extend([1, 2])),
+        "committed_token_ids",
+        "got 2 ids, more than 1 max_tokens",
+    ),
+    "empty name": (lambda r: setattr(r, "request_id", ""), "request_id", "1 to 128 bytes"),
+    "long name": (lambda r: setattr(r, "request_id", "\N{EURO SIGN}" * 43), "request_id", "1 to 128 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_field_is_refused_by_name(case: str, model: ServedModel) -> None:
+    spoil, field, description = WRONG[case]
+    request = text()
+    spoil(request)
+    with pytest.raises(Refused) as refused:
+        read_order(request, model)
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [violation.field for violation in refused.value.violations] == [field]
+    assert description in refused.value.violations[0].description
+    assert "\n" not in str(refused.value)
+
+
+def test_all_wrong_fields_are_named_at_once_in_the_status_details(model: ServedModel) -> None:
+    request = text()
+    request.diffusion.threshold = 2
+    request.diffusion.steps_per_block = 0
+    request.sampling.max_tokens = 1000
+    with pytest.raises(Refused) as refused:
+        read_order(request, model)
+    packed = dict(refused.value.status().trailing_metadata)["grpc-status-details-bin"]
+    status, bad_request = status_pb2.Status.FromString(packed), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(bad_request)
+    fields = {violation.field for violation in bad_request.field_violations}
+    assert fields == {"diffusion.threshold", "diffusion.steps_per_block", "sampling.max_tokens"}
+
+
+def test_sampling_is_said_to_be_unimplemented(model: ServedModel) -> None:
+    request = text()
+    request.sampling.temperature = 0.7
+    with pytest.raises(Refused, match=r"got 0\.7, only 0 is implemented") as refused:
+        read_order(request, model)
+    assert refused.value.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_another_model_is_not_found(model: ServedModel) -> None:
+    request = text()
+    request.model = "large"
+    with pytest.raises(Refused, match="served here is 'tiny'") as refused:
+        read_order(request, model)
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny", chat=False)
+    model = ServedModel.describe(folder, read_config(folder), name="m", rows=1, context_length=None)
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="w5")])
+    with pytest.raises(Refused, match="no chat template"):
+        read_order(pb.GenerateRequest(chat=chat), model)
+
+
+def test_canvas_modes() -> None:
+    assert not check_canvas(pb.StreamOptions())
+    assert not check_canvas(pb.StreamOptions(canvas=pb.CANVAS_MODE_NONE))
+    assert check_canvas(pb.StreamOptions(canvas=pb.CANVAS_MODE_DIFF))
+    with pytest.raises(Refused, match=r"options\.canvas: got 9"):
+        check_canvas(pb.StreamOptions(canvas=9))  # type: ignore[arg-type]

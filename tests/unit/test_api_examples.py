@@ -14,16 +14,14 @@ FENCED = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 def shown_manifests() -> dict[str, str]:
     """Return the manifests in Markdown pages, and the YAML files of the examples, by where they stand."""
-    listed = subprocess.run(
-        ["git", "ls-files", "*.md", "examples/*.yaml"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "ls-files", "*.md", "examples/*.yaml"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = {}
     for name in listed.stdout.splitlines():
         text = (ROOT / name).read_text(encoding="utf-8")
-        parts = FENCED.findall(text) if name.endswith(".md") else [text]
-        found |= {
-            f"{name}-{index}": part for index, part in enumerate(parts) if "kind: DiffusionTrainJob" in part
-        }
+        for index, part in enumerate(FENCED.findall(text) if name.endswith(".md") else [text]):
+            if "kind: DiffusionTrainJob" in part:
+                found[f"{name}-{index}"] = part
     return found
 
 

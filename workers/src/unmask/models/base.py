@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.attention import AttentionMetadata
+from unmask.errors import ModelError
 from unmask.models.cache import RowCache
 from unmask.models.config import ModelConfig
 from unmask.models.moe import Router
@@ -51,6 +52,17 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: (..., hidden_size) to float32 (..., vocab_size)."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token id that stands at masked positions.
+
+        Raises:
+            ModelError: If the configuration names none.
+        """
+        if self.config.mask_token_id is None:
+            raise ModelError("config.json: mask_token_id is missing; set it to a token that text never uses")
+        return self.config.mask_token_id
 
     def new_cache(self, *, rows: int, capacity: int, block_length: int) -> RowCache:
         """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, beside the parameters."""

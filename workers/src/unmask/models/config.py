@@ -33,8 +33,8 @@ class ModelConfig(BaseModel):
     max_position_embeddings: PositiveInt
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     initializer_range: float = Field(default=0.02, gt=0)
-    mask_token_id: int = Field(ge=0)
-    """The embedding row that stands at masked positions."""
+    mask_token_id: int | None = Field(default=None, ge=0)
+    """The embedding row that stands at masked positions; a diffusion model has one."""
     eos_token_id: int = Field(ge=0)
     pad_token_id: int = Field(ge=0)
 
@@ -54,10 +54,9 @@ class ModelConfig(BaseModel):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}"
-                )
+            token_id = getattr(self, name)
+            if token_id is not None and token_id >= self.vocab_size:
+                raise ValueError(f"{name} {token_id} is outside the vocabulary of {self.vocab_size}")
         return self
 
     @classmethod

@@ -123,7 +123,7 @@ def _empty(config: ModelConfig, *, device: str | torch.device, dtype: torch.dtyp
     """The model with allocated, unset parameters; the parts that insist on float32 keep it."""
     family = family_of(config.architectures, source="model config")
     model_class: type[LanguageModel] = getattr(
-        import_module(f"unmask.models.{family.package}.model"), family.model
+        import_module(f"unmask.models.{family.package}.model"), config.architecture
     )
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

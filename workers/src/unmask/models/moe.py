@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unmask.models.feedforward import FeedForward
 
-__all__ = ["Experts", "MixtureOfExperts", "Router", "Routing", "experts_one_by_one"]
+__all__ = ["Experts", "MixtureOfExperts", "Router", "Routing", "experts_one_by_one", "softmax_experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Router(nn.Module):
         keep_groups: int = 1,
         scale: float = 1.0,
     ) -> None:
-        """``weight`` is a parameter (E, D), ``expert_bias`` a buffer (E,) or None; float32 or wider for good."""
+        """Parameter ``weight`` (E, D), buffer ``expert_bias`` (E,) or None; float32 or wider for good."""
         super().__init__()
         self.choose, self.score, self.normalise = choose, score, normalise
         self.groups, self.keep_groups, self.scale = groups, keep_groups, scale
@@ -162,3 +162,11 @@ class MixtureOfExperts(nn.Module):
             out_TD = out_TD + self.shared_experts(hidden_TD)
         out: Tensor = out_TD.view_as(x)
         return out
+
+
+def softmax_experts(
+    hidden_size: int, num_experts: int, width: int, *, choose: int, normalise: bool
+) -> MixtureOfExperts:
+    """Experts behind a softmax router, without shared ones."""
+    router = Router(hidden_size, num_experts, choose=choose, score="softmax", normalise=normalise)
+    return MixtureOfExperts(router, Experts(num_experts, hidden_size, width), shared_experts=None)

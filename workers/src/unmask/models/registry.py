@@ -24,9 +24,7 @@ class Family:
 
     package: str
     config: str
-    """Class in ``config``."""
-    model: str
-    """Class in ``model``."""
+    """Class in ``config``; its ``architecture`` is the class in ``model``."""
 
     def config_class(self) -> type[ModelConfig]:
         """The family's :class:`ModelConfig`."""
@@ -35,12 +33,19 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "LLaDA2MoeModelLM": Family(package="llada2_moe", config="LLaDA2MoeConfig", model="LLaDA2MoeModelLM"),
-    "BailingMoeV2ForCausalLM": Family(
-        package="bailing_moe_v2", config="BailingMoeV2Config", model="BailingMoeV2ForCausalLM"
-    ),
+    "LLaDA2MoeModelLM": Family(package="llada2_moe", config="LLaDA2MoeConfig"),
+    "BailingMoeV2ForCausalLM": Family(package="bailing_moe_v2", config="BailingMoeV2Config"),
+    "LLaDAMoEModelLM": Family(package="llada_moe", config="LLaDAMoEConfig"),
+    "LlamaForCausalLM": Family(package="llama", config="LlamaConfig"),
+    "A2DLlamaLMHeadModel": Family(package="llama", config="A2DLlamaConfig"),
+    "Qwen3ForCausalLM": Family(package="qwen3", config="Qwen3Config"),
+    "SDARForCausalLM": Family(package="qwen3", config="SDARConfig"),
+    "Qwen3MoeForCausalLM": Family(package="qwen3_moe", config="Qwen3MoeConfig"),
+    "SDARMoeForCausalLM": Family(package="qwen3_moe", config="SDARMoeConfig"),
+    "OlmoeForCausalLM": Family(package="olmoe", config="OlmoeConfig"),
+    "OlmoeForMaskedDiffusion": Family(package="olmoe", config="OlmoeForMaskedDiffusionConfig"),
 }
-"""``architectures`` entry -> family."""
+"""``architectures`` entry, which is also the name of the model's class -> family."""
 
 
 def family_of(architectures: object, *, source: str) -> Family:

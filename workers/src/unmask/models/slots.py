@@ -6,12 +6,21 @@ needs a second copy of the model in memory. Parts that several families name ali
 listed by the functions here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Slot", "attention_slots", "expert_slots", "feed_forward_slots"]
+from unmask.models.config import ModelConfig
+
+__all__ = [
+    "Slot",
+    "attention_slots",
+    "decoder_slots",
+    "expert_slots",
+    "feed_forward_slots",
+    "softmax_expert_slots",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +70,51 @@ def expert_slots(name: str, parameter: str, *, experts: int, hidden: int, width:
         yield Slot(f"{at}.gate_proj.weight", gate_up, (width, hidden), (expert, slice(0, width)))
         yield Slot(f"{at}.up_proj.weight", gate_up, (width, hidden), (expert, slice(width, 2 * width)))
         yield Slot(f"{at}.down_proj.weight", down, (hidden, width), (expert,))
+
+
+def decoder_slots(
+    config: ModelConfig,
+    feed_forward: Callable[[str, str], Iterator[Slot]],
+    *,
+    norm_widths: tuple[int, int] | None,
+    tied_output: bool,
+) -> Iterator[Slot]:
+    """A whole checkpoint in the naming of Llama and its kin.
+
+    Args:
+        config: The widths.
+        feed_forward: The slots of one layer's feed-forward, from its published and own names.
+        norm_widths: Of the norms on queries and on keys, if there are any.
+        tied_output: Whether the embedding is the output layer, which then is not on disk.
+    """
+    hidden = config.hidden_size
+    yield Slot("model.embed_tokens.weight", "embedding.weight", (config.vocab_size, hidden))
+    for index in range(config.num_hidden_layers):
+        name, layer = f"model.layers.{index}", f"layers.{index}"
+        yield Slot(f"{name}.input_layernorm.weight", f"{layer}.attention_norm.weight", (hidden,))
+        yield from attention_slots(
+            f"{name}.self_attn",
+            f"{layer}.attention",
+            hidden=hidden,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        for letter, part, width in zip("qk", ("query", "key"), norm_widths or (), strict=False):
+            norm = f"{layer}.attention.{part}_norm.weight"
+            yield Slot(f"{name}.self_attn.{letter}_norm.weight", norm, (width,))
+        yield Slot(f"{name}.post_attention_layernorm.weight", f"{layer}.feed_forward_norm.weight", (hidden,))
+        yield from feed_forward(f"{name}.mlp", f"{layer}.feed_forward")
+    yield Slot("model.norm.weight", "norm.weight", (hidden,))
+    if not tied_output:
+        yield Slot("lm_head.weight", "head.weight", (config.vocab_size, hidden))
+
+
+def softmax_expert_slots(
+    name: str, parameter: str, *, experts: int, hidden: int, width: int
+) -> Iterator[Slot]:
+    """A router ``gate`` and its ``experts``, without shared ones."""
+    yield Slot(f"{name}.gate.weight", f"{parameter}.router.weight", (experts, hidden))
+    yield from expert_slots(
+        f"{name}.experts", f"{parameter}.experts", experts=experts, hidden=hidden, width=width
+    )

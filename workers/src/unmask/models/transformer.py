@@ -23,7 +23,7 @@ from unmask.models.feedforward import FeedForward
 from unmask.models.moe import MixtureOfExperts, Router
 from unmask.models.rotary import Rotation
 
-__all__ = ["Attention", "Layer", "Rotary", "Transformer"]
+__all__ = ["Attention", "Layer", "Rotary", "Transformer", "pre_norm_layer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,26 @@ class Layer(nn.Module):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
         out: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
         return out
+
+
+def pre_norm_layer(
+    config: ModelConfig,
+    *,
+    query_key_norm: Literal["none", "head", "all heads"],
+    feed_forward: FeedForward | MixtureOfExperts,
+) -> Layer:
+    """A layer of ``config``'s widths around ``feed_forward``."""
+    attention = Attention(
+        config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        query_key_norm=query_key_norm,
+        norm_eps=config.rms_norm_eps,
+    )
+    return Layer(
+        config.hidden_size, attention=attention, feed_forward=feed_forward, norm_eps=config.rms_norm_eps
+    )
 
 
 class Transformer(LanguageModel):

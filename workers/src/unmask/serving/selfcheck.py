@@ -123,7 +123,7 @@ def _check_two_copy(name: str, model: LanguageModel, vectors: dict[str, Tensor])
         rows,
         corruption,
         block_length=_BLOCK,
-        mask_token_id=model.config.mask_token_id,
+        mask_token_id=model.mask_token_id,
         flat=True,
         global_grid=True,
     ).to(model.device)
@@ -147,7 +147,7 @@ def _check_generate(name: str, model: LanguageModel, vectors: dict[str, Tensor])
         steps=steps,
         threshold=float(vectors["threshold"]),
         eos_token_id=eos,
-        mask_token_id=model.config.mask_token_id,
+        mask_token_id=model.mask_token_id,
     )
     prompt, expected = vectors["prompt"][0].tolist(), vectors["output"][0].tolist()
     plain = generate_uncached(model, prompt, params)

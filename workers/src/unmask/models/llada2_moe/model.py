@@ -8,7 +8,7 @@ from typing import ClassVar
 from unmask.models.feedforward import FeedForward
 from unmask.models.llada2_moe.config import LLaDA2MoeConfig
 from unmask.models.moe import Experts, MixtureOfExperts, Router
-from unmask.models.transformer import Attention, Layer, Rotary, Transformer
+from unmask.models.transformer import Layer, Rotary, Transformer, pre_norm_layer
 
 __all__ = ["LLaDA2MoeModelLM"]
 
@@ -27,23 +27,13 @@ class LLaDA2MoeModelLM(Transformer):
 
 def _layer(config: LLaDA2MoeConfig, index: int) -> Layer:
     """Layer number ``index``: the first ones are dense, the others have experts."""
-    attention = Attention(
-        config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        query_key_norm="head",
-        norm_eps=config.rms_norm_eps,
-    )
     if config.is_dense(index):
         feed_forward: FeedForward | MixtureOfExperts = FeedForward(
             config.hidden_size, config.intermediate_size
         )
     else:
         feed_forward = _mixture_of_experts(config)
-    return Layer(
-        config.hidden_size, attention=attention, feed_forward=feed_forward, norm_eps=config.rms_norm_eps
-    )
+    return pre_norm_layer(config, query_key_norm="head", feed_forward=feed_forward)
 
 
 def _mixture_of_experts(config: LLaDA2MoeConfig) -> MixtureOfExperts:

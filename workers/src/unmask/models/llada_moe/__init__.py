@@ -1,0 +1,1 @@
+"""LLaDA-MoE: trained from scratch with full-sequence diffusion (arXiv 2509.24389)."""

@@ -1,0 +1,1 @@
+"""Llama and what follows its design, such as SmolLM2: dense, autoregressive or masked."""

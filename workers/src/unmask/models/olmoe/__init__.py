@@ -1,0 +1,1 @@
+"""OLMoE, autoregressive or masked."""

@@ -1,0 +1,1 @@
+"""Qwen3, dense, and SDAR: the same body as a block-diffusion model."""

@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import cli_reference
-
 import unmask_operator.generate
 from unmask.cli.main import cli
 from unmask.telemetry import reference as metrics_reference

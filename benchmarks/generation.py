@@ -2,7 +2,7 @@
 
 The model (``model_s.json``) has random weights. A forward takes as long as a trained one's, and no confidence
 reaches the threshold, so each block takes exactly ``STEPS`` denoise forwards: what varies is the machine and
-the code, never the text. Prints a table, and writes it beside this file: ``generation_<processor>_<date>.md``.
+the code, never the text. Prints a table, and writes it beside it: ``generation_<processor>_<date>.md``.
 """
 
 import datetime
@@ -43,7 +43,7 @@ def _page(processor: str, model: LanguageModel) -> Iterator[str]:
     today = datetime.date.today()
     yield "# Block generation\n"
     yield f"{processor}, {os.cpu_count()} cores, {threads} threads; torch {torch.__version__}; {today}."
-    yield f"{parameters / 1e6:.0f} M random parameters in float32; prompts of {PROMPT} tokens, {NEW} new ones,"
+    yield f"{parameters / 1e6:.0f} M random parameters in float32; prompts of {PROMPT} tokens, {NEW} new,"
     yield f"blocks of {BLOCK} in {STEPS} denoise forwards; the fastest of {REPEATS} runs.\n"
     yield "| way | requests | seconds | tokens / s | ms / forward of a request |\n|---|---|---|---|---|"
     for way, requests, run in _ways(model):

@@ -150,6 +150,10 @@ class RunningServer:
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
 
+    def wait_failed(self) -> None:
+        """Return once the server knows that its model has failed."""
+        asyncio.run_coroutine_threadsafe(self.server.failed(), self._loop).result(30)
+
     def stop(self, drain_s: float) -> None:
         """Stop it as SIGTERM would, and wait until it has."""
         asyncio.run_coroutine_threadsafe(self.server.stop(drain_s), self._loop).result(30)

@@ -10,7 +10,7 @@ from support.serving import CountingBatch, wait_until
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.generation import BlockBatch, Committed, Filled, Finished
 from unmask.errors import UsageError
-from unmask.serving.engine import Engine, EngineStopped, QueueFull, Request
+from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.outbox import Admitted, Failed, Item, Outbox
 from unmask.telemetry import Recorder, metrics
 
@@ -223,7 +223,7 @@ def test_a_failed_forward_fails_every_request_and_ends_the_engine(
     assert told.wait(10)
     for one in (running, waiting):
         last = one.outbox.take()[-1]
-        assert isinstance(last, Failed) and isinstance(last.error, ArithmeticError)
+        assert isinstance(last, Failed) and isinstance(last.error, ModelFailed)
     with pytest.raises(EngineStopped, match="failed"):
         engine.submit(request())
 

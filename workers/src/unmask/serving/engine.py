@@ -31,7 +31,7 @@ from unmask.errors import UsageError
 from unmask.serving.outbox import Admitted, Failed, Outbox
 from unmask.telemetry import Recorder, metrics
 
-__all__ = ["Batch", "Engine", "EngineStopped", "QueueFull", "Request"]
+__all__ = ["Batch", "Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ class QueueFull(Exception):
 
 class EngineStopped(Exception):
     """The engine takes nothing more: it drains, has stopped, or has failed."""
+
+
+class ModelFailed(EngineStopped):
+    """A forward raised; the log has the traceback."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -195,7 +199,7 @@ class Engine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
-        self._fail_all(EngineStopped(self._refusal))
+        self._fail_all(EngineStopped)
 
     # The model thread.
 
@@ -203,12 +207,12 @@ class Engine:
         try:
             while self._wait():
                 self.turn()
-        except Exception as error:
+        except Exception:
             # Whatever a forward raises, the batch's state is unknown after it: end, and let all callers know.
             logger.exception("a forward failed; the engine ends")
             with self._changed:
                 self._refusal = "the model has failed; go on elsewhere"
-            self._fail_all(error)
+            self._fail_all(ModelFailed)
             self._on_failure()
 
     def _wait(self) -> bool:
@@ -284,14 +288,14 @@ class Engine:
         self._recorder.count(metrics.POSITIONS_EVALUATED, usage.positions)
         request.outbox.put(replace(event, kept_tokens=kept))
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, kind: type[EngineStopped]) -> None:
         with self._changed:
             requests = [*self._waiting, *self._running.values()]
             self._waiting.clear()
             self._running.clear()
             self._gauge()
         for request in requests:
-            request.outbox.put(Failed(error=error))
+            request.outbox.put(Failed(error=kind(self._refusal)))
 
     def _check_room(self, request: Request) -> None:
         if self._refusal is not None:

@@ -15,7 +15,7 @@ from grpc.aio import ServicerContext
 
 from unmask.diffusion.generation import Finished
 from unmask.errors import UsageError
-from unmask.serving.engine import Engine, EngineStopped, QueueFull, Request
+from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel
 from unmask.serving.narration import Narration, diffusion_params
 from unmask.serving.outbox import Item, Outbox
@@ -213,6 +213,8 @@ def _refusal(error: Exception) -> Refused:
             return error
         case QueueFull():
             return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s=error.retry_after_s)
+        case ModelFailed():
+            return _failure()
         case EngineStopped():
             return Refused(grpc.StatusCode.UNAVAILABLE, str(error))
         case TimeoutError():
@@ -220,4 +222,8 @@ def _refusal(error: Exception) -> Refused:
         case UsageError():
             return Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     logger.error("a call failed", exc_info=error)
+    return _failure()
+
+
+def _failure() -> Refused:
     return Refused(grpc.StatusCode.INTERNAL, "the server has failed; its log says why")

@@ -1,8 +1,8 @@
 """A worker process that follows a script: ``python -m support.stub_worker train --job PATH``.
 
 The run folder's ``script.json`` is a list with an entry for each attempt: ``exit_code``, ``report`` (leave a
-termination.json), ``hang`` (wait for SIGTERM, then save). What each attempt was given is appended to
-``attempts.jsonl``; ``pids`` holds the ids of all workers.
+termination.json), ``hang`` (wait for SIGTERM), ``metrics`` (records to write). What each attempt was given is
+appended to ``attempts-RANK.jsonl``; ``pids`` holds the ids of all workers.
 """
 
 import json
@@ -26,6 +26,8 @@ def main() -> int:
     with attempts.open("a", encoding="utf-8") as file:
         entry = {"job": job, "environment": {name: os.environ[name] for name in KEPT}}
         file.write(json.dumps(entry) + "\n")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in script.get("metrics", ()))
     if script.get("hang"):
         wait_for_sigterm()
     if script.get("report"):

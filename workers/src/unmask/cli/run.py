@@ -66,7 +66,7 @@ def _run(job: "DiffusionTrainJob") -> int:
         outcome = local.run(job, observe=follower.update)
     click.echo(follower.summary(), nl=False)
     if outcome.restarts:
-        click.echo(f"restarted {outcome.restarts} times", err=True)
+        click.echo(f"restarts: {outcome.restarts}", err=True)
     if outcome.stopped:
         click.echo(f"stopped: {outcome.message}; the same command goes on from there", err=True)
     elif outcome.exit_code:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unmask.attention import AttentionMetadata
+from unmask.models.conversion import CONVERSIONS, to_diffusion
 from unmask.models.loading import build, load, save
 from unmask.models.registry import FAMILIES, parse_config
 
@@ -99,6 +100,17 @@ def test_a_cached_forward_equals_the_whole(theirs, tmp_path):
             part = ours.logits(ours.hidden(IDS[:1, start:stop], metadata, cache=cache.select(0, 1)))[0]
         cache.commit(0, stop - start)
         assert torch.allclose(part, whole[start:stop], atol=1e-4)
+
+
+def test_a_conversion_computes_the_same_under_the_same_mask(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    source = load(tmp_path)
+    converted = to_diffusion(source, CONVERSIONS[source.config.architecture], mask_token_id=95)
+    assert source.causal and not converted.causal
+    assert converted.mask_token_id == 95
+    assert torch.equal(our_logits(converted, IDS), our_logits(source, IDS))
+    save(converted, tmp_path / "converted")
+    assert torch.equal(our_logits(load(tmp_path / "converted"), IDS), our_logits(source, IDS))
 
 
 QWEN3_30B_A3B = {

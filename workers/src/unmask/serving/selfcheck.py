@@ -11,6 +11,8 @@ computed. A folder holds a small model (``config.json`` and weights) and
 ``bdlm_ragged.*``       (1, L, V): the noisy half of the two-copy forward, on a block grid over
                         the row, positions not restarted; optionally ``token_nll`` (1, L) and
                         ``mean_masked_nll`` (1,)
+``mdlm.*``              ``x0`` (B, L), ``mask`` (B, L) bool, ``logits`` (B, L, V), ``token_nll``
+                        (B, L): one forward on the masked rows, attending to the whole row
 ``generate.N.*``        ``prompt`` (1, P), ``params`` = (new tokens, block length, steps),
                         ``threshold`` (1,), ``output`` (1, n), ``forwards`` (1,), optionally
                         ``eos_id`` (1,): greedy decoding, run here with and without a cache
@@ -131,11 +133,27 @@ def _check_two_copy(name: str, model: LanguageModel, vectors: dict[str, Tensor])
     logits = model.logits(hidden[:, : ids.size])
     yield _compare(f"{name}.logits", logits, vectors["logits"])
     if "token_nll" in vectors:
-        nll = -torch.log_softmax(logits, -1).gather(-1, vectors["x0"].to(model.device).unsqueeze(-1))[..., 0]
+        nll = _nll(logits, vectors["x0"].to(model.device))
         yield _compare(f"{name}.token_nll", nll, vectors["token_nll"])
     if "mean_masked_nll" in vectors:
         mean = summed_loss(hidden, model.logits, inputs) / inputs.normaliser
         yield _compare(f"{name}.mean_masked_nll", mean.reshape(1), vectors["mean_masked_nll"])
+
+
+def _check_full_sequence(
+    name: str, model: LanguageModel, vectors: dict[str, Tensor]
+) -> Iterator[CheckResult]:
+    clean, masked = vectors["x0"].to(model.device), vectors["mask"].to(model.device)
+    position = torch.arange(clean.shape[1], device=model.device).expand(len(clean), -1)
+    metadata = AttentionMetadata.bidirectional(position, torch.zeros_like(position))
+    logits = model.logits(model.hidden(clean.masked_fill(masked, model.mask_token_id), metadata))
+    yield _compare(f"{name}.logits", logits, vectors["logits"])
+    yield _compare(f"{name}.token_nll", _nll(logits, clean), vectors["token_nll"])
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target: (B, L)."""
+    return -torch.log_softmax(logits, -1).gather(-1, targets.unsqueeze(-1))[..., 0]
 
 
 def _check_generate(name: str, model: LanguageModel, vectors: dict[str, Tensor]) -> Iterator[CheckResult]:
@@ -170,5 +188,6 @@ _CHECKS: dict[str, Callable[[str, LanguageModel, dict[str, Tensor]], Iterator[Ch
     "causal": _check_forward,
     "bdlm": _check_two_copy,
     "bdlm_ragged": _check_two_copy,
+    "mdlm": _check_full_sequence,
     "generate": _check_generate,
 }

@@ -1,0 +1,206 @@
+"""``unmask serve`` and ``unmask generate``, as a person meets them."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import pytest
+
+from support.folders import GOLDEN, add_tokenizer, served_folder
+from unmask.cli.main import main
+from unmask.client import BlockCommitted, Client, Finished
+
+READY = re.compile(r"serving tiny \(LLaDA2MoeModelLM\) on (\S+:\d+), metrics on (http://\S+/metrics)")
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server process and its address."""
+    command = [sys.executable, "-m", "unmask.cli.main", "serve", str(folder), "--port=0", "--metrics-port=0"]
+    with subprocess.Popen([*command, "--threads=1", *options], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            match = READY.fullmatch(line.strip())
+            assert match, line
+            yield match[1], process
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with serving(folder) as (address, _):
+        yield address
+
+
+class Ended(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run: TypeAlias = Callable[..., Ended]
+
+
+@pytest.fixture
+def unmask(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> Ended:
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert isinstance(exit_.value.code, int)
+        return Ended(exit_.value.code, *capsys.readouterr())
+
+    return run
+
+
+# generate
+
+
+def test_the_text_is_printed_and_what_it_took_is_told_beside_it(unmask: Run, address: str) -> None:
+    ended = unmask("generate", "w5 w6", "--raw", "--max-tokens=12", f"--server={address}")
+    assert ended.code == 0
+    with Client(address) as client:
+        assert ended.out == client.generate("w5 w6", max_tokens=12).text + "\n"
+    assert re.fullmatch(
+        r"12 tokens in [\d.]+ s, [\d.]+ tokens/s; TPF [\d.]+ \(decode [\d.]+, denoise [\d.]+\)\n", ended.err
+    )
+
+
+def test_a_text_is_a_turn_where_the_model_has_a_template(unmask: Run, address: str) -> None:
+    by_default = unmask("generate", "w5", "--max-tokens=4", f"--server={address}")
+    chat = unmask("generate", "w5", "--chat", "--max-tokens=4", f"--server={address}")
+    raw = unmask("generate", "user w5 assistant", "--raw", "--max-tokens=4", f"--server={address}")
+    assert by_default.out == chat.out == raw.out
+
+
+def test_json_holds_tokens_and_all_three_figures(unmask: Run, address: str) -> None:
+    ended = unmask("generate", "w5", "--json", "--max-tokens=12", "--threshold=0.01", f"--server={address}")
+    answer = json.loads(ended.out)
+    assert len(answer["token_ids"]) == 12
+    assert answer["usage"]["completion_tokens"] == 12
+    assert answer["usage"]["tpf"] <= answer["usage"]["tpf_decode"] < answer["usage"]["tpf_denoise"]
+    assert answer["tokens_per_second"] == pytest.approx(12 / answer["seconds"])
+
+
+def test_a_canvas_without_a_terminal_is_plain_text(unmask: Run, address: str) -> None:
+    plain = unmask("generate", "w5", "--max-tokens=8", f"--server={address}")
+    assert unmask("generate", "w5", "--max-tokens=8", "--canvas", f"--server={address}").out == plain.out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--threshold=1.5", "diffusion.threshold: got 1.5, must be above 0 and at most 1"),
+        ("--max-tokens=9999", "sampling.max_tokens: got 9999, must be 1 to"),
+        ("--decoder=magic", "decoder: got 'magic', allowed are threshold"),
+        ("--steps-per-block=9", "diffusion.steps_per_block: got 9, must be 1 to 8"),
+        ("--max-tokens=-1", "the request cannot hold a value"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_code_64(
+    unmask: Run, address: str, option: str, message: str
+) -> None:
+    ended = unmask("generate", "w5", option, f"--server={address}")
+    assert ended.code == 64
+    assert ended.err.startswith("error: ") and message in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_where_nobody_serves_it_says_so(unmask: Run) -> None:
+    ended = unmask("generate", "w5", "--server=127.0.0.1:1")
+    assert ended.code == 1
+    assert "127.0.0.1:1" in ended.err and "is it running?" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+# serve
+
+
+@pytest.mark.slow
+def test_a_killed_server_s_stream_is_finished_by_another_one(folder: Path) -> None:
+    slow = {"token_ids": [5, 6, 7], "max_tokens": 600, "threshold": 1.0}
+    with serving(folder) as (first, doomed), serving(folder) as (second, other):
+        with Client(second) as client:
+            undisturbed = client.generate(**slow)  # type: ignore[arg-type]
+        tokens: list[int] = []
+        with Client([first, second]) as client:
+            for event in client.stream(**slow):  # type: ignore[arg-type]
+                if isinstance(event, BlockCommitted):
+                    assert event.offset == len(tokens)
+                    tokens += event.token_ids
+                    if event.block_index == 3:
+                        doomed.kill()
+        assert isinstance(event, Finished)
+        assert tuple(tokens) == undisturbed.token_ids
+        assert event.usage.completion_tokens < len(tokens)
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(30) == 0
+
+
+def without(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def truncate(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def make_autoregressive(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "config.json: no such file"),
+        (lambda folder: without(folder, "config.json"), "config.json: no such file"),
+        (lambda folder: without(folder, "model.safetensors"), "the weights are missing"),
+        (lambda folder: truncate(folder, "model.safetensors"), "model.safetensors: truncated"),
+        (lambda folder: without(folder, "tokenizer.json"), "tokenizer.json: no such file"),
+        (make_autoregressive, "is autoregressive, only masked diffusion models are served; train it with"),
+    ],
+    ids=["no folder", "no config", "no weights", "truncated weights", "no tokenizer", "autoregressive"],
+)
+def test_a_folder_that_cannot_be_served_is_one_line_and_code_66(
+    unmask: Run, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    spoil(folder)
+    ended = unmask("serve", str(folder), "--port=0", "--metrics-port=0")
+    assert ended.code == 66
+    assert ended.err.startswith(f"error: {folder}") and message in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_options_that_do_not_fit_are_code_64(unmask: Run, folder: Path, address: str) -> None:
+    too_long = unmask("serve", str(folder), "--context=5000")
+    assert too_long.code == 64 and "--context: got 5000" in too_long.err
+    in_use = unmask("serve", str(folder), f"--port={address.rpartition(':')[2]}", "--metrics-port=0")
+    assert in_use.code == 64 and "--port: cannot listen on" in in_use.err
+
+
+def test_the_golden_models_can_be_served_with_blocks_of_32(unmask: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(GOLDEN / "llada2_b", folder)
+    add_tokenizer(folder)
+    with serving(folder) as (address, _), Client(address) as client:
+        assert client.model_info().block_length == 32
+        assert len(client.generate("w5", max_tokens=40).token_ids) == 40

@@ -1,0 +1,278 @@
+"""The client's own decisions: requests, events, errors, continuations and the canvas."""
+
+import subprocess
+import sys
+
+import grpc
+import pytest
+
+from unmask.client import (
+    BlockCommitted,
+    Cancelled,
+    Canvas,
+    CanvasUpdate,
+    DeadlineExceeded,
+    Fill,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    ServerFailed,
+    Started,
+    Unavailable,
+    UnsupportedRequest,
+)
+from unmask.client.channels import addresses
+from unmask.client.continuation import Continuation
+from unmask.client.errors import error_of
+from unmask.client.events import event_of
+from unmask.client.options import GenerateOptions, request_of
+from unmask.errors import UsageError
+from unmask.serving.refusals import Refused, Violation
+from unmask.v1 import generation_pb2 as pb
+
+# Requests
+
+
+def test_only_what_is_given_is_set() -> None:
+    assert request_of("w5") == pb.GenerateRequest(text="w5")
+
+
+def test_every_option_reaches_its_field() -> None:
+    request = request_of(
+        None,
+        token_ids=[1, 2],
+        max_tokens=9,
+        decoder="threshold",
+        threshold=0.5,
+        steps_per_block=3,
+        committed=[7],
+        request_id="r",
+        model="m",
+        timeout_s=1,
+    )
+    assert request == pb.GenerateRequest(
+        request_id="r",
+        model="m",
+        token_ids=pb.TokenIds(ids=[1, 2]),
+        sampling=pb.SamplingParams(max_tokens=9),
+        diffusion=pb.DiffusionParams(decoder=pb.DECODER_THRESHOLD, threshold=0.5, steps_per_block=3),
+        committed_token_ids=[7],
+    )
+
+
+def test_a_conversation_is_a_prompt() -> None:
+    request = request_of(None, messages=[{"role": "user", "content": "hi"}])
+    assert request.chat.messages[0] == pb.ChatMessage(role="user", content="hi")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (None, {}, "got no prompt, give one of"),
+        ("a", {"token_ids": [1]}, "got prompt and token_ids, give one of"),
+        ("a", {"decoder": "magic"}, "decoder: got 'magic', allowed are threshold"),
+        ("a", {"max_tokens": -1}, "the request cannot hold a value"),
+        (None, {"token_ids": [-1]}, "the request cannot hold a value"),
+        ("a\ud800", {}, "the request cannot hold a value"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_the_wire(
+    prompt: str | None, options: GenerateOptions, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        request_of(prompt, **options)
+
+
+def test_an_empty_list_of_token_ids_is_the_servers_to_refuse() -> None:
+    assert request_of(None, token_ids=[]).WhichOneof("prompt") == "token_ids"
+
+
+def test_addresses() -> None:
+    assert addresses("a:1") == ("a:1",)
+    assert addresses(["a:1", "b:2"]) == ("a:1", "b:2")
+    with pytest.raises(UsageError, match="expected HOST:PORT"):
+        addresses([])
+
+
+# Errors
+
+
+class Failure(grpc.RpcError, grpc.Call):  # type: ignore[misc]
+    """A call that a server refused."""
+
+    def __init__(self, refused: Refused) -> None:
+        self._status = refused.status()
+
+    def code(self) -> grpc.StatusCode:
+        return self._status.code
+
+    def details(self) -> str:
+        return self._status.details
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return self._status.trailing_metadata
+
+    def initial_metadata(self) -> tuple[()]:
+        return ()
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> None:
+        return None
+
+    def cancel(self) -> bool:
+        return False
+
+    def add_callback(self, callback: object) -> bool:
+        return False
+
+
+KINDS = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: InvalidRequest,
+    grpc.StatusCode.ALREADY_EXISTS: InvalidRequest,
+    grpc.StatusCode.UNIMPLEMENTED: UnsupportedRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.INTERNAL: ServerFailed,
+    grpc.StatusCode.UNKNOWN: ServerFailed,
+    grpc.StatusCode.DATA_LOSS: ServerFailed,
+}
+
+
+@pytest.mark.parametrize("code", KINDS, ids=lambda code: code.name)
+def test_a_status_code_has_its_error(code: grpc.StatusCode) -> None:
+    error = error_of(Failure(Refused(code, "because")), "host:1")
+    assert type(error) is KINDS[code]
+    assert error.code == code.name
+    assert str(error).startswith("host:1: because")
+    assert error.retryable == (code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE))
+
+
+def test_details_of_a_status_reach_the_error() -> None:
+    violations = [Violation("a.b", "must be c"), Violation("d", "is missing")]
+    refused = Refused(grpc.StatusCode.INVALID_ARGUMENT, "no", violations=violations, retry_after_s=1.5)
+    error = error_of(Failure(refused), "host:1")
+    assert [(v.field, v.description) for v in error.violations] == [("a.b", "must be c"), ("d", "is missing")]
+    assert error.retry_after_s == 1.5
+
+
+def test_details_that_contradict_the_status_are_left_aside() -> None:
+    failure = Failure(Refused(grpc.StatusCode.INVALID_ARGUMENT, "no", violations=[Violation("a", "b")]))
+    failure.details = lambda: "rewritten on the way"  # type: ignore[method-assign]
+    error = error_of(failure, "host:1")
+    assert isinstance(error, InvalidRequest) and error.violations == ()
+    assert "rewritten" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code"), [(InvalidRequest, 64), (UnsupportedRequest, 64), (Unavailable, 1), (Overloaded, 1)]
+)
+def test_errors_end_a_command_as_the_table_says(kind: type[RequestError], exit_code: int) -> None:
+    assert kind.exit_code == exit_code
+
+
+# Streams
+
+
+def started(max_tokens: int = 20) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(
+        started=pb.Started(
+            prompt_tokens=3,
+            block_length=8,
+            sampling=pb.SamplingParams(max_tokens=max_tokens),
+            diffusion=pb.DiffusionParams(threshold=0.7, steps_per_block=4),
+        )
+    )
+
+
+def committed(*token_ids: int, offset: int = 0) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(
+        block_committed=pb.BlockCommitted(offset=offset, token_ids=token_ids, text_delta=f"{len(token_ids)};")
+    )
+
+
+def test_what_is_left_is_asked_for_with_what_was_in_force() -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=True)
+    assert generation.request().request == pb.GenerateRequest(text="w5")
+    for message in (started(), committed(11, 12), committed(13)):
+        assert generation.take(message) is not None
+    request = generation.request()
+    assert list(request.request.committed_token_ids) == [11, 12, 13]
+    assert request.request.sampling.max_tokens == 20
+    assert (request.request.diffusion.threshold, request.request.diffusion.steps_per_block) == (0.7, 4)
+    assert request.options.canvas == pb.CANVAS_MODE_DIFF
+    assert generation.take(started()) is None
+
+
+def test_a_continuation_leaves_the_callers_request_alone() -> None:
+    request = pb.GenerateRequest(text="w5")
+    Continuation(request, canvas=False).take(committed(11))
+    assert request == pb.GenerateRequest(text="w5")
+
+
+def test_a_stream_that_ends_early_is_not_taken_for_a_whole() -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=False)
+    generation.take(started())
+    with pytest.raises(ServerFailed, match="ended before the generation was finished"):
+        generation.check_finished("host:1")
+    generation.take(pb.GenerateStreamResponse(finished=pb.Finished()))
+    generation.check_finished("host:1")
+
+
+def test_an_event_from_the_future_is_passed_over() -> None:
+    assert event_of(pb.GenerateStreamResponse()) is None
+
+
+# The canvas
+
+
+def shown(canvas: Canvas) -> str:
+    return canvas.text + "|" + "".join(cell.text or "_" for cell in canvas.cells)
+
+
+def test_the_canvas_shows_what_is_final_provisional_and_masked() -> None:
+    canvas = Canvas()
+    events = [
+        event_of(started(max_tokens=9)),
+        CanvasUpdate(
+            block_index=0,
+            step=1,
+            fills=(Fill(position=1, token_id=0, confidence=1, text="b"),),
+            masks_left=4,
+        ),
+        CanvasUpdate(
+            block_index=0,
+            step=2,
+            fills=(Fill(position=4, token_id=0, confidence=1, text="e"),),
+            masks_left=3,
+        ),
+        BlockCommitted(block_index=0, offset=0, token_ids=(0,) * 5, text="abcde", forwards=3),
+        CanvasUpdate(
+            block_index=1,
+            step=1,
+            fills=(Fill(position=6, token_id=0, confidence=1, text="g"),),
+            masks_left=7,
+        ),
+    ]
+    pictures = []
+    for event in events:
+        assert event is not None
+        canvas.take(event)
+        pictures.append(shown(canvas))
+    # The first block has three prompt tokens and five of the answer; the second is cut at max_tokens.
+    assert pictures == ["|", "|_b___", "|_b__e", "abcde|", "abcde|_g__"]
+
+
+def test_the_client_needs_no_torch() -> None:
+    program = "import sys, unmask.client; sys.exit('torch' in sys.modules or 'unmask.serving' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_started_is_typed() -> None:
+    event = event_of(started())
+    assert isinstance(event, Started)
+    assert (event.max_tokens, event.threshold, event.steps_per_block) == (20, 0.7, 4)

@@ -27,7 +27,8 @@ def _section(context: click.Context) -> str:
     command = context.command
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     about = inspect.cleandoc(command.help or "").replace("\b\n", "").partition("\f")[0].strip()
-    rows = [record for item in command.params if (record := item.get_help_record(context))]
+    # An argument without a help text is told of in the command's own.
+    rows = [record for item in command.params if (record := item.get_help_record(context)) and record[1]]
     lines = [f"## {context.command_path}", f"```text\n{usage}\n```", about]
     if rows:
         table = [f"| `{_cell(flags)}` | {_cell(text)} |" for flags, text in rows]

@@ -1,0 +1,73 @@
+"""Commands in documents: each is one that exists, spelt as it must be."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from unmask.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")})
+
+
+def commands() -> list[tuple[str, str]]:
+    """(document, command line) for every line of every ``sh`` block."""
+    return [
+        (str(document.relative_to(ROOT)), line.strip())
+        for document in DOCUMENTS
+        for block in re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+
+
+def complaint(line: str) -> str | None:
+    """What is wrong with a command line, as far as can be told without running it."""
+    words = shlex.split(line, comments=True)
+    words = words[: words.index("&")] if "&" in words else words
+    match words:
+        case ["make", *targets]:
+            known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            unknown = {word for word in targets if "=" not in word} - set(known)
+            return f"no such target: {unknown}" if unknown else None
+        case ["unmask", *arguments]:
+            return _unmask_complaint(arguments)
+        case ["python", script, *_]:
+            return None if (ROOT / script).is_file() else f"no such file: {script}"
+    return "a command that no test knows"
+
+
+def _unmask_complaint(arguments: list[str]) -> str | None:
+    options = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word)}
+    if arguments[0].startswith("-"):
+        return None
+    with click.Context(cli) as context:
+        command = cli.get_command(context, arguments[0])
+    if command is None:
+        return f"no such subcommand: {arguments[0]}"
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    unknown = options - known - {"-h", "--help"}
+    return f"no such option: {unknown}" if unknown else None
+
+
+@pytest.mark.parametrize(("document", "line"), commands(), ids=" ".join)
+def test_a_command_in_a_document_exists(document, line):
+    assert complaint(line) is None
+
+
+def test_readme_opens_with_the_two_commands_that_do_everything():
+    assert [line for document, line in commands() if document == "README.md"][:2] == [
+        "make demo",
+        "make test",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["make nonsense", "unmask nonsense", "unmask serve --nonsense", "curl nowhere", "python nowhere.py"],
+)
+def test_a_command_that_does_not_exist_is_found_out(line):
+    assert complaint(line) is not None

@@ -1,0 +1,99 @@
+"""Flex attention's tiles against torch's own, and its result against the plain reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from unmask.attention import AttentionMetadata, attend_plainly, may_attend
+from unmask.attention.flex import plan_flex, tiles_of
+
+# Uncompiled is what is tested here: the same rule and tiles, without minutes of compiling.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def packed(lengths, block_length, *, views=1, rows=1, clean=True, padding=0):
+    """Rows of packed documents: noisy copies, then the clean one, then padding."""
+    position = torch.cat([torch.arange(n) for n in lengths])
+    document = torch.cat([torch.full((n,), number) for number, n in enumerate(lengths)])
+    copies = [*range(1, views + 1), *([0] if clean else [])]
+
+    def laid(column, filler=0):
+        whole = torch.cat([column] * len(copies) + [torch.full((padding,), filler)])
+        return whole.expand(rows, -1).contiguous()
+
+    view = torch.cat(
+        [torch.full_like(position, copy) for copy in copies] + [torch.zeros(padding, dtype=torch.int64)]
+    )
+    return AttentionMetadata(
+        laid(position), laid(document, -1), laid(position // block_length), view.expand(rows, -1).contiguous()
+    )
+
+
+def by_counting(tokens, tile):
+    """Tiles from the dense mask."""
+    allowed = may_attend(tokens, tokens)
+    size = -(-allowed.shape[1] // tile) * tile
+    dense = torch.zeros(len(allowed), size, size, dtype=torch.int64)
+    dense[:, : allowed.shape[1], : allowed.shape[2]] = allowed
+    pairs = dense.unflatten(1, (-1, tile)).unflatten(3, (-1, tile)).sum((2, 4))
+    return pairs > 0, pairs == tile * tile
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    block_length=st.integers(1, 40),
+    views=st.integers(1, 3),
+    clean=st.booleans(),
+    padding=st.integers(0, 20),
+    tile=st.sampled_from([4, 8, 16]),
+)
+def test_tiles_are_those_of_the_dense_mask(lengths, block_length, views, clean, padding, tile):
+    tokens = packed(lengths, block_length, views=views, clean=clean, padding=padding)
+    tiles = tiles_of(tokens, tokens, tile=tile)
+    some, every = by_counting(tokens, tile)
+    assert torch.equal(tiles.some, some)
+    assert torch.equal(tiles.all, every)
+
+
+def test_tiles_hold_for_tokens_in_any_order():
+    torch.manual_seed(0)
+    tokens = packed([20, 11], 4, views=2)
+    order = torch.randperm(tokens.shape[1])
+    columns = (tokens.position, tokens.document, tokens.block, tokens.view)
+    shuffled = AttentionMetadata(*(column[:, order] for column in columns))
+    tiles = tiles_of(shuffled, shuffled, tile=8)
+    some, every = by_counting(shuffled, 8)
+    assert torch.equal(tiles.some, some) and torch.equal(tiles.all, every)
+
+
+def test_the_block_mask_is_the_one_torch_would_build():
+    tokens = packed([300, 100], 32, rows=2, padding=30)
+    ours = plan_flex(tokens, tokens).block_mask
+    length = tokens.shape[1]
+    theirs = create_block_mask(ours.mask_mod, 2, None, length, length, device="cpu", BLOCK_SIZE=128)
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+
+
+@pytest.mark.parametrize(("block_length", "views"), [(1, 1), (4, 2), (32, 1), (100, 1)])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_the_result_is_the_plain_references(block_length, views, kv_heads):
+    torch.manual_seed(0)
+    tokens = packed([40, 25], block_length, views=views, rows=2, padding=5)
+    length = tokens.shape[1]
+    query = torch.randn(2, 4, length, 16)
+    key, value = torch.randn(2, 2, kv_heads, length, 16)
+    got = plan_flex(tokens, tokens, tile=16).attend(query, key, value)
+    assert torch.allclose(got, attend_plainly(tokens, tokens, query, key, value), atol=1e-5)
+
+
+def test_queries_that_are_fewer_than_the_keys():
+    torch.manual_seed(0)
+    keys = AttentionMetadata.single_row(48, block_length=8)
+    queries = AttentionMetadata.single_row(8, block_length=8, start=40)
+    query, key, value = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 48, 16), torch.randn(1, 2, 48, 16)
+    got = plan_flex(queries, keys, tile=16).attend(query, key, value)
+    assert torch.allclose(got, attend_plainly(queries, keys, query, key, value), atol=1e-5)

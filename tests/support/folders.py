@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def word_tokenizer(vocab_size: int, *, eos: int, mask: int) -> tokenizers.Tokenizer:
-    """A word is a token: ``w7`` is token 7; a chat's roles are 1 to 3. ``<eos>`` and ``<mask>`` are special."""
+    """A word is a token: ``w7`` is token 7. A chat's roles are 1 to 3; ``<eos>``, ``<mask>`` are special."""
     words = [f"w{number}" for number in range(vocab_size)]
     words[1:4] = ["system", "user", "assistant"]
     words[eos], words[mask] = "<eos>", "<mask>"

@@ -1,6 +1,6 @@
 """What waits in an outbox: nothing that matters is lost, and what does not matter does not pile up."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.diffusion.generation import Committed, Filled, Finished, ForwardCounts
@@ -53,6 +53,7 @@ def test_each_put_is_told() -> None:
     assert len(told) == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["fill", "commit", "take"]), max_size=60))
 def test_a_reader_at_any_pace_sees_every_commit_and_position_once_in_order(actions: list[str]) -> None:
     box, read, block, position = outbox(), [], 0, 0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -43,6 +43,7 @@ def pieces(decoder: Decoder, ids: Sequence[int], cuts: Sequence[int]) -> list[st
     return [*sent, stream.finish()]
 
 
+@settings(deadline=None)
 @given(st.text(), st.data())
 def test_any_cut_of_the_bytes_of_a_text_gives_the_text_in_whole_characters(
     text: str, data: st.DataObject
@@ -55,12 +56,14 @@ def test_any_cut_of_the_bytes_of_a_text_gives_the_text_in_whole_characters(
         assert not any("\ufffd" in piece for piece in sent)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=40), st.data())
 def test_undecodable_bytes_lose_nothing(ids: list[int], data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=8))
     assert "".join(pieces(BYTES, ids, cuts)) == BYTES.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 63), max_size=40), st.data())
 def test_words_keep_their_spaces_across_cuts(ids: list[int], data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=8))

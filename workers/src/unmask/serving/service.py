@@ -129,7 +129,7 @@ class GenerationService(GenerationServicer):
             async with asyncio.timeout(self._time_left(context)):
                 yield ending
         except asyncio.CancelledError:
-            late = (context.time_remaining() or self._max_request_s) < _CLOSE_TO_DEADLINE_S
+            late = self._time_left(context) < _CLOSE_TO_DEADLINE_S
             ending.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:

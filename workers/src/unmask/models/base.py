@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unmask.attention import AttentionMetadata
 from unmask.errors import ModelError
-from unmask.models.cache import RowCache
+from unmask.models.cache import CanvasCache, RowCache
 from unmask.models.config import ModelConfig
 from unmask.models.moe import Router
 
@@ -68,6 +68,11 @@ class LanguageModel(nn.Module, ABC):
         """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, beside the parameters."""
         dtype = next(self.parameters()).dtype
         return RowCache(self.config, rows, capacity, block_length, dtype=dtype, device=self.device)
+
+    def new_canvas_cache(self, length: int) -> CanvasCache:
+        """An empty cache for one sequence of ``length`` tokens that is attended to as a whole."""
+        dtype = next(self.parameters()).dtype
+        return CanvasCache(self.config, length, dtype=dtype, device=self.device)
 
     @property
     def device(self) -> torch.device:

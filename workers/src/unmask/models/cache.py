@@ -15,7 +15,7 @@ from torch import Tensor
 from unmask.attention import CLEAN, PADDING, AttentionMetadata
 from unmask.models.config import ModelConfig
 
-__all__ = ["RowCache"]
+__all__ = ["CanvasCache", "RowCache"]
 
 
 @dataclass(slots=True)
@@ -104,3 +104,44 @@ class RowCache:
         if self._window is None:
             raise RuntimeError("select() the rows before a forward")
         return self._window
+
+
+@dataclass(slots=True)
+class CanvasCache:
+    """Keys and values of one sequence that is attended to as a whole, of which forwards overwrite windows.
+
+    For models without a causal order of blocks: what lies outside the window is as old as
+    the last forward that covered it. The first forward must cover everything.
+    """
+
+    config: ModelConfig
+    length: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    _keys: Tensor = field(init=False)
+    _values: Tensor = field(init=False)
+    _first: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        """Allocate 2 x layers x heads x length x head size elements."""
+        c = self.config
+        shape = (c.num_hidden_layers, 1, c.num_key_value_heads, self.length, c.head_dim)
+        self._keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def select(self, first: int) -> "CanvasCache":
+        """Let the next forward work on the window that begins at position ``first``; returns this cache."""
+        self._first = first
+        return self
+
+    def keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
+        """Every position: (1, length)."""
+        position = torch.arange(self.length, device=self.device).unsqueeze(0)
+        return AttentionMetadata.bidirectional(position, torch.zeros_like(position))
+
+    def extend(self, layer: int, key_1GSD: Tensor, value_1GSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the window's keys and values and return all of both as views."""
+        window = slice(self._first, self._first + key_1GSD.shape[2])
+        self._keys[layer, :, :, window] = key_1GSD
+        self._values[layer, :, :, window] = value_1GSD
+        return self._keys[layer], self._values[layer]

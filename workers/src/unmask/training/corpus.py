@@ -1,0 +1,177 @@
+"""Documents as arrays of tokens, read once per file and kept in memory.
+
+All processes hold all documents: which of them a process needs depends on the step, and
+tokens of a fine-tuning corpus are small beside a model. Shape letters: N documents,
+T tokens of all of them.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmask.errors import DataError, ModelError, UsageError
+from unmask.models.tokenizer import Tokenizer
+from unmask.training.encoding import Encoded, Question, encode, question
+from unmask.training.records import Format, Record, Text, read_records
+
+__all__ = ["Corpus", "Library", "Overlong", "Source"]
+
+Overlong: TypeAlias = Literal["Error", "Skip"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data file, and how often each of its documents occurs in one pass over the data."""
+
+    path: Path
+    format: Format
+    weight: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents laid end to end."""
+
+    ids: NDArray[np.int32]
+    """(T,)"""
+    starts: NDArray[np.int64]
+    """(N,): where each document begins in ``ids``."""
+    lengths: NDArray[np.int64]
+    """(N,): tokens of each, end of text included."""
+    prompt_lengths: NDArray[np.int64]
+    """(N,): how many of them are given."""
+    repeats: NDArray[np.int64]
+    """(N,): occurrences in one pass over the data."""
+    skipped: int = 0
+    """Documents that were left out for being too long."""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def once_through(self) -> NDArray[np.int64]:
+        """Document numbers of one pass over the data, in the order of the files."""
+        return np.repeat(np.arange(len(self)), self.repeats)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One data file, encoded."""
+
+    path: Path
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+    lines: NDArray[np.int64]
+
+    def digest(self) -> str:
+        """SHA-256 of the documents as they are learnt: a change of file or tokenizer changes it."""
+        arrays = (self.ids, self.lengths, self.prompt_lengths)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+class Library:
+    """The job's data files, each read and encoded when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, *, eos_token_id: int) -> None:
+        """Encode with ``tokenizer``; documents end with ``eos_token_id``."""
+        self._tokenizer = tokenizer
+        self._eos = eos_token_id
+        self._files: dict[tuple[Path, Format], _File] = {}
+
+    def corpus(self, sources: Sequence[Source], *, length: int, overlong: Overlong) -> Corpus:
+        """The documents of ``sources`` that fit rows of ``length`` tokens.
+
+        Raises:
+            DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error.
+        """
+        files = [self._file(source) for source in sources]
+        lengths = np.concatenate([file.lengths for file in files])
+        fits = lengths <= length
+        if overlong == "Error":
+            for file in files:
+                _refuse_overlong(file, length)
+        if not fits.any():
+            raise DataError(
+                f"{files[0].path}: all {len(fits)} documents are longer than {length} tokens; raise length"
+            )
+        skipped = int((~fits).sum())
+        if skipped:
+            _log.warning(
+                "%d of %d documents are longer than %d tokens and left out", skipped, len(fits), length
+            )
+        weights = [
+            np.full(len(file.lengths), source.weight) for file, source in zip(files, sources, strict=True)
+        ]
+        return Corpus(
+            ids=np.concatenate([file.ids for file in files]),
+            starts=(np.cumsum(lengths) - lengths)[fits],
+            lengths=lengths[fits],
+            prompt_lengths=np.concatenate([file.prompt_lengths for file in files])[fits],
+            repeats=np.concatenate(weights)[fits],
+            skipped=skipped,
+        )
+
+    def questions(self, sources: Sequence[Source], *, count: int) -> list[Question]:
+        """The first ``count`` prompts of the sources that hold any, with their answers."""
+        questions: list[Question] = []
+        for source in sources:
+            if source.format == "text" or len(questions) >= count:
+                continue
+            for record in read_records(source.path, source.format)[: count - len(questions)]:
+                questions.append(self._question(record, source.path))
+        return questions
+
+    def digest(self, source: Source) -> str:
+        """SHA-256 of the encoded documents of ``source``."""
+        return self._file(source).digest()
+
+    def _file(self, source: Source) -> _File:
+        key = (source.path, source.format)
+        if key not in self._files:
+            self._files[key] = self._read(source)
+        return self._files[key]
+
+    def _read(self, source: Source) -> _File:
+        records = read_records(source.path, source.format)
+        encoded = [self._encode(record, source.path) for record in records]
+        return _File(
+            path=source.path,
+            ids=np.concatenate([np.array(one.ids, np.int32) for one in encoded]),
+            lengths=np.array([len(one.ids) for one in encoded], np.int64),
+            prompt_lengths=np.array([one.prompt_length for one in encoded], np.int64),
+            lines=np.array([record.line for record in records], np.int64),
+        )
+
+    def _encode(self, record: Record, path: Path) -> Encoded:
+        try:
+            return encode(record, self._tokenizer, eos_token_id=self._eos)
+        except (UsageError, ModelError) as error:
+            raise DataError(f"{path}:{record.line}: {error}") from None
+
+    def _question(self, record: Record, path: Path) -> Question:
+        assert not isinstance(record, Text), "text asks nothing"
+        try:
+            found = question(record, self._tokenizer, eos_token_id=self._eos)
+        except (UsageError, ModelError) as error:
+            raise DataError(f"{path}:{record.line}: {error}") from None
+        if not found.prompt:
+            raise DataError(f"{path}:{record.line}: the prompt has no tokens, so nothing can be asked")
+        return found
+
+
+def _refuse_overlong(file: _File, length: int) -> None:
+    for place in np.flatnonzero(file.lengths > length)[:1]:
+        raise DataError(
+            f"{file.path}:{file.lines[place]}: {file.lengths[place]} tokens, but rows hold {length}; "
+            "shorten it, raise length, or set data.overlong to Skip"
+        )

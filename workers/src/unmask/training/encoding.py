@@ -1,0 +1,85 @@
+"""A record as token ids: what is given, what is learnt, and what an evaluation accepts.
+
+Every document ends with the end of text, unless its text already does. The prompt of a
+completion is a user's turn where the tokenizer has a chat template, so that a model is
+asked later in the form it was taught in; otherwise it is the plain text.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from unmask.errors import ModelError
+from unmask.models.tokenizer import Tokenizer
+from unmask.training.records import Completion, Messages, Record, Text
+
+__all__ = ["Encoded", "Question", "encode", "question"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One document."""
+
+    ids: list[int]
+    prompt_length: int
+    """Tokens before the answer; 0 where the whole document is learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the answers, end of text left out, that count as right."""
+
+    prompt: list[int]
+    answers: tuple[list[int], ...]
+
+
+def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int) -> Encoded:
+    """The tokens of ``record``, end of text included.
+
+    Raises:
+        UsageError: The text is not valid Unicode, or the chat template refuses the conversation.
+        ModelError: Conversations are to be read, and the tokenizer has no chat template.
+    """
+    match record:
+        case Text(text=text):
+            prompt, answer = [], tokenizer.encode(text)
+        case Completion(prompt=asked, completion=completion):
+            prompt, answer = _prompt(asked, tokenizer), tokenizer.encode(completion)
+        case Messages(messages=messages):
+            before, after = _split(messages, tokenizer)
+            prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
+    if not answer or answer[-1] != eos_token_id:
+        answer = [*answer, eos_token_id]
+    return Encoded(prompt + answer, len(prompt))
+
+
+def question(record: Completion | Messages, tokenizer: Tokenizer, *, eos_token_id: int) -> Question:
+    """What to ask, and what to compare the answer with; raises as :func:`encode`."""
+    if isinstance(record, Completion):
+        answers = [tokenizer.encode(answer) for answer in record.accepted]
+        prompt = _prompt(record.prompt, tokenizer)
+    else:
+        before, after = _split(record.messages, tokenizer)
+        prompt, answers = tokenizer.encode(before), [tokenizer.encode(after)]
+    return Question(prompt, tuple(_before_end(answer, eos_token_id) for answer in answers))
+
+
+def _prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.has_chat_template:
+        text = tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+    return tokenizer.encode(text)
+
+
+def _split(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:
+    """The conversation up to the last answer, and that answer as the template writes it."""
+    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+    before = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
+    if not whole.startswith(before):
+        raise ModelError(
+            "the chat template does not write a conversation as its beginning plus the answer; "
+            "use data of format completion or another template"
+        )
+    return before, whole.removeprefix(before)
+
+
+def _before_end(ids: list[int], eos_token_id: int) -> list[int]:
+    return ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids

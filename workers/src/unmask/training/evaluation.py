@@ -1,0 +1,179 @@
+"""Measurements during training: loss on validation data, and answers to validation prompts.
+
+The loss is the stage's own, under noise that is the same at every measurement. Answers
+are generated as they would be served, block by block at the stage's block size (an mdlm
+stage fills the whole answer as one block; an autoregressive model goes token by token),
+and compared token by token: an exact match with any accepted answer, and the edit
+distance to the nearest one.
+
+Processes share the work by rows and prompts; sums are added up over all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.generation import Generation, generate
+from unmask.models.base import LanguageModel
+from unmask.training.corpus import Corpus, Library, Overlong
+from unmask.training.distributed import World
+from unmask.training.encoding import Question
+from unmask.training.greedy import generate_greedily
+from unmask.training.packing import Layout, lay_out, make_rows
+from unmask.training.plan import StagePlan
+from unmask.training.steps import micro_batches, model_inputs, objective_sum
+from unmask.training.stream import Purpose, philox_key
+from unmask_api.train_job import Evaluation as EvaluationSpec
+
+__all__ = ["Evaluator", "edit_distance"]
+
+_ROWS = 32
+"""Answers generated side by side."""
+
+
+class Evaluator:
+    """The measurements of one stage."""
+
+    def __init__(
+        self,
+        spec: EvaluationSpec,
+        stage: StagePlan,
+        library: Library,
+        world: World,
+        *,
+        seed: int,
+        overlong: Overlong,
+        micro_batch_rows: int,
+    ) -> None:
+        """Read the stage's validation data, which must be there."""
+        self._spec, self._stage, self._world = spec, stage, world
+        self.every_steps = spec.every_steps
+        self._corpus = library.corpus(stage.validation, length=stage.length, overlong=overlong)
+        samples = spec.generation.samples if spec.generation else 0
+        self._questions = library.questions(stage.validation, count=samples)
+        self._noise_key = philox_key(seed, Purpose.EVALUATION)
+        self._micro_batch_rows = micro_batch_rows
+
+    def measure(self, model: LanguageModel, *, stage_step: int) -> dict[str, float]:
+        """All measurements of ``model`` at a step of the stage; all processes get the same."""
+        model.eval()
+        try:
+            measured = {"loss": self._loss(model, stage_step)}
+            if self._questions:
+                measured |= self._answers(model, self._stage.block_length(stage_step))
+        finally:
+            model.train()
+        return measured
+
+    @torch.no_grad()
+    def _loss(self, model: LanguageModel, stage_step: int) -> float:
+        totals = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        layout = _first_rows(
+            self._corpus,
+            self._stage,
+            self._stage.multiple(stage_step),
+            rows=self._spec.batches * self._stage.rows,
+        )
+        rows = make_rows(
+            layout,
+            self._corpus,
+            rank=self._world.rank,
+            world=self._world.size,
+            responses_only=self._stage.responses_only,
+            eos_token_id=model.config.eos_token_id,
+            pad_token_id=model.config.pad_token_id,
+        )
+        for batch in micro_batches(rows, self._micro_batch_rows):
+            inputs = model_inputs(
+                batch,
+                self._stage,
+                model,
+                block_length=self._stage.block_length(stage_step),
+                noise_key=self._noise_key,
+            )
+            totals[0] += objective_sum(model, inputs.to(self._world.device))
+            totals[1] += inputs.normaliser
+        self._world.sum(totals)
+        return float(totals[0] / totals[1].clamp(min=1))
+
+    def _answers(self, model: LanguageModel, block_length: int) -> dict[str, float]:
+        mine = self._questions[self._world.rank :: self._world.size]
+        generations = self._generate(model, mine, block_length) if mine else []
+        totals = torch.zeros(8, dtype=torch.float64, device=self._world.device)
+        for asked, answer in zip(mine, generations, strict=True):
+            totals += torch.tensor(_figures(asked, answer), dtype=torch.float64, device=self._world.device)
+        self._world.sum(totals)
+        count, exact, edits, length, kept, prefill, denoise, persist = totals.tolist()
+        measured = {
+            "samples": count,
+            "exact_match": exact / count,
+            "token_error_rate": edits / max(1, length),
+        }
+        if not model.causal:
+            measured |= {
+                "tpf": kept / max(1, prefill + denoise + persist),
+                "tpf_decode": kept / max(1, denoise + persist),
+                "tpf_denoise": kept / max(1, denoise),
+            }
+        return measured
+
+    def _generate(
+        self, model: LanguageModel, questions: Sequence[Question], block_length: int
+    ) -> list[Generation]:
+        spec = self._spec.generation
+        assert spec is not None, "there are no questions without it"
+        prompts = [asked.prompt for asked in questions]
+        eos = model.config.eos_token_id
+        if model.causal:
+            parts = [prompts[first : first + _ROWS] for first in range(0, len(prompts), _ROWS)]
+            return [
+                one
+                for part in parts
+                for one in generate_greedily(
+                    model, part, max_new_tokens=spec.max_new_tokens, eos_token_id=eos
+                )
+            ]
+        if self._stage.blocks is None:  # one block for prompt and answer
+            block_length = max(len(prompt) for prompt in prompts) + spec.max_new_tokens
+        params = DecodingParams(
+            max_new_tokens=spec.max_new_tokens,
+            block_length=block_length,
+            threshold=float(spec.threshold),
+            eos_token_id=eos,
+            mask_token_id=model.mask_token_id,
+        )
+        return generate(model, prompts, params, rows=_ROWS)
+
+
+def _first_rows(corpus: Corpus, stage: StagePlan, multiple: int, *, rows: int) -> Layout:
+    """At most ``rows`` rows of the validation data, in the order of the files."""
+    document = corpus.once_through
+    return lay_out(
+        document,
+        corpus.lengths[document],
+        first_ordinal=0,
+        rows=rows,
+        length=stage.length,
+        multiple=multiple,
+    )
+
+
+def _figures(asked: Question, answer: Generation) -> list[float]:
+    """What one answer adds to the sums of :meth:`Evaluator._answers`."""
+    kept = answer.token_ids[: answer.kept_tokens]
+    edits, length = min((edit_distance(kept, right), len(right)) for right in asked.answers)
+    usage = answer.usage
+    return [1, edits == 0, edits, length, len(kept), usage.prefill, usage.denoise, usage.persist]
+
+
+def edit_distance(first: Sequence[int], second: Sequence[int]) -> int:
+    """Fewest insertions, deletions and replacements that turn one sequence into the other (Levenshtein)."""
+    above = list(range(len(second) + 1))
+    for row, one in enumerate(first, start=1):
+        current = [row]
+        for column, other in enumerate(second):
+            change = above[column] + (one != other)
+            current.append(min(change, above[column + 1] + 1, current[column] + 1))
+        above = current
+    return above[-1]

@@ -1,0 +1,76 @@
+"""What a run is: the part of a job that its numbers depend on, to be kept with its checkpoints.
+
+Two jobs with the same identity compute the same curve. Where files lie, how many
+processes share the work, how often it is measured and saved are not part of it; what the
+data files hold is, by digest.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from unmask.errors import UsageError
+from unmask.models.config import ModelConfig
+from unmask.training.corpus import Library
+from unmask.training.plan import StagePlan
+from unmask_api.train_job import TrainSpec
+
+__all__ = ["identity", "refuse_other_job"]
+
+
+def identity(
+    spec: TrainSpec, config: ModelConfig, stages: Sequence[StagePlan], library: Library
+) -> dict[str, Any]:
+    """The identity of a job, as JSON.
+
+    Args:
+        spec: The job's spec.
+        config: Of the model that the run starts from.
+        stages: The same job's stages.
+        library: Where its data can be looked up.
+    """
+    return {
+        "model": config.to_json_dict(),
+        "data": {"seed": spec.data.seed, "overlong": spec.data.overlong},
+        "stages": [
+            stage.model_dump(mode="json", by_alias=True, exclude={"data", "export"})
+            | {"train": [{"sha256": library.digest(one), "weight": one.weight} for one in plan.train]}
+            for stage, plan in zip(spec.stages, stages, strict=True)
+        ],
+        "optimizer": spec.optimizer.to_json_dict(),
+        "balance": spec.balance.to_json_dict(),
+        "precision": spec.precision,
+    }
+
+
+def refuse_other_job(saved: Mapping[str, Any], own: Mapping[str, Any], *, where: object) -> None:
+    """Refuse to go on from a checkpoint of another job.
+
+    Raises:
+        UsageError: Naming the first field that differs.
+    """
+    for field, theirs, ours in _differences(saved, own, ""):
+        raise UsageError(
+            f"spec.{field}: the job has {ours}, but the checkpoint {where} was made with {theirs}; "
+            "change it back, or give the job another checkpoint.uri"
+        )
+
+
+def _differences(theirs: object, ours: object, path: str) -> Iterator[tuple[str, str, str]]:
+    """(path, theirs, ours) of everything that differs."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            below = f"{path}.{key}" if path else str(key)
+            yield from _differences(theirs.get(key), ours.get(key), below)
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        for place, pair in enumerate(zip(theirs, ours, strict=True)):
+            yield from _differences(*pair, f"{path}[{place}]")
+    elif theirs != ours:
+        yield path, _shown(theirs), _shown(ours)
+
+
+def _shown(value: object) -> str:
+    """A value in an error message: short."""
+    if isinstance(value, list):
+        return f"{len(value)} entries"
+    text = "none" if value is None else repr(value)
+    return text if len(text) <= 24 else f"{text[:12]}...{text[-6:]}"

@@ -1,0 +1,61 @@
+"""``metrics.jsonl``: one JSON object per line, no step missing and none twice.
+
+Lines are flushed as they are written, and synced before a checkpoint is committed. A run
+that resumes from step N first cuts the log back to step N: what was logged later is
+computed, and logged, again. Floats are written so that they read back bit for bit.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+__all__ = ["MetricsLog"]
+
+
+class MetricsLog:
+    """The log of one run, open for appending."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        """Cut the log at ``path`` back to lines of at most step ``step``, and go on from there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_back(path, step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, which has at least ``kind`` and ``step``."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines survive a loss of power."""
+        os.fsync(self._file.fileno())
+
+
+def _cut_back(path: Path, step: int) -> None:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if _step_of(line) <= step]
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite if the line is not whole, as the last one of a killed process may be."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

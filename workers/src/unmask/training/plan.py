@@ -1,0 +1,173 @@
+"""The job as a sequence of steps: which stage, block size and learning rate each step has.
+
+Pure functions of the job. Steps of the run count from 0 before a step is taken and from
+1 in logs and checkpoints, where "step 100" means that 100 steps are done.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unmask.diffusion.noise import NoiseConfig
+from unmask.diffusion.schedule import BlockSchedule
+from unmask.errors import UsageError
+from unmask.models.config import ModelConfig
+from unmask.models.conversion import converted_config
+from unmask.models.loading import build
+from unmask.training.corpus import Source
+from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, TrainSpec
+
+__all__ = ["RateSchedule", "StagePlan", "plan_stages", "stage_after"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateSchedule:
+    """Warm-up, stable, decay (WSD): the learning rate of each step of a stage."""
+
+    peak: float
+    final: float
+    warmup: int
+    decay: int
+    steps: int
+    cosine: bool
+
+    def at(self, step: int) -> float:
+        """The learning rate of step ``step``, from 0.
+
+        Step ``warmup - 1`` is the first at the peak; ``final`` would be reached one step
+        after the last.
+        """
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        falling = step - (self.steps - self.decay)
+        if falling <= 0:
+            return self.peak
+        share = falling / self.decay
+        if self.cosine:
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.peak + (self.final - self.peak) * share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage, ready to be run."""
+
+    name: str
+    index: int
+    objective: Objective
+    convert_to: str | None
+    first_step: int
+    """Steps of the run before this stage."""
+    steps: int
+    length: int
+    rows: int
+    """Of one step, over all processes."""
+    blocks: BlockSchedule | None
+    """None for objectives without blocks."""
+    responses_only: bool
+    noise: NoiseConfig | None
+    rate: RateSchedule
+    train: tuple[Source, ...]
+    validation: tuple[Source, ...]
+    export: bool
+
+    @property
+    def end(self) -> int:
+        """Steps of the run when this stage is done."""
+        return self.first_step + self.steps
+
+    def block_length(self, step: int) -> int:
+        """Tokens of a block at step ``step`` of the stage: what is masked and filled together."""
+        if self.blocks is not None:
+            return self.blocks.size_at(step)
+        return 1 if self.objective == "ar" else self.length
+
+    def multiple(self, step: int) -> int:
+        """What the width of a document in its row is a multiple of."""
+        return self.blocks.size_at(step) if self.blocks is not None else 1
+
+
+def plan_stages(spec: TrainSpec, config: ModelConfig) -> tuple[StagePlan, ...]:
+    """The stages of a job that starts from a model of ``config``.
+
+    Raises:
+        UsageError: A stage asks of the model what it cannot do.
+        ModelError: A stage converts the model to what it cannot become.
+    """
+    plans: list[StagePlan] = []
+    for index, stage in enumerate(spec.stages):
+        field = f"spec.stages[{index}]"
+        if stage.convert_to is not None:
+            config = converted_config(config, stage.convert_to)
+        _check_fit(stage, config, field)
+        data = spec.data_of(stage)
+        plans.append(
+            StagePlan(
+                name=stage.name,
+                index=index,
+                objective=stage.objective,
+                convert_to=stage.convert_to,
+                first_step=plans[-1].end if plans else 0,
+                steps=stage.steps,
+                length=stage.length,
+                rows=stage.rows_per_step,
+                blocks=BlockSchedule(stage.block_sizes, stage.steps) if stage.block_sizes else None,
+                responses_only=stage.supervise == "Response",
+                noise=_noise(stage.noise) if stage.noise else None,
+                rate=_rate(stage.learning_rate, stage.steps),
+                train=_sources(data.train),
+                validation=_sources(data.validation),
+                export=stage.export,
+            )
+        )
+    return tuple(plans)
+
+
+def stage_after(plans: Sequence[StagePlan], step: int) -> StagePlan | None:
+    """The stage of the step that follows when ``step`` steps are done; None when all are."""
+    return next((plan for plan in plans if step < plan.end), None)
+
+
+def _check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
+    causal = build(config, device="meta").causal
+    if causal != (stage.objective == "ar"):
+        kind, remedy = (
+            ("autoregressive", "set convertTo on this stage or an earlier one")
+            if causal
+            else ("a diffusion model", "use mdlm, bdlm or sft")
+        )
+        raise UsageError(
+            f"{field}.objective: got {stage.objective}, but {config.architectures[0]} is {kind}; {remedy}"
+        )
+    if stage.length > config.max_position_embeddings:
+        raise UsageError(
+            f"{field}.length: got {stage.length}, the model's max_position_embeddings allows at most "
+            f"{config.max_position_embeddings}; lower length or raise it in the model's config"
+        )
+
+
+def _noise(noise: Noise) -> NoiseConfig:
+    return NoiseConfig(
+        low=float(noise.low),
+        high=float(noise.high),
+        scope="block" if noise.scope == "Block" else "document",
+        weight="elbo" if noise.weight == "Elbo" else "flat",
+        views=noise.views,
+        complementary=noise.complementary,
+    )
+
+
+def _rate(rate: LearningRate, steps: int) -> RateSchedule:
+    return RateSchedule(
+        peak=float(rate.peak),
+        final=float(rate.final),
+        warmup=rate.warmup_steps,
+        decay=rate.decay_steps,
+        steps=steps,
+        cosine=rate.decay == "Cosine",
+    )
+
+
+def _sources(sources: Sequence[DataSource]) -> tuple[Source, ...]:
+    return tuple(Source(Path(source.uri), source.format, source.weight) for source in sources)

@@ -1,0 +1,92 @@
+"""One step's gradient: rows to noise to layout to loss, over micro-batches and processes.
+
+The loss is the sum of all weighted terms divided by one normaliser, both over all rows of
+the step. So it does not depend on how the rows are cut into micro-batches, nor on how
+many processes share them (a mean of means would weigh rows with few predictions more).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion import layout, noise
+from unmask.diffusion.layout import ModelInputs
+from unmask.diffusion.losses import summed_loss
+from unmask.diffusion.rows import PackedRows
+from unmask.models.base import LanguageModel
+from unmask.training.distributed import World
+from unmask.training.plan import StagePlan
+from unmask.training.weights import Weights
+
+__all__ = ["Totals", "gradient_step", "micro_batches", "model_inputs", "objective_sum"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What all processes computed in one step."""
+
+    loss: float
+    """In nats per predicted token, or per bound of one."""
+    normaliser: float
+    stop: bool
+    """Whether a process was asked to stop."""
+    expert_tokens: tuple[Tensor, ...]
+    """For each router, int64 (experts,): tokens that went to each expert."""
+
+
+def model_inputs(
+    rows: PackedRows, stage: StagePlan, model: LanguageModel, *, block_length: int, noise_key: int
+) -> ModelInputs:
+    """What the objective of ``stage`` runs ``model`` on."""
+    if stage.noise is None:
+        return layout.causal(rows)
+    flat = stage.noise.weight == "flat"
+    corruption = noise.corrupt(rows, stage.noise, seed=noise_key, block_length=block_length)
+    if stage.objective == "mdlm":
+        return layout.full_sequence(rows, corruption, mask_token_id=model.mask_token_id, flat=flat)
+    return layout.two_copy(
+        rows, corruption, block_length=block_length, mask_token_id=model.mask_token_id, flat=flat
+    )
+
+
+def micro_batches(rows: PackedRows, size: int) -> Iterator[PackedRows]:
+    """``rows``, at most ``size`` at a time."""
+    for first in range(0, rows.shape[0], size):
+        part = slice(first, first + size)
+        yield replace(rows, **{field.name: getattr(rows, field.name)[part] for field in fields(rows)})
+
+
+def objective_sum(model: LanguageModel, inputs: ModelInputs) -> Tensor:
+    """The weighted sum of the negative log-likelihoods: a float32 scalar."""
+    return summed_loss(model.hidden(inputs.ids, inputs.metadata), model.logits, inputs)
+
+
+def gradient_step(weights: Weights, batches: Iterator[ModelInputs], world: World, *, stop: bool) -> Totals:
+    """Add up the gradient of the step over ``batches`` and over all processes.
+
+    Afterwards ``weights.gradient`` is the gradient of the sum; it is still to be divided
+    by the normaliser.
+
+    Args:
+        weights: The model, and where its gradient goes.
+        batches: This process's share of the step; may be empty.
+        world: The processes that share the step.
+        stop: Whether this process was asked to stop.
+    """
+    model = weights.computing
+    totals = torch.tensor([0.0, 0.0, float(stop)], dtype=torch.float64, device=world.device)
+    for inputs in batches:
+        loss = objective_sum(model, inputs.to(world.device))
+        loss.backward()
+        weights.collect()
+        totals[0] += loss.detach()
+        totals[1] += inputs.normaliser
+    counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
+    world.sum(totals, weights.gradient, *counts)
+    for router in model.routers():
+        router.tokens_per_expert.zero_()
+    loss_sum, normaliser, stops = totals.tolist()
+    normaliser = max(normaliser, 1.0)  # a step whose documents predict nothing changes nothing
+    return Totals(loss=loss_sum / normaliser, normaliser=normaliser, stop=stops > 0, expert_tokens=counts)

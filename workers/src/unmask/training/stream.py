@@ -1,0 +1,68 @@
+"""The order in which a stage sees its documents, and its only state: how many it has seen.
+
+A pass over the data is a permutation of all documents that depends on nothing but
+(seed, stage, pass). The next documents go into the next step's rows, as many as fit. So a
+step's batch is a function of the cursor alone, and a checkpoint holds that one number.
+
+Permutations sort the raw outputs of the counter-based generator Philox, which numpy
+guarantees never to change, where its ``permutation`` might.
+"""
+
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unmask.training.corpus import Corpus
+from unmask.training.packing import Layout, lay_out, padded
+
+__all__ = ["DocumentStream", "Purpose", "philox_key"]
+
+
+class Purpose(IntEnum):
+    """What random numbers are drawn for; each purpose and stage has a stream of its own."""
+
+    ORDER = 1
+    NOISE = 2
+    EVALUATION = 3
+
+
+def philox_key(seed: int, purpose: Purpose, stage: int = 0) -> int:
+    """A 128-bit key: ``seed`` (below 2^64) in the low half, purpose and stage in the high one."""
+    return seed | (stage << 96) | (purpose << 64)
+
+
+class DocumentStream:
+    """An endless sequence of documents of one stage."""
+
+    def __init__(self, corpus: Corpus, *, seed: int, stage: int) -> None:
+        """``stage`` is the stage's number in the job."""
+        self.corpus = corpus
+        self._key = philox_key(seed, Purpose.ORDER, stage)
+        self._pass = lru_cache(maxsize=2)(self._shuffled)
+
+    def documents(self, cursor: int, count: int) -> NDArray[np.int64]:
+        """Corpus numbers of documents ``cursor`` to ``cursor + count - 1`` of the stream."""
+        size = len(self.corpus.once_through)
+        first, last = cursor // size, (cursor + max(count, 1) - 1) // size
+        passes = np.concatenate([self._pass(number) for number in range(first, last + 1)])
+        return passes[cursor - first * size :][:count]
+
+    def step(self, cursor: int, *, rows: int, length: int, multiple: int) -> Layout:
+        """The layout of the step that begins with document ``cursor``; the next begins behind its last."""
+        shortest = int(padded(self.corpus.lengths.min(keepdims=True), multiple)[0])
+        document = self.documents(cursor, rows * (length // shortest))
+        return lay_out(
+            document,
+            self.corpus.lengths[document],
+            first_ordinal=cursor,
+            rows=rows,
+            length=length,
+            multiple=multiple,
+        )
+
+    def _shuffled(self, number: int) -> NDArray[np.int64]:
+        once_through = self.corpus.once_through
+        lots = np.random.Philox(key=self._key, counter=[0, number, 0, 0]).random_raw(len(once_through))
+        return once_through[np.argsort(lots, kind="stable")]

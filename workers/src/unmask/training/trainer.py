@@ -1,0 +1,301 @@
+"""The run: stages, steps, measurements and checkpoints, from wherever the last attempt came to.
+
+All processes run the same loop and take the same decisions from the same sums; the
+leader alone writes files. What happens after a step has an order that restarts rely on:
+measurement and export first, then the log is synced, then the checkpoint is committed. So
+whatever belongs to a committed step is there, and what is not committed is done again,
+with the same result, bit for bit, on as many processes and threads.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from unmask.errors import DivergedError, UsageError
+from unmask.models import loading
+from unmask.models.loading import build
+from unmask.models.registry import parse_config
+from unmask.training.checkpoints import Checkpoint, CheckpointStore
+from unmask.training.distributed import World
+from unmask.training.identity import refuse_other_job
+from unmask.training.learner import Learner
+from unmask.training.manifest import TrainingState
+from unmask.training.metrics_log import MetricsLog
+from unmask.training.packing import make_rows
+from unmask.training.plan import StagePlan, stage_after
+from unmask.training.preparation import Preparation, PreparedStage, first_model
+from unmask.training.run_folder import RunFolder
+from unmask.training.steps import Totals, gradient_step, micro_batches, model_inputs
+from unmask.training.stream import Purpose, philox_key
+
+__all__ = ["Ending", "Observer", "Trainer"]
+
+_log = logging.getLogger(__name__)
+
+Observer: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Called by the leader with each line of the log."""
+
+
+class Ending(Enum):
+    """How a run that did not fail ended."""
+
+    COMPLETED = "Completed"
+    ALREADY_COMPLETE = "AlreadyComplete"
+    STOPPED = "Stopped"
+    """Saved, on request."""
+
+
+@dataclass(slots=True)
+class _Position:
+    """Where the run is."""
+
+    step: int = 0
+    """Steps done."""
+    cursor: int = 0
+    """Documents consumed in the present stage."""
+    stage_seconds: float = 0.0
+    """Time that the present stage took in earlier attempts."""
+
+
+class Trainer:
+    """One attempt of a run."""
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        world: World,
+        folder: RunFolder,
+        *,
+        stop_requested: Callable[[], bool],
+        observe: Observer,
+    ) -> None:
+        """Look for a checkpoint to go on from, and restore or make the model.
+
+        Raises:
+            UsageError: There is a checkpoint, and it is another job's or ``resume`` is Never.
+            ModelError: The model or all checkpoints are damaged.
+        """
+        self._prepared, self._spec = preparation, preparation.spec
+        self._world, self._folder = world, folder
+        self._stop_requested, self._observe = stop_requested, observe
+        self._plans = [stage.plan for stage in preparation.stages]
+        self._total_steps = self._plans[-1].end
+        self._store = CheckpointStore(folder.checkpoints, keep_last=self._spec.checkpoint.keep_last)
+        self.checkpoint = self._find_checkpoint()
+        """The newest committed one."""
+        self._at = self._position()
+        self._learner = self._first_learner()
+        self._stage_started = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._at.step
+
+    def run(self) -> Ending:
+        """Train to the end, or until a process is asked to stop.
+
+        Raises:
+            DivergedError: A loss or gradient is not finite.
+        """
+        if self._at.step == self._total_steps:
+            return Ending.ALREADY_COMPLETE
+        if self._world.leads:
+            self._store.remove_leftovers()
+            self._folder.remove_leftovers()
+            self._metrics = MetricsLog(self._folder.metrics, step=self._at.step)
+        try:
+            while (plan := stage_after(self._plans, self._at.step)) is not None:
+                if self._run_stage(self._prepared.stages[plan.index]):
+                    return Ending.STOPPED
+        finally:
+            if self._world.leads:
+                self._metrics.__exit__()
+        return Ending.COMPLETED
+
+    # Where to begin
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The newest good checkpoint, the same for all processes; only the leader verifies it."""
+        found = self._store.newest() if self._world.leads else None
+        step = self._world.from_leader(found.manifest.step if found else -1)
+        if step < 0:
+            return None
+        checkpoint = found or self._store.open(step)
+        if self._spec.checkpoint.resume == "Never":
+            raise UsageError(
+                f"spec.checkpoint.resume: Never, but {checkpoint.path} exists; set Auto to go on from it, "
+                "or name another checkpoint.uri"
+            )
+        own = json.loads(json.dumps(self._prepared.identity))
+        refuse_other_job(checkpoint.manifest.job, own, where=checkpoint.path)
+        _log.info("going on from %s", checkpoint.path)
+        return checkpoint
+
+    def _position(self) -> _Position:
+        if self.checkpoint is None:
+            return _Position()
+        state = self.checkpoint.manifest.state
+        if state.stage_step == self._plans[state.stage].steps:  # the next stage starts anew
+            return _Position(self.checkpoint.manifest.step)
+        return _Position(self.checkpoint.manifest.step, state.cursor, state.stage_seconds)
+
+    def _first_learner(self) -> Learner:
+        if self.checkpoint is None:
+            return Learner(first_model(self._spec, self._prepared.config, self._world.device), self._spec)
+        config = parse_config(self.checkpoint.manifest.config, source=f"{self.checkpoint.path}: config")
+        model = build(config, device="meta").to_empty(device=self._world.device)
+        for buffer in model.buffers():
+            buffer.zero_()
+        learner = Learner(model, self._spec)
+        learner.restore(self.checkpoint)
+        return learner
+
+    # One stage
+
+    def _run_stage(self, stage: PreparedStage) -> bool:
+        """Run what is left of a stage; whether it was stopped on request."""
+        plan = stage.plan
+        self._stage_started = time.monotonic()
+        if self._at.step == plan.first_step and plan.convert_to is not None:
+            self._learner = self._learner.converted(plan.convert_to)
+        while self._at.step < plan.end:
+            stop = self._one_step(stage)
+            done = self._at.step == plan.end
+            if stage.evaluator is not None and (done or self._is_due(stage.evaluator.every_steps)):
+                self._measure(stage)
+            if done:
+                self._close(plan)
+            if done or stop or self._is_due(self._spec.checkpoint.every_steps):
+                self._save(plan)
+            if stop:
+                return self._at.step < self._total_steps
+            if done:
+                self._at = _Position(self._at.step)
+        return False
+
+    def _is_due(self, every: int) -> bool:
+        return self._at.step % every == 0
+
+    def _one_step(self, stage: PreparedStage) -> bool:
+        """Take one step and log it; whether any process was asked to stop."""
+        started = time.monotonic()
+        plan, stage_step = stage.plan, self._at.step - stage.plan.first_step
+        layout = stage.stream.step(
+            self._at.cursor, rows=plan.rows, length=plan.length, multiple=plan.multiple(stage_step)
+        )
+        config = self._learner.model.config
+        rows = make_rows(
+            layout,
+            stage.stream.corpus,
+            rank=self._world.rank,
+            world=self._world.size,
+            responses_only=plan.responses_only,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        key = philox_key(self._spec.data.seed, Purpose.NOISE, plan.index)
+        block_length = plan.block_length(stage_step)
+        batches = (
+            model_inputs(batch, plan, self._learner.model, block_length=block_length, noise_key=key)
+            for batch in micro_batches(rows, self._spec.parallelism.micro_batch_rows)
+        )
+        totals = gradient_step(self._learner.weights, batches, self._world, stop=self._stop_requested())
+        norm = self._learner.gradient_norm(totals)
+        self._refuse_divergence(plan, totals, norm)
+        rate = plan.rate.at(stage_step)
+        self._learner.step(totals, rate)
+        self._at.step += 1
+        self._at.cursor += len(layout.document)
+        self._write(
+            {
+                "kind": "step",
+                "step": self._at.step,
+                "stage": plan.name,
+                "stage_step": stage_step + 1,
+                "stage_steps": plan.steps,
+                "total_steps": self._total_steps,
+                "block_size": block_length,
+                "loss": totals.loss,
+                "grad_norm": norm,
+                "lr": rate,
+                "tokens": layout.tokens,
+                "seconds": time.monotonic() - started,
+            }
+        )
+        return totals.stop
+
+    def _refuse_divergence(self, plan: StagePlan, totals: Totals, norm: float) -> None:
+        if math.isfinite(totals.loss) and math.isfinite(norm):
+            return
+        saved = self.checkpoint.path if self.checkpoint else "none"
+        raise DivergedError(
+            f"stage {plan.name}, step {self._at.step + 1}: loss {totals.loss}, gradient norm {norm}; lower "
+            f"learningRate.peak or raise warmupSteps of the stage (newest checkpoint: {saved})"
+        )
+
+    # What follows a step
+
+    def _measure(self, stage: PreparedStage) -> None:
+        assert stage.evaluator is not None
+        stage_step = self._at.step - stage.plan.first_step - 1
+        measured = stage.evaluator.measure(self._learner.weights.computing, stage_step=stage_step)
+        self._write({"kind": "eval", "step": self._at.step, "stage": stage.plan.name, **measured})
+
+    def _close(self, plan: StagePlan) -> None:
+        """Log the stage's time and write its models; they are there before the checkpoint that says so."""
+        self._write(
+            {"kind": "stage", "step": self._at.step, "stage": plan.name, "seconds": self._stage_seconds()}
+        )
+        targets = [self._folder.export(plan.name)] if plan.export else []
+        if plan.end == self._total_steps:
+            targets.append(self._folder.model)
+        with self._world.together():
+            for path in targets if self._world.leads else []:
+                loading.save(self._learner.model, path, companions=self._companions(plan))
+
+    def _companions(self, plan: StagePlan) -> dict[str, bytes]:
+        """The tokenizer's files, and how the model is to be decoded."""
+        config = self._learner.model.config
+        decoding: dict[str, Any] = {"eos_token_id": config.eos_token_id}
+        if not self._learner.model.causal:
+            evaluation = self._spec.evaluation
+            threshold = evaluation.generation.threshold if evaluation and evaluation.generation else "0.95"
+            decoding |= {
+                "block_length": plan.block_length(plan.steps - 1),
+                "threshold": float(threshold),
+                "mask_token_id": self._learner.model.mask_token_id,
+            }
+        files = {path.name: path.read_bytes() for path in self._prepared.tokenizer.files}
+        return files | {"generation_config.json": (json.dumps(decoding, indent=2) + "\n").encode()}
+
+    def _save(self, plan: StagePlan) -> None:
+        """Commit a checkpoint; all processes wait for it."""
+        with self._world.together():
+            if self._world.leads:
+                self._metrics.sync()
+                self.checkpoint = self._store.save(
+                    step=self._at.step,
+                    state=TrainingState(
+                        stage=plan.index,
+                        stage_step=self._at.step - plan.first_step,
+                        cursor=self._at.cursor,
+                        stage_seconds=self._stage_seconds(),
+                    ),
+                    job=self._prepared.identity,
+                    config=self._learner.config(),
+                    tensors=self._learner.tensors(),
+                )
+
+    def _stage_seconds(self) -> float:
+        return self._at.stage_seconds + time.monotonic() - self._stage_started
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._world.leads:
+            self._metrics.write(line)
+            self._observe(line)

@@ -1,10 +1,10 @@
 """Each family against an independent implementation, on random weights, saved and loaded both ways."""
 
 import json
-import os
 
 import pytest
 import torch
+import transformers
 
 from unmask.attention import AttentionMetadata
 from unmask.models.conversion import CONVERSIONS, to_diffusion

@@ -1,0 +1,1 @@
+"""Masked-diffusion language models: train them, serve them, ask them. Importing this needs no torch."""

@@ -15,8 +15,8 @@ __all__ = ["command"]
 def command(folder: Path, device: str) -> None:
     """Compare a model's results here with recorded ones.
 
-    DIR holds config.json, weights and golden.safetensors (docs/reference/check.md). Every vector in it is run and
-    its largest difference printed; exit code 1 if any is too large.
+    DIR holds config.json, weights and golden.safetensors (docs/how-to/check-a-machine.md). Every vector in it
+    is run and its largest difference printed; exit code 1 if any is too large.
     """
     from unmask.serving.selfcheck import TOLERANCE, run_checks
 
@@ -27,6 +27,8 @@ def command(folder: Path, device: str) -> None:
         click.echo(f"{'ok  ' if result.passed else 'MISS'}  {result.name}: {result.detail}")
         results.append(result)
     missed = sum(not result.passed for result in results)
-    click.echo(f"{len(results) - missed} of {len(results)} agree with the reference (logits within {TOLERANCE:g})")
+    click.echo(
+        f"{len(results) - missed} of {len(results)} agree with the reference (logits within {TOLERANCE:g})"
+    )
     if missed:
         raise SystemExit(1)

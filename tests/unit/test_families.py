@@ -12,10 +12,6 @@ from unmask.models.loading import build, load, save
 from unmask.models.registry import FAMILIES, parse_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-transformers = pytest.importorskip(
-    "transformers", reason="compares with transformers, a development dependency"
-)
-
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,

@@ -11,7 +11,6 @@ from unmask.models.conversion import CONVERSIONS, to_diffusion
 from unmask.models.loading import build, load, save
 from unmask.models.registry import FAMILIES, parse_config
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,

@@ -124,7 +124,7 @@ def test_a_wrong_request_is_one_line_and_code_64(
 def test_where_nobody_serves_it_says_so(unmask: Run) -> None:
     ended = unmask("generate", "w5", "--server=127.0.0.1:1")
     assert ended.code == 1
-    assert "127.0.0.1:1" in ended.err and "is it running?" in ended.err
+    assert "127.0.0.1:1" in ended.err and "is `unmask serve` running there?" in ended.err
     assert ended.err.count("\n") == 1
 
 

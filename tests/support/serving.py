@@ -183,7 +183,7 @@ def running_server(batch: Batch, model: ServedModel, **options: object) -> Itera
         loop.close()
 
 
-def wait_until(true: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
     """Return as soon as ``true()``; a test fails that waits in vain."""
     end = time.monotonic() + timeout_s
     while not true():

@@ -136,7 +136,7 @@ KINDS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.INTERNAL: ServerFailed,
     grpc.StatusCode.UNKNOWN: ServerFailed,
     grpc.StatusCode.DATA_LOSS: ServerFailed,
@@ -149,7 +149,13 @@ def test_a_status_code_has_its_error(code: grpc.StatusCode) -> None:
     assert type(error) is KINDS[code]
     assert error.code == code.name
     assert str(error).startswith("host:1: because")
-    assert error.retryable == (code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE))
+    assert error.retryable == isinstance(error, Unavailable | Overloaded)
+
+
+@pytest.mark.parametrize("details", ["Locally cancelled by application!", "Channel closed!"])
+def test_a_call_that_this_side_gave_up_is_not_to_be_tried_elsewhere(details: str) -> None:
+    error = error_of(Failure(Refused(grpc.StatusCode.CANCELLED, details)), "host:1")
+    assert isinstance(error, Cancelled) and not error.retryable
 
 
 def test_details_of_a_status_reach_the_error() -> None:

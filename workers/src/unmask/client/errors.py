@@ -120,6 +120,9 @@ _KINDS: dict[grpc.StatusCode, type[RequestError]] = {
 }
 """What is not in the table is a :class:`ServerFailed`."""
 
+_OUR_OWN = ("Locally cancelled", "Channel closed")
+"""How grpc begins to say that this side cancelled. Otherwise the server did, as one does that shuts down."""
+
 _Call: TypeAlias = grpc.Call | grpc.aio.AioRpcError
 
 
@@ -127,11 +130,15 @@ def error_of(error: grpc.RpcError, address: str) -> RequestError:
     """The typed error that a failed call stands for."""
     assert isinstance(error, _Call), error
     code = error.code()
-    kind = _KINDS.get(code, ServerFailed)
     details = error.details() or code.name
-    message = f"{address}: {details}" if kind is not Unavailable else f"{address}: {details} (is it running?)"
+    kind = _KINDS.get(code, ServerFailed)
+    if kind is Cancelled and not details.startswith(_OUR_OWN):
+        kind = Unavailable
+    hint = "; is `unmask serve` running there?" if details.startswith("failed to connect") else ""
     violations, retry_after_s = _details(error)
-    return kind(message, code=code.name, violations=violations, retry_after_s=retry_after_s)
+    return kind(
+        f"{address}: {details}{hint}", code=code.name, violations=violations, retry_after_s=retry_after_s
+    )
 
 
 def _details(error: _Call) -> tuple[tuple[FieldViolation, ...], float | None]:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.models import TINY, random_tokens, tiny_model
+from unmask.attention import AttentionMetadata
 from unmask.diffusion.decoding import DecodingParams, accept, best_tokens, quota
 from unmask.diffusion.generation import (
     BlockBatch,
@@ -87,6 +88,92 @@ def test_with_a_cache_tokens_and_denoise_forwards_are_those_without(prompt, new,
     assert cached.usage.denoise == plain.usage.denoise
     assert cached.reason == plain.reason
     assert cached.usage.prefill == (1 if prompt >= 4 else 0)
+
+
+def joint_decoding(model, prompt, *, new, threshold, edit_threshold, post_steps, length=4):
+    """Fill and edit as LLaDA2.1's report describes, written out: tokens and forwards of each block."""
+    tokens, forwards = list(prompt), []
+    while len(tokens) < len(prompt) + new:
+        start = len(tokens) // length * length
+        given = len(tokens) - start
+        block = tokens[start:] + [TINY["mask_token_id"]] * (length - given)
+        masked = [place >= given for place in range(length)]
+        steps = after = 0
+        while True:
+            ids = torch.tensor([tokens[:start] + block])
+            with torch.no_grad():
+                hidden = model.hidden(ids, AttentionMetadata.single_row(ids.shape[1], block_length=length))
+            logits = model.logits(hidden)[0, start:]
+            logits[:, TINY["mask_token_id"]] = -torch.inf
+            confidence, best = torch.softmax(logits, -1).max(-1)
+            steps, after = steps + 1, after + (not any(masked))
+            fills = [p for p in range(length) if masked[p] and confidence[p] > threshold]
+            if any(masked) and not fills:
+                fills = [max((p for p in range(length) if masked[p]), key=lambda p: confidence[p])]
+            changes = [
+                p
+                for p in range(given, length)
+                if not masked[p] and best[p] != block[p] and confidence[p] > edit_threshold
+            ]
+            was_masked = any(masked)
+            for place in fills + changes:
+                block[place], masked[place] = int(best[place]), False
+            if not any(masked) and ((not was_masked and not changes) or after >= post_steps):
+                break
+        tokens, forwards = tokens[:start] + block, [*forwards, steps]
+    return tokens[len(prompt) :][:new], forwards
+
+
+@pytest.mark.parametrize("post_steps", [0, 1, 2, 16])
+@pytest.mark.parametrize("edit_threshold", [0.05, 0.1, 0.9])
+def test_joint_decoding_fills_and_edits_as_written_out(edit_threshold, post_steps):
+    model = tiny_model(dtype=torch.float64)
+    edited = 0
+    for seed in range(4):
+        prompt = random_tokens(6, seed=seed)
+        chosen = params(
+            threshold=0.15, edit_threshold=edit_threshold, max_post_edit_steps=post_steps, eos_token_id=61
+        )
+        expected, forwards = joint_decoding(
+            model, prompt, new=12, threshold=0.15, edit_threshold=edit_threshold, post_steps=post_steps
+        )
+        if 61 in expected:
+            expected = expected[: expected.index(61) + 1]
+        batch = BlockBatch(model, rows=1, capacity=32, block_length=4)
+        batch.admit(prompt, chosen)
+        tokens, taken = [], []
+        while batch.active:
+            for event in batch.step():
+                if isinstance(event, Committed):
+                    tokens += event.token_ids
+                    taken.append(event.forwards)
+                elif isinstance(event, Filled):
+                    edited += event.edited
+                    assert min(event.positions, default=0) >= 0, "prompts are not edited"
+        assert tokens == expected
+        assert taken == forwards[: len(taken)]
+        plain = generate_uncached(model, prompt, chosen)
+        assert plain.token_ids == expected and plain.usage.denoise == sum(taken)
+    assert (edited > 0) == (edit_threshold < 0.5)
+
+
+def test_an_edit_that_is_wanted_for_ever_ends_after_the_allowed_steps():
+    model = tiny_model(dtype=torch.float64)
+    chosen = params(threshold=2.0, edit_threshold=1e-9, max_post_edit_steps=3, max_new_tokens=4)
+    got = generate(model, [random_tokens(4)], chosen)[0]
+    assert got.usage.denoise <= 4 + 3
+
+
+def test_a_forward_that_edits_nothing_also_persists_the_block():
+    model = tiny_model(dtype=torch.float64)
+    chosen = params(threshold=0.2, edit_threshold=1.5)  # looks again, and never edits
+    for seed in range(3):
+        prompt = random_tokens(5, seed=seed)
+        edited, plain = (generate(model, [prompt], p)[0] for p in (chosen, params(threshold=0.2)))
+        assert edited.token_ids == plain.token_ids
+        assert edited.usage.persist == 0
+        # One forward to look again instead of one to persist; the last block is looked at too.
+        assert edited.usage.denoise == plain.usage.denoise + plain.usage.persist + 1
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model):

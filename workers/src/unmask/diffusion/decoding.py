@@ -8,6 +8,12 @@ full after at most ``steps`` forwards. Filled positions are final.
 
 Ties: equal logits choose the smaller token id, equal confidences the earlier position.
 The mask token is never chosen, where the published code lets it win and go round again.
+
+With an edit threshold, LLaDA2.1's joint decoding (arXiv 2602.08676): each step also
+replaces generated tokens of the block whose best token is another one with a probability
+strictly greater than that threshold. The block is final when a forward fills and edits
+nothing, or after so many steps beyond the last fill.
+
 Shape letters: R rows, B positions of a block, V vocabulary.
 """
 
@@ -16,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Candidates", "DecodingParams", "accept", "best_tokens", "quota"]
+__all__ = ["Candidates", "DecodingParams", "accept", "best_tokens", "edits", "quota"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +35,10 @@ class DecodingParams:
     """Probability above which a position is filled at once; above 1 only the quota fills."""
     steps: int | None = None
     """Most forwards per block; by default ``block_length``, that is at least one token each."""
+    edit_threshold: float | None = None
+    """Probability above which a generated token is replaced by a better one; None never edits."""
+    max_post_edit_steps: int = 16
+    """Most editing forwards per block once nothing is masked."""
     eos_token_id: int = 156_892
     mask_token_id: int = 156_895
 
@@ -41,6 +51,10 @@ class DecodingParams:
             )
         if self.threshold <= 0:
             raise ValueError(f"threshold must be above 0, got {self.threshold}")
+        if self.edit_threshold is not None and self.edit_threshold <= 0:
+            raise ValueError(f"edit_threshold must be above 0, got {self.edit_threshold}")
+        if self.max_post_edit_steps < 0:
+            raise ValueError(f"max_post_edit_steps must not be negative, got {self.max_post_edit_steps}")
         if self.steps is not None and not 1 <= self.steps <= self.block_length:
             raise ValueError(f"steps must be 1 to block_length {self.block_length}, got {self.steps}")
 
@@ -86,3 +100,15 @@ def accept(confidence_B: Tensor, masked_B: Tensor, *, threshold: float, at_least
     filled = torch.zeros_like(masked_B)
     filled[ranked[: min(at_least, int(masked_B.sum()))]] = True
     return filled
+
+
+def edits(candidates: Candidates, current_B: Tensor, editable_B: Tensor, *, threshold: float) -> Tensor:
+    """Which tokens of one block to replace by their candidates: bool (B,), a subset of ``editable_B``.
+
+    Args:
+        candidates: Best token and confidence of each position, (B,).
+        current_B: int64, the block's tokens.
+        editable_B: Generated positions that are not masked; a prompt's never are.
+        threshold: Strict lower bound of the confidence.
+    """
+    return editable_B & (candidates.tokens != current_B) & (candidates.confidence > threshold)

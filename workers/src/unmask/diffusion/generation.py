@@ -11,7 +11,7 @@ With a cache a request goes through three kinds of forwards:
 * prefill: the whole blocks of the prompt, at once, block-causally;
 * denoise: one block with masks; its keys and values are thrown away;
 * persist: the block once more, now full, so that its keys and values stand. The last
-  block needs none.
+  block needs none, and where tokens are edited, the forward that edits nothing is it.
 
 Masked positions are kept as a boolean, never recognised by the mask token's id: a
 prompt that contains that id is text like any other.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention import AttentionMetadata
-from unmask.diffusion.decoding import DecodingParams, accept, best_tokens, quota
+from unmask.diffusion.decoding import Candidates, DecodingParams, accept, best_tokens, edits, quota
 from unmask.errors import UsageError
 
 __all__ = [
@@ -118,7 +118,7 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A denoise forward filled some positions of a block; provisional until the block is committed."""
+    """A denoise forward filled or edited positions of a block; provisional until the block is committed."""
 
     ticket: int
     block_index: int
@@ -130,6 +130,8 @@ class Filled:
     token_ids: tuple[int, ...]
     confidences: tuple[float, ...]
     masks_left: int
+    edited: int = 0
+    """How many of the positions held another token before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,11 @@ class _Row:
     step: int = 0
     block: list[int] = field(default_factory=list)
     masked: list[bool] = field(default_factory=list)
+    unsettled: bool = False
+    """Whether the last forward changed what an editing forward should look at again."""
+    post_edit_steps: int = 0
+    closed: bool = False
+    """Whether the block has been committed, and only its keys and values are missing."""
     usage: ForwardCounts = field(default_factory=ForwardCounts)
 
     @property
@@ -205,29 +212,65 @@ class _Row:
         free = self.length - len(tail)
         self.block = tail + [self.params.mask_token_id] * free
         self.masked = [False] * len(tail) + [True] * free
-        self.step = 0
+        self.step, self.post_edit_steps, self.unsettled, self.closed = 0, 0, False, False
 
-    def fill(self, tokens: Tensor, confidence: Tensor) -> Filled:
-        """Accept candidates (B,) at masked positions by the params' rule."""
+    @property
+    def edits(self) -> bool:
+        """Whether generated tokens may be replaced while their block is open."""
+        return self.params.edit_threshold is not None
+
+    @property
+    def looked_at(self) -> list[bool]:
+        """Positions of the block whose candidates matter to the next step."""
+        return self.generated if self.edits else self.masked
+
+    @property
+    def generated(self) -> list[bool]:
+        """Positions of the block that are not the prompt's."""
+        given = len(self.tokens) - self.start
+        return [place >= given for place in range(self.length)]
+
+    def denoise(self, candidates: Candidates) -> Filled:
+        """Fill and edit by the params' rule, given the block's candidates (B,)."""
         masked = torch.tensor(self.masked)
-        chosen = accept(
-            confidence, masked, threshold=self.params.threshold, at_least=quota(self.params, self.step)
-        ).nonzero()[:, 0]
+        filled = accept(
+            candidates.confidence,
+            masked,
+            threshold=self.params.threshold,
+            at_least=quota(self.params, self.step),
+        )
+        edited = torch.zeros_like(masked)
+        if self.params.edit_threshold is not None:
+            editable = torch.tensor(self.generated) & ~masked
+            edited = edits(
+                candidates, torch.tensor(self.block), editable, threshold=self.params.edit_threshold
+            )
+        chosen = (filled | edited).nonzero()[:, 0]
         places = chosen.tolist()
-        for place, token in zip(places, tokens[chosen].tolist(), strict=True):
+        for place, token in zip(places, candidates.tokens[chosen].tolist(), strict=True):
             self.block[place], self.masked[place] = token, False
+        self.post_edit_steps += not bool(masked.any())
+        self.unsettled = bool(edited.any()) or (self.edits and bool(masked.any()))
         event = Filled(
             ticket=self.ticket,
             block_index=self.start // self.length,
             step=self.step,
             positions=tuple(self.start + place - self.prompt_length for place in places),
             token_ids=tuple(self.block[place] for place in places),
-            confidences=tuple(confidence[chosen].tolist()),
+            confidences=tuple(candidates.confidence[chosen].tolist()),
             masks_left=sum(self.masked),
+            edited=int(edited.sum()),
         )
         self.step += 1
         self.usage.denoise += 1
         return event
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the block is final: nothing masked, and no more edits wanted or allowed."""
+        if any(self.masked):
+            return False
+        return not self.unsettled or self.post_edit_steps >= self.params.max_post_edit_steps
 
     def close_block(self) -> tuple[Committed, FinishReason | None]:
         """Take the full block over into the tokens; say whether it is the last."""
@@ -238,6 +281,7 @@ class _Row:
         if eos in new:
             new, reason = new[: new.index(eos) + 1], "eos"
         self.tokens += new
+        self.closed = True
         if reason is None and len(self.tokens) >= self.end:
             reason = "length"
         return Committed(self.ticket, block_index, tuple(new), self.step), reason
@@ -368,43 +412,49 @@ class BlockBatch:
         position = start + torch.arange(length, device=device)
         metadata = AttentionMetadata.block_causal(position, torch.zeros_like(position), block_length=length)
         hidden = self._model.hidden(ids, metadata, cache=self._cache.select(0, len(rows)))
-        masked = torch.tensor([row.masked for row in rows], device=device)
-        tokens, confidence = self._candidates(hidden, masked)
+        candidates = self._candidates(hidden)
         events: list[Event] = []
         ended = []
         for place, row in enumerate(rows):
             row.usage.positions += length
-            if not any(row.masked):
-                self._persist(place, row)
+            if row.closed:
+                row.usage.persist += 1
+                self._keep_block(place, row)
                 continue
-            events.append(row.fill(tokens[place], confidence[place]))
-            if not any(row.masked):
-                committed, reason = row.close_block()
-                events.append(committed)
-                if reason is not None:
-                    events.append(row.finished(reason))
-                    ended.append(place)
+            step = row.denoise(candidates[place])
+            events.append(step)
+            if not row.is_full:
+                continue
+            committed, reason = row.close_block()
+            events.append(committed)
+            if reason is not None:
+                events.append(row.finished(reason))
+                ended.append(place)
+            elif not step.positions:
+                self._keep_block(place, row)
         for place in reversed(ended):
             self._free(place)
         return events
 
-    def _candidates(self, hidden: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Best token and confidence of every masked position, on the host: (R, B) each."""
-        tokens = torch.zeros(masked.shape, dtype=torch.int64)
-        confidence = torch.zeros(masked.shape)
-        if bool(masked.any()):
+    def _candidates(self, hidden: Tensor) -> list[Candidates]:
+        """Best token and confidence of every position that matters, on the host: (B,) for each row."""
+        wanted = torch.tensor(
+            [row.looked_at if not row.closed else [False] * row.length for row in self._running]
+        )
+        tokens = torch.zeros(wanted.shape, dtype=torch.int64)
+        confidence = torch.zeros(wanted.shape)
+        if bool(wanted.any()):
             mask_ids = {row.params.mask_token_id for row in self._running}
             assert len(mask_ids) == 1, "one model has one mask token"
-            best = best_tokens(self._model.logits(hidden[masked]), mask_token_id=mask_ids.pop())
-            tokens[masked.cpu()] = best.tokens.cpu()
-            confidence[masked.cpu()] = best.confidence.cpu()
-        return tokens, confidence
+            chosen = hidden[wanted.to(hidden.device)]
+            best = best_tokens(self._model.logits(chosen), mask_token_id=mask_ids.pop())
+            tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
+        return [Candidates(*pair) for pair in zip(tokens, confidence, strict=True)]
 
-    def _persist(self, place: int, row: _Row) -> None:
-        """The forward just run saw a full block: its keys and values stand."""
+    def _keep_block(self, place: int, row: _Row) -> None:
+        """The forward just run saw a block's final tokens: keep its keys and values, open the next block."""
         self._cache.commit(place, row.length)
         row.cached += row.length
-        row.usage.persist += 1
         row.open_block()
 
     def _free(self, place: int) -> None:
@@ -454,8 +504,8 @@ def generate_uncached(model: Model, prompt: Sequence[int], params: DecodingParam
         block = model.hidden(ids, metadata)[0, row.start :]
         best = best_tokens(model.logits(block), mask_token_id=params.mask_token_id)
         row.usage.positions += ids.shape[1]
-        row.fill(best.tokens.cpu(), best.confidence.cpu())
-        if any(row.masked):
+        row.denoise(Candidates(best.tokens.cpu(), best.confidence.cpu()))
+        if not row.is_full:
             continue
         committed, reason = row.close_block()
         generated += committed.token_ids

@@ -108,7 +108,7 @@ def _json_lines(
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
         if not isinstance(entry, dict):
             raise DataError(f"{path}:{number}: expected a JSON object, got {_kind(entry)}")

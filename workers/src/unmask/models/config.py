@@ -17,7 +17,7 @@ class ModelConfig(BaseModel):
     computation in a way that we do not implement is refused, never ignored.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
     architecture: ClassVar[str]
     """The name in ``architectures`` that selects the family."""

@@ -9,18 +9,9 @@ from unmask.errors import ModelError
 from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.loading import build
-from unmask.models.registry import family_of, parse_config
+from unmask.models.registry import CONVERSIONS, family_of, parse_config
 
 __all__ = ["CONVERSIONS", "converted_config", "to_diffusion"]
-
-CONVERSIONS = {
-    "BailingMoeV2ForCausalLM": "LLaDA2MoeModelLM",
-    "LlamaForCausalLM": "A2DLlamaLMHeadModel",
-    "Qwen3ForCausalLM": "SDARForCausalLM",
-    "Qwen3MoeForCausalLM": "SDARMoeForCausalLM",
-    "OlmoeForCausalLM": "OlmoeForMaskedDiffusion",
-}
-"""Autoregressive architecture -> the diffusion architecture with its body."""
 
 _DROPPED = {"num_nextn_predict_layers", "torch_dtype"}
 """Keys that say nothing about the converted model."""
@@ -33,7 +24,7 @@ def converted_config(
 
     Args:
         config: Of the autoregressive model.
-        architecture: A value of :data:`CONVERSIONS`.
+        architecture: A value of :data:`~unmask.models.registry.CONVERSIONS`.
         mask_token_id: The token that becomes the mask; left out, the config's or the target's own.
 
     Raises:

@@ -5,17 +5,20 @@ Families are told apart by ``architectures`` alone: published ``model_type`` val
 imported only when a checkpoint asks for them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from unmask.errors import ModelError
 from unmask.models.config import ModelConfig
+from unmask.models.folder import exists_inside, read_json_inside
 
-__all__ = ["FAMILIES", "Family", "family_of", "parse_config", "read_config"]
+__all__ = ["CONFIG", "CONVERSIONS", "FAMILIES", "Family", "family_of", "parse_config", "read_config"]
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,10 @@ class Family:
         """The family's :class:`ModelConfig`."""
         found: type[ModelConfig] = getattr(import_module(f"unmask.models.{self.package}.config"), self.config)
         return found
+
+    def weights(self) -> ModuleType:
+        """The family's module ``weights``: ``slots(config)`` and ``is_ignored(name, config)``."""
+        return import_module(f"unmask.models.{self.package}.weights")
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -46,6 +53,15 @@ FAMILIES: Mapping[str, Family] = {
     "OlmoeForMaskedDiffusion": Family(package="olmoe", config="OlmoeForMaskedDiffusionConfig"),
 }
 """``architectures`` entry, which is also the name of the model's class -> family."""
+
+CONVERSIONS: Mapping[str, str] = {
+    "BailingMoeV2ForCausalLM": "LLaDA2MoeModelLM",
+    "LlamaForCausalLM": "A2DLlamaLMHeadModel",
+    "Qwen3ForCausalLM": "SDARForCausalLM",
+    "Qwen3MoeForCausalLM": "SDARMoeForCausalLM",
+    "OlmoeForCausalLM": "OlmoeForMaskedDiffusion",
+}
+"""Autoregressive architecture -> the diffusion architecture with its body and its published names."""
 
 
 def family_of(architectures: object, *, source: str) -> Family:
@@ -67,21 +83,14 @@ def parse_config(data: Mapping[str, Any], *, source: str = "model config") -> Mo
     return family_of(data.get("architectures"), source=source).config_class().parse(data, source=source)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, name: str = CONFIG) -> ModelConfig:
     """The configuration of the checkpoint in ``folder``.
 
     Raises:
         ModelError: If ``config.json`` is missing, not JSON, or not a model we know.
     """
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not exists_inside(folder, name):
         raise ModelError(
-            f"{path}: no such file; a model folder holds config.json and safetensors weights"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path}: got a JSON {type(data).__name__}, expected an object")
-    return parse_config(data, source=str(path))
+            f"{folder / name}: no such file; a model folder holds config.json and safetensors weights"
+        )
+    return parse_config(read_json_inside(folder, name), source=str(folder / name))

@@ -8,10 +8,12 @@ listed by the functions here.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from unmask.models.config import ModelConfig
+
+if TYPE_CHECKING:  # a list of what is on disk needs no torch
+    from torch import Tensor
 
 __all__ = [
     "Slot",
@@ -36,7 +38,7 @@ class Slot:
     index: tuple[int | slice, ...] = ()
     """The part of ``parameter`` that the tensor fills; empty for all of it."""
 
-    def view(self, state: dict[str, Tensor]) -> Tensor:
+    def view(self, state: "dict[str, Tensor]") -> "Tensor":
         """The part of ``state`` that the tensor fills, sharing its storage."""
         parameter = state[self.parameter]
         return parameter[self.index] if self.index else parameter

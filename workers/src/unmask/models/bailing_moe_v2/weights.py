@@ -17,4 +17,6 @@ def slots(config: BailingMoeV2Config) -> Iterator[Slot]:
 def is_ignored(name: str, config: BailingMoeV2Config) -> bool:
     """Whether a tensor belongs to the multi-token-prediction layers, numbered after the last layer."""
     parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers
+    if parts[:2] != ["model", "layers"] or not parts[2:] or not parts[2].isdecimal():
+        return False
+    return int(parts[2]) >= config.num_hidden_layers

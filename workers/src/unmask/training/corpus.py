@@ -8,7 +8,7 @@ T tokens of all of them.
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -23,7 +23,7 @@ from unmask.training.records import Format, Record, Text, read_records
 
 __all__ = ["Corpus", "Library", "Overlong", "Source"]
 
-Overlong: TypeAlias = Literal["Error", "Skip"]
+Overlong: TypeAlias = Literal["Error", "Skip", "Split"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents laid end to end."""
+    """Documents laid end to end; of one that was split, each piece is a document."""
 
     ids: NDArray[np.int32]
     """(T,)"""
@@ -68,6 +68,7 @@ class _File:
     """One data file, encoded."""
 
     path: Path
+    format: Format
     ids: NDArray[np.int32]
     lengths: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
@@ -89,17 +90,20 @@ class Library:
         self._files: dict[tuple[Path, Format], _File] = {}
 
     def corpus(self, sources: Sequence[Source], *, length: int, overlong: Overlong) -> Corpus:
-        """The documents of ``sources`` that fit rows of ``length`` tokens.
+        """The documents of ``sources`` that fit rows of ``length`` tokens, or their pieces that do.
 
         Raises:
-            DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error.
+            DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error,
+                or is Split and the document holds an answer.
         """
         files = [self._file(source) for source in sources]
-        lengths = np.concatenate([file.lengths for file in files])
-        fits = lengths <= length
-        if overlong == "Error":
+        if overlong == "Split":
+            files = [_split(file, length) if file.format == "text" else file for file in files]
+        if overlong != "Skip":
             for file in files:
                 _refuse_overlong(file, length)
+        lengths = np.concatenate([file.lengths for file in files])
+        fits = lengths <= length
         if not fits.any():
             raise DataError(
                 f"{files[0].path}: all {len(fits)} documents are longer than {length} tokens; raise length"
@@ -146,6 +150,7 @@ class Library:
         encoded = [self._encode(record, source.path) for record in records]
         return _File(
             path=source.path,
+            format=source.format,
             ids=np.concatenate([np.array(one.ids, np.int32) for one in encoded]),
             lengths=np.array([len(one.ids) for one in encoded], np.int64),
             prompt_lengths=np.array([one.prompt_length for one in encoded], np.int64),
@@ -169,9 +174,20 @@ class Library:
         return found
 
 
+def _split(file: _File, length: int) -> _File:
+    """The same tokens, documents longer than ``length`` cut into pieces of it; the last one has the rest."""
+    pieces = -(-file.lengths // length)
+    lengths = np.full(pieces.sum(), length)
+    lengths[np.cumsum(pieces) - 1] = file.lengths - (pieces - 1) * length
+    return replace(
+        file, lengths=lengths, prompt_lengths=np.zeros_like(lengths), lines=np.repeat(file.lines, pieces)
+    )
+
+
 def _refuse_overlong(file: _File, length: int) -> None:
+    way_out = "Skip or Split" if file.format == "text" else "Skip"
     for place in np.flatnonzero(file.lengths > length)[:1]:
         raise DataError(
             f"{file.path}:{file.lines[place]}: {file.lengths[place]} tokens, but rows hold {length}; "
-            "shorten it, raise length, or set data.overlong to Skip"
+            f"shorten it, raise length, or set data.overlong to {way_out}"
         )

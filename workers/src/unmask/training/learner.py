@@ -42,13 +42,17 @@ class Learner:
         )
         self.weights.changed()
 
-    def converted(self, architecture: str) -> "Learner":
+    def converted(self, architecture: str, *, mask_token_id: int | None = None) -> "Learner":
         """The same weights, and the optimiser's state, under another architecture.
+
+        Args:
+            architecture: What the model becomes.
+            mask_token_id: The token that becomes the mask; None: the model's or the architecture's own.
 
         Raises:
             ModelError: The model cannot become that.
         """
-        learner = Learner(to_diffusion(self.model, architecture), self._spec)
+        learner = Learner(to_diffusion(self.model, architecture, mask_token_id=mask_token_id), self._spec)
         learner._optimizer.copy_from(dict(self._optimizer.tensors()))
         return learner
 

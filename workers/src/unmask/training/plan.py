@@ -15,6 +15,7 @@ from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import converted_config
 from unmask.models.loading import build
+from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Source
 from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, TrainSpec
 
@@ -57,6 +58,8 @@ class StagePlan:
     index: int
     objective: Objective
     convert_to: str | None
+    mask_token_id: int | None
+    """What a conversion masks with, where the stage says so."""
     first_step: int
     """Steps of the run before this stage."""
     steps: int
@@ -88,8 +91,12 @@ class StagePlan:
         return self.blocks.size_at(step) if self.blocks is not None else 1
 
 
-def plan_stages(spec: TrainSpec, config: ModelConfig) -> tuple[StagePlan, ...]:
+def plan_stages(
+    spec: TrainSpec, config: ModelConfig, tokenizer: Tokenizer | None = None
+) -> tuple[StagePlan, ...]:
     """The stages of a job that starts from a model of ``config``.
+
+    Stages that name their mask token need ``tokenizer``.
 
     Raises:
         UsageError: A stage asks of the model what it cannot do.
@@ -98,8 +105,9 @@ def plan_stages(spec: TrainSpec, config: ModelConfig) -> tuple[StagePlan, ...]:
     plans: list[StagePlan] = []
     for index, stage in enumerate(spec.stages):
         field = f"spec.stages[{index}]"
+        mask_token_id = _mask_token_id(stage, tokenizer, field)
         if stage.convert_to is not None:
-            config = converted_config(config, stage.convert_to)
+            config = converted_config(config, stage.convert_to, mask_token_id=mask_token_id)
         _check_fit(stage, config, field)
         data = spec.data_of(stage)
         plans.append(
@@ -108,6 +116,7 @@ def plan_stages(spec: TrainSpec, config: ModelConfig) -> tuple[StagePlan, ...]:
                 index=index,
                 objective=stage.objective,
                 convert_to=stage.convert_to,
+                mask_token_id=mask_token_id,
                 first_step=plans[-1].end if plans else 0,
                 steps=stage.steps,
                 length=stage.length,
@@ -127,6 +136,16 @@ def plan_stages(spec: TrainSpec, config: ModelConfig) -> tuple[StagePlan, ...]:
 def stage_after(plans: Sequence[StagePlan], step: int) -> StagePlan | None:
     """The stage of the step that follows when ``step`` steps are done; None when all are."""
     return next((plan for plan in plans if step < plan.end), None)
+
+
+def _mask_token_id(stage: Stage, tokenizer: Tokenizer | None, field: str) -> int | None:
+    if stage.mask_token is None:
+        return None
+    assert tokenizer is not None, "the caller's part"
+    try:
+        return tokenizer.unused_special_id(stage.mask_token)
+    except UsageError as error:
+        raise UsageError(f"{field}.maskToken: {error}") from None
 
 
 def _check_fit(stage: Stage, config: ModelConfig, field: str) -> None:

@@ -56,8 +56,8 @@ def prepare(spec: TrainSpec, world: World) -> Preparation:
         UsageError, DataError, ModelError: Naming the field or file.
     """
     config = _config(spec)
-    plans = plan_stages(spec, config)
     tokenizer = _tokenizer(spec, config)
+    plans = plan_stages(spec, config, tokenizer)
     library = Library(tokenizer, eos_token_id=config.eos_token_id)
     stages = tuple(_stage(plan, spec, library, world) for plan in plans)
     return Preparation(

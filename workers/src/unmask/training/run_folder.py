@@ -107,7 +107,9 @@ class RunFolder:
         (self.path / "termination.json").unlink(missing_ok=True)
 
     def report(self, termination: Termination) -> None:
-        """Write how the attempt ended, at once or not at all."""
+        """Write how the attempt ended, at once or not at all; nothing if the folder could not be made."""
+        if not self.path.is_dir():
+            return
         scratch = self.path / ".termination.json.new"
         try:
             scratch.write_text(json.dumps(asdict(termination), indent=1) + "\n", encoding="utf-8")

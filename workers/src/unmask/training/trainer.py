@@ -89,7 +89,8 @@ class Trainer:
         self.checkpoint = self._find_checkpoint()
         """The newest committed one."""
         self._at = self._position()
-        self._learner = self._first_learner()
+        with world.together():
+            self._learner = self._first_learner()
         self._stage_started = time.monotonic()
 
     @property
@@ -122,7 +123,8 @@ class Trainer:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The newest good checkpoint, the same for all processes; only the leader verifies it."""
-        found = self._store.newest() if self._world.leads else None
+        with self._world.together():
+            found = self._store.newest() if self._world.leads else None
         step = self._world.from_leader(found.manifest.step if found else -1)
         if step < 0:
             return None
@@ -163,7 +165,7 @@ class Trainer:
         plan = stage.plan
         self._stage_started = time.monotonic()
         if self._at.step == plan.first_step and plan.convert_to is not None:
-            self._learner = self._learner.converted(plan.convert_to)
+            self._learner = self._learner.converted(plan.convert_to, mask_token_id=plan.mask_token_id)
         while self._at.step < plan.end:
             stop = self._one_step(stage)
             done = self._at.step == plan.end
@@ -271,7 +273,7 @@ class Trainer:
                 "threshold": float(threshold),
                 "mask_token_id": self._learner.model.mask_token_id,
             }
-        files = {path.name: path.read_bytes() for path in self._prepared.tokenizer.files}
+        files = self._prepared.tokenizer.contents(mask_token_id=config.mask_token_id)
         return files | {"generation_config.json": (json.dumps(decoding, indent=2) + "\n").encode()}
 
     def _save(self, plan: StagePlan) -> None:

@@ -1,0 +1,115 @@
+"""Ranks of a training job as forked processes: they start in a fraction of a second, and can be killed.
+
+A fork server imports the trainer once; every rank is a fork of it. What a rank does is what ``unmask train``
+does under torchrun: the environment names the ranks, and the process ends with the exit code.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import UnmaskError
+from unmask_api.train_job import DiffusionTrainJob
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["unmask.training.attempt", "torch._dynamo", "support.ranks"])
+
+
+def start_ranks(
+    job: DiffusionTrainJob, *, ranks: int = 1, pause_after: int | None = None
+) -> list[BaseProcess]:
+    """Start the processes of an attempt; their stderr goes to ``<run>.rank-N.log`` beside the run folder.
+
+    With ``pause_after`` the run stands still after that step until the file ``<run>.go`` exists.
+    """
+    text = job.model_dump_json(by_alias=True, exclude_none=True)
+    return start(_attempt, text, pause_after, ranks=ranks)
+
+
+def start_commands(arguments: list[str], folder: Path, *, ranks: int) -> list[BaseProcess]:
+    """Start ``unmask`` with ``arguments`` in each rank; output goes to ``folder/rank-N.{out,err}``."""
+    return start(_command, arguments, folder, ranks=ranks)
+
+
+def start(what: Callable[..., Any], *arguments: Any, ranks: int) -> list[BaseProcess]:
+    """Start ``what(*arguments)`` in ``ranks`` processes that torchrun might have started."""
+    port = _free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        process = _CONTEXT.Process(target=_with_environment, args=(environment, what, arguments))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def join(processes: list[BaseProcess], *, timeout_s: float = 100) -> list[int | None]:
+    """Wait for all; their exit codes."""
+    for process in processes:
+        process.join(timeout_s)
+    return [process.exitcode for process in processes]
+
+
+def train_to_the_end(job: DiffusionTrainJob, *, ranks: int = 1) -> None:
+    """Run an attempt that must complete."""
+    assert join(start_ranks(job, ranks=ranks)) == [0] * ranks
+
+
+def _attempt(text: str, pause_after: int | None) -> None:
+    from unmask.training.attempt import attempt
+
+    job = DiffusionTrainJob.from_json(text)
+    run = job.spec.checkpoint.uri
+    _redirect(2, Path(f"{run}.rank-{os.environ['RANK']}.log"))
+
+    def pause(line: Mapping[str, Any]) -> None:
+        while line["step"] == pause_after and not Path(f"{run}.go").exists():
+            time.sleep(0.01)
+
+    try:
+        sys.exit(attempt(job, observe=pause).exit_code)
+    except UnmaskError as error:
+        sys.exit(error.exit_code)
+
+
+def _command(arguments: list[str], folder: Path) -> None:
+    from unmask.cli.main import main
+
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        _redirect(descriptor, folder / f"rank-{os.environ['RANK']}.{kind}")
+    main(arguments)
+
+
+def _redirect(descriptor: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), descriptor)
+
+
+def _with_environment(
+    environment: dict[str, str], what: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    what(*arguments)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from support.models import TINY, packed_row, random_tokens, tiny_model
 from unmask.diffusion import layout
-from unmask.diffusion.losses import summed_loss, token_nll
+from unmask.diffusion.losses import confident_nll, summed_loss, token_nll
 from unmask.diffusion.noise import NoiseConfig, corrupt
 
 
@@ -27,6 +27,43 @@ def test_chunks_change_neither_losses_nor_gradients(chunk):
     )
     for got, expected in pairs:
         assert torch.allclose(got, expected, atol=1e-12)
+
+
+def plain_confident_loss(logits, targets, weight):
+    """CAP written out: cross-entropy, plus the weighted entropy where the argmax is the target."""
+    total = F.cross_entropy(logits, targets, reduction="none")
+    p = torch.softmax(logits, -1)
+    for place in range(len(targets)):
+        if int(logits[place].argmax()) == int(targets[place]):
+            entropy = -(p[place] * p[place].log()).sum()
+            total = total + weight * F.one_hot(torch.tensor(place), len(targets)) * entropy
+    return total
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_confidence_adds_the_entropy_of_what_is_right(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(4, 5, dtype=torch.float64)
+    targets = torch.randint(4, (9,))
+    right = (hidden @ head.T).argmax(-1) == targets
+    assert 0 < right.sum() < 9
+    got = confident_nll(hidden, lambda h: h @ head.T, targets, confidence_weight=0.7, chunk=chunk)
+    expected = plain_confident_loss(hidden @ head.T, targets, 0.7)
+    assert torch.allclose(got, expected, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss.sum(), hidden)[0] for loss in (got, expected))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    plain = token_nll(hidden, lambda h: h @ head.T, targets)
+    unchanged = torch.autograd.grad(plain.sum(), hidden)[0]
+    assert torch.allclose(ours[~right], unchanged[~right], atol=1e-12), "wrong positions learn nothing from it"
+    assert (ours[right] - unchanged[right]).abs().sum(-1).min() > 0
+
+
+def test_confidence_is_nothing_where_all_is_wrong():
+    hidden = torch.eye(3)
+    wrong = torch.tensor([1, 2, 0])
+    got = confident_nll(hidden, lambda h: h, wrong, confidence_weight=5.0)
+    assert torch.allclose(got, token_nll(hidden, lambda h: h, wrong))
 
 
 def test_the_output_layer_never_sees_more_than_a_chunk():

@@ -17,6 +17,7 @@ from unmask_api.train_status import TrainStatus
 __all__ = [
     "Balance",
     "Checkpoint",
+    "Conversion",
     "Data",
     "DataSource",
     "DiffusionTrainJob",
@@ -37,6 +38,14 @@ __all__ = [
 ]
 
 Objective = Literal["ar", "mdlm", "bdlm", "sft"]
+Conversion = Literal[
+    "LLaDA2MoeModelLM",
+    "A2DLlamaLMHeadModel",
+    "SDARForCausalLM",
+    "SDARMoeForCausalLM",
+    "OlmoeForMaskedDiffusion",
+]
+"""The diffusion architectures that an autoregressive model can take on."""
 
 
 class ModelInit(ApiModel):
@@ -106,8 +115,12 @@ class Data(StageData):
 
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     """The one seed of the run: random weights, order of the documents, and noise follow from it."""
-    overlong: Literal["Error", "Skip"] = "Error"
-    """What to do with a document longer than a row: stop with an error, or leave it out and count it."""
+    overlong: Literal["Error", "Skip", "Split"] = "Error"
+    """What to do with a document longer than a row.
+
+    ``Error``: stop. ``Skip``: leave it out and count it. ``Split``: cut ``text`` into pieces of a row each,
+    and stop at anything else, since an answer without its prompt teaches nothing.
+    """
 
 
 class Noise(ApiModel):
@@ -196,9 +209,19 @@ class Stage(ApiModel):
             field_path=".steps",
         ),
         Rule(
+            rule="!has(self.maskToken) || has(self.convertTo)",
+            message="maskToken says what a conversion masks with: set convertTo, or drop maskToken",
+            field_path=".maskToken",
+        ),
+        Rule(
             rule="!has(self.noise) || self.objective != 'ar'",
             message="an ar stage has no noise: drop noise or change objective",
             field_path=".noise",
+        ),
+        Rule(
+            rule="double(self.confidenceWeight) == 0.0 || self.objective != 'ar'",
+            message="confidenceWeight is for diffusion objectives: drop it or change objective",
+            field_path=".confidenceWeight",
         ),
         Rule(
             rule="self.learningRate.warmupSteps + self.learningRate.decaySteps <= self.steps",
@@ -223,8 +246,14 @@ class Stage(ApiModel):
     """Rows in one optimiser step, over all processes."""
     learning_rate: LearningRate
     """Learning-rate schedule of the stage."""
-    convert_to: Literal["LLaDA2MoeModelLM"] | None = None
+    convert_to: Conversion | None = None
     """Architecture that the model takes on before the first step of the stage, weights unchanged."""
+    mask_token: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The special token that becomes the mask at this conversion: one that the tokenizer has and text lacks.
+
+    Left out, the ``mask_token_id`` of the model's config, or the one of the published models of the target
+    (LLaDA2, SDAR).
+    """
     block_sizes: (
         Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=16)]
         | None
@@ -238,6 +267,8 @@ class Stage(ApiModel):
     Left out: ratios 0 to 1 per block with Elbo weights; for ``sft`` 0.3 to 0.8 per document with Flat
     weights. ``ar`` has none.
     """
+    confidence_weight: DecimalString = "0"
+    """Weight of the entropy of what is predicted rightly (CAP): above 0, decoding fills more at each forward."""
     data: StageData | None = None
     """The stage's own data; left out, ``spec.data``."""
     export: bool = False

@@ -70,6 +70,7 @@ class StagePlan:
     """None for objectives without blocks."""
     responses_only: bool
     noise: NoiseConfig | None
+    confidence_weight: float
     rate: RateSchedule
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
@@ -124,6 +125,7 @@ def plan_stages(
                 blocks=BlockSchedule(stage.block_sizes, stage.steps) if stage.block_sizes else None,
                 responses_only=stage.supervise == "Response",
                 noise=_noise(stage.noise) if stage.noise else None,
+                confidence_weight=float(stage.confidence_weight),
                 rate=_rate(stage.learning_rate, stage.steps),
                 train=_sources(data.train),
                 validation=_sources(data.validation),

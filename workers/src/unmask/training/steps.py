@@ -58,12 +58,20 @@ def micro_batches(rows: PackedRows, size: int) -> Iterator[PackedRows]:
         yield replace(rows, **{field.name: getattr(rows, field.name)[part] for field in fields(rows)})
 
 
-def objective_sum(model: LanguageModel, inputs: ModelInputs) -> Tensor:
-    """The weighted sum of the negative log-likelihoods: a float32 scalar."""
-    return summed_loss(model.hidden(inputs.ids, inputs.metadata), model.logits, inputs)
+def objective_sum(model: LanguageModel, inputs: ModelInputs, *, confidence_weight: float = 0.0) -> Tensor:
+    """The weighted sum of the negative log-likelihoods, and of entropies if asked for: a float32 scalar."""
+    hidden = model.hidden(inputs.ids, inputs.metadata)
+    return summed_loss(hidden, model.logits, inputs, confidence_weight=confidence_weight)
 
 
-def gradient_step(weights: Weights, batches: Iterator[ModelInputs], world: World, *, stop: bool) -> Totals:
+def gradient_step(
+    weights: Weights,
+    batches: Iterator[ModelInputs],
+    world: World,
+    *,
+    stop: bool,
+    confidence_weight: float = 0.0,
+) -> Totals:
     """Add up the gradient of the step over ``batches`` and over all processes.
 
     Afterwards ``weights.gradient`` is the gradient of the sum; it is still to be divided
@@ -74,11 +82,12 @@ def gradient_step(weights: Weights, batches: Iterator[ModelInputs], world: World
         batches: This process's share of the step; may be empty.
         world: The processes that share the step.
         stop: Whether this process was asked to stop.
+        confidence_weight: Of the entropy of what is predicted rightly.
     """
     model = weights.computing
     totals = torch.tensor([0.0, 0.0, float(stop)], dtype=torch.float64, device=world.device)
     for inputs in batches:
-        loss = objective_sum(model, inputs.to(world.device))
+        loss = objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
         loss.backward()
         weights.collect()
         totals[0] += loss.detach()

@@ -207,7 +207,13 @@ class Trainer:
             model_inputs(batch, plan, self._learner.model, block_length=block_length, noise_key=key)
             for batch in micro_batches(rows, self._spec.parallelism.micro_batch_rows)
         )
-        totals = gradient_step(self._learner.weights, batches, self._world, stop=self._stop_requested())
+        totals = gradient_step(
+            self._learner.weights,
+            batches,
+            self._world,
+            stop=self._stop_requested(),
+            confidence_weight=plan.confidence_weight,
+        )
         norm = self._learner.gradient_norm(totals)
         self._refuse_divergence(plan, totals, norm)
         rate = plan.rate.at(stage_step)

@@ -66,7 +66,7 @@ def test_the_summary_has_the_last_figures_of_each_stage(tmp_path: Path) -> None:
     with Follower(path, total_steps=4) as follower:
         follower.update()
     summary = follower.summary()
-    assert [word in summary for word in ("eval exact_match", "0.25", "1 min 15 s", "answers")] == [True] * 4
+    assert [word in summary for word in ("exact match", "0.25", "1 min 15 s", "answers")] == [True] * 4
 
 
 def test_a_run_without_metrics_has_no_summary(tmp_path: Path) -> None:

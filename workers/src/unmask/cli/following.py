@@ -20,7 +20,16 @@ __all__ = ["Follower", "Tail", "duration"]
 
 Record = dict[str, Any]
 _PLAIN_EVERY_S = 5.0
-_NOT_MEASURED = {"kind", "step", "stage", "seconds", "stage_step", "stage_steps", "total_steps"}
+_NOT_MEASURED = {"kind", "step", "stage", "seconds", "samples"}
+_HEADINGS = {
+    "loss": "held-out loss",
+    "exact_match": "exact match",
+    "token_error_rate": "token errors",
+    "tpf": "TPF",
+    "tpf_decode": "TPF decode",
+    "tpf_denoise": "TPF denoise",
+}
+"""Measurements by their names in the log -> in the table."""
 
 
 class Tail:
@@ -82,8 +91,8 @@ class Follower:
                     self._note(record, steps=record["stage_step"], loss=record["loss"])
                     self._speeds.append(record["seconds"])
                 case "eval":
-                    kept = record.keys() - _NOT_MEASURED
-                    self._note(record, **{f"eval {key}": record[key] for key in record if key in kept})
+                    measured = {key: value for key, value in record.items() if key not in _NOT_MEASURED}
+                    self._note(record, **{_HEADINGS.get(key, key): value for key, value in measured.items()})
                 case "stage":
                     self._note(record, time=duration(record["seconds"]))
         if last:
@@ -109,6 +118,7 @@ class Follower:
         names = list(dict.fromkeys(name for stage in self._stages.values() for name in stage))
         if not names:
             return ""
+        names.sort(key="time".__eq__)  # behind the measurements, whatever stage had them first
         table = Table("stage", *names)
         for stage, values in self._stages.items():
             table.add_row(stage, *(_figure(values.get(name, "")) for name in names))

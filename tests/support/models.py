@@ -34,6 +34,29 @@ TINY: dict[str, Any] = {
 }
 """A LLaDA2 of some 20 thousand parameters whose random logits differ clearly from token to token."""
 
+TINY_CANVAS: dict[str, Any] = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "expert_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "mask_token_id": 63,
+    "eos_token_id": 62,
+    "pad_token_id": 62,
+    "initializer_range": 0.3,
+}
+"""A LLaDA-MoE, which attends to the whole canvas, of the same size."""
+
+
+def tiny_canvas_model(*, dtype: torch.dtype = torch.float64, seed: int = 1) -> LanguageModel:
+    """A random tiny model that attends to the whole canvas, in eval mode."""
+    return build(parse_config(TINY_CANVAS), dtype=dtype, seed=seed).eval()
+
 
 def tiny_model(*, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> LanguageModel:
     """A random tiny model in eval mode, with a router bias that is not zero."""

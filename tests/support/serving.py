@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from unmask.diffusion.batch import Batch, Committed, Event, Filled, Finished, ForwardCounts
 from unmask.diffusion.decoding import DecodingParams
-from unmask.diffusion.generation import Committed, Event, Filled, Finished, ForwardCounts
-from unmask.serving.engine import Batch
 from unmask.serving.model import ServedModel
 from unmask.serving.server import Server, ServerOptions
 
@@ -107,10 +106,6 @@ class GatedBatch:
     @property
     def rows(self) -> int:
         return self._batch.rows
-
-    @property
-    def block_length(self) -> int:
-        return self._batch.block_length
 
     @property
     def active(self) -> int:

@@ -15,6 +15,7 @@ from unmask.diffusion.generation import (
     Committed,
     Filled,
     Finished,
+    Persisted,
     Prefilled,
     generate,
     generate_uncached,
@@ -273,14 +274,21 @@ def test_events_tell_the_story_of_a_block(model):
     assert second[2].usage.denoise == 2
 
 
+def test_a_block_is_persisted_by_a_forward_of_its_own_unless_it_is_the_last(model):
+    batch = BlockBatch(model, rows=1, capacity=32, block_length=4)
+    batch.admit(random_tokens(4), params(max_new_tokens=8, steps=1, eos_token_id=61))
+    told = [[type(event) for event in batch.step()] for _ in range(4)]
+    assert told == [[Prefilled], [Filled, Committed], [Persisted], [Filled, Committed, Finished]]
+
+
 def test_prefills_and_decoding_take_turns(model):
     batch = BlockBatch(model, rows=4, capacity=64, block_length=4)
     batch.admit(random_tokens(2), params(threshold=2.0))
     batch.step()
     for seed in range(3):
         batch.admit(random_tokens(8, seed=seed), params(threshold=2.0))
-    kinds = [type(batch.step()[0]).__name__ for _ in range(6)]
-    assert kinds == ["Prefilled", "Filled"] * 3
+    prefilled = [isinstance(batch.step()[0], Prefilled) for _ in range(6)]
+    assert prefilled == [True, False] * 3
 
 
 @pytest.mark.parametrize(

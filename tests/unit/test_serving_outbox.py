@@ -29,6 +29,15 @@ def test_unread_updates_of_a_block_become_one() -> None:
     assert box.take() == [filled(0, 2, 4)]
 
 
+def test_of_a_position_that_was_edited_the_later_token_is_told() -> None:
+    box = outbox()
+    box.put(Filled(0, 0, 0, (3, 1), (103, 101), (0.5, 0.6), masks_left=2))
+    box.put(Filled(0, 0, 1, (1, 2), (201, 102), (0.9, 0.7), masks_left=1, edited=1))
+    box.put(Filled(0, 0, 2, (1,), (301,), (0.8,), masks_left=1, edited=1))
+    (update,) = box.take()
+    assert update == Filled(0, 0, 2, (3, 1, 2), (103, 301, 102), (0.5, 0.8, 0.7), masks_left=1, edited=2)
+
+
 def test_updates_of_different_blocks_stay_apart_and_before_their_commit() -> None:
     box = outbox()
     items = [

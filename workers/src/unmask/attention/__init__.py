@@ -5,6 +5,15 @@ on this package; it imports neither.
 """
 
 from unmask.attention.backend import AttentionPlan, attend_plainly, plan
-from unmask.attention.metadata import CLEAN, PADDING, AttentionMetadata, may_attend
+from unmask.attention.metadata import CLEAN, PADDING, Attends, AttentionMetadata, may_attend
 
-__all__ = ["CLEAN", "PADDING", "AttentionMetadata", "AttentionPlan", "attend_plainly", "may_attend", "plan"]
+__all__ = [
+    "CLEAN",
+    "PADDING",
+    "Attends",
+    "AttentionMetadata",
+    "AttentionPlan",
+    "attend_plainly",
+    "may_attend",
+    "plan",
+]

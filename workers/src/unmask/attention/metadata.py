@@ -20,12 +20,15 @@ attention. Shape letters: B rows, S tokens of a row (Q of the queries, K of the 
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["CLEAN", "PADDING", "AttentionMetadata", "may_attend"]
+__all__ = ["CLEAN", "PADDING", "Attends", "AttentionMetadata", "may_attend"]
+
+Attends: TypeAlias = Literal["blocks", "canvas"]
+"""What a token that is being decoded sees: its own block and earlier ones, or all of the sequence."""
 
 PADDING = -1
 """The document of padding: it sees only padding, and nothing sees it."""

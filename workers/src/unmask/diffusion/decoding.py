@@ -22,7 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Candidates", "DecodingParams", "accept", "best_tokens", "edits", "quota"]
+__all__ = ["Candidates", "DecodingParams", "Vicinity", "accept", "best_tokens", "edits", "quota"]
+
+
+@dataclass(frozen=True, slots=True)
+class Vicinity:
+    """What is recomputed around a block of a canvas while it is denoised."""
+
+    before: int = 16
+    """Positions before the block. The default, here and behind, is dInfer's (arXiv 2510.08666)."""
+    after: int = 16
+    """Positions behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +49,8 @@ class DecodingParams:
     """Probability above which a generated token is replaced by a better one; None never edits."""
     max_post_edit_steps: int = 16
     """Most editing forwards per block once nothing is masked."""
+    vicinity: Vicinity | None = None
+    """Where the whole canvas is attended to: decode with the approximate cache; None is exact."""
     eos_token_id: int = 156_892
     mask_token_id: int = 156_895
 
@@ -51,8 +63,8 @@ class DecodingParams:
             )
         if self.threshold <= 0:
             raise ValueError(f"threshold must be above 0, got {self.threshold}")
-        if self.edit_threshold is not None and self.edit_threshold <= 0:
-            raise ValueError(f"edit_threshold must be above 0, got {self.edit_threshold}")
+        if self.edit_threshold is not None and self.edit_threshold < 0:
+            raise ValueError(f"edit_threshold must not be negative, got {self.edit_threshold}")
         if self.max_post_edit_steps < 0:
             raise ValueError(f"max_post_edit_steps must not be negative, got {self.max_post_edit_steps}")
         if self.steps is not None and not 1 <= self.steps <= self.block_length:

@@ -5,38 +5,46 @@ be generated at once, masked ones too. With one block of all new tokens every po
 competes (full-sequence decoding); with smaller blocks, counted from the end of the
 prompt, they are filled from left to right while all of the canvas stays visible
 (semi-autoregressive). Which positions are filled is the rule of
-:mod:`~unmask.diffusion.decoding`; a threshold above 1 leaves LLaDA's even quotas.
+:mod:`~unmask.diffusion.decoding`; a threshold of 1 or more leaves LLaDA's even quotas.
 
 Attention is not causal, so no prefix has final keys and values, and a cache is an
-approximation: with a :class:`Vicinity`, each block begins with a forward over the whole
-canvas, and its other forwards recompute only the block and its neighbourhood, keeping the
-keys and values of the rest (as Fast-dLLM, arXiv 2505.22618, and dInfer, arXiv
-2510.08666, do). It is exact when the neighbourhood is everything.
+approximation: with a :class:`~unmask.diffusion.decoding.Vicinity`, each block begins with
+a forward over the whole canvas, and its other forwards recompute only the block and its
+neighbourhood, keeping the keys and values of the rest (as Fast-dLLM, arXiv 2505.22618,
+and dInfer, arXiv 2510.08666, do). It is exact when the neighbourhood is everything.
+
+What comes after a block depends on nothing but the tokens before it and the length of
+the canvas: a request that goes on from whole blocks of an earlier attempt with the same
+``max_new_tokens`` ends as that one would have.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unmask.attention import AttentionMetadata
-from unmask.diffusion.decoding import DecodingParams, accept, best_tokens, quota
-from unmask.diffusion.generation import ForwardCounts, Generation
+from unmask.attention import Attends, AttentionMetadata
+from unmask.diffusion.batch import (
+    Committed,
+    Event,
+    Filled,
+    Finished,
+    FinishReason,
+    ForwardCounts,
+    Generation,
+    check_attends,
+    check_request,
+    run_to_end,
+    up_to_eos,
+)
+from unmask.diffusion.decoding import Candidates, DecodingParams, accept, best_tokens, quota
 from unmask.errors import UsageError
 
-__all__ = ["CanvasModel", "Vicinity", "generate_full_sequence"]
-
-
-@dataclass(frozen=True, slots=True)
-class Vicinity:
-    """What is recomputed around a block while it is denoised."""
-
-    before: int = 16
-    """Positions before the block."""
-    after: int = 16
-    """Positions behind it."""
+__all__ = ["CanvasBatch", "CanvasModel", "generate_full_sequence"]
 
 
 class CanvasModel(Protocol):
@@ -52,80 +60,210 @@ class CanvasModel(Protocol):
         """A cache of ``length`` positions that any forward may overwrite a window of."""
 
     @property
+    def attends(self) -> Attends:
+        """What its tokens see; "canvas" is what this module decodes."""
+
+    @property
     def device(self) -> torch.device:
         """Where inputs must be."""
 
 
-@torch.inference_mode()
-def generate_full_sequence(
-    model: CanvasModel, prompt: Sequence[int], params: DecodingParams, *, vicinity: Vicinity | None = None
-) -> Generation:
+@dataclass(slots=True)
+class _Canvas:
+    """One request: the prompt, all positions to be generated, and the block in the making."""
+
+    ticket: int
+    params: DecodingParams
+    prompt_length: int
+    ids: list[int]
+    masked: list[bool]
+    final: int
+    """Positions before it will not change."""
+    cache: Any
+    """None without a vicinity."""
+    step: int = 0
+    usage: ForwardCounts = field(default_factory=ForwardCounts)
+
+    @property
+    def block_index(self) -> int:
+        return (self.final - self.prompt_length) // self.params.block_length
+
+    @property
+    def start(self) -> int:
+        """First position of the current block."""
+        return self.prompt_length + self.block_index * self.params.block_length
+
+    @property
+    def stop(self) -> int:
+        """Position after its last."""
+        return min(self.start + self.params.block_length, len(self.ids))
+
+    @property
+    def places(self) -> list[int]:
+        """Masked positions of the current block, at least one."""
+        return [place for place in range(self.start, self.stop) if self.masked[place]]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """First position to be computed by the next forward, and the one after the last."""
+        vicinity = self.params.vicinity
+        if vicinity is None or self.step == 0:
+            return 0, len(self.ids)
+        return max(0, self.start - vicinity.before), min(len(self.ids), self.stop + vicinity.after)
+
+    def fill(self, candidates: Candidates) -> Filled:
+        """Fill by the params' rule, given the candidates of ``places``."""
+        places = self.places
+        chosen = accept(
+            candidates.confidence,
+            torch.ones(len(places), dtype=torch.bool),
+            threshold=self.params.threshold,
+            at_least=quota(self.params, self.step),
+        ).nonzero()[:, 0]
+        filled = [places[number] for number in chosen.tolist()]
+        tokens = candidates.tokens[chosen].tolist()
+        for place, token in zip(filled, tokens, strict=True):
+            self.ids[place], self.masked[place] = token, False
+        event = Filled(
+            ticket=self.ticket,
+            block_index=self.block_index,
+            step=self.step,
+            positions=tuple(place - self.prompt_length for place in filled),
+            token_ids=tuple(tokens),
+            confidences=tuple(candidates.confidence[chosen].tolist()),
+            masks_left=len(places) - len(filled),
+        )
+        self.step += 1
+        self.usage.denoise += 1
+        return event
+
+    def close_block(self) -> tuple[Committed, FinishReason | None]:
+        """Declare the full block final; say whether it is the last."""
+        block_index, stop = self.block_index, self.stop
+        new, ended = up_to_eos(self.ids[self.final : stop], self.params.eos_token_id)
+        committed = Committed(self.ticket, block_index, tuple(new), self.step)
+        self.final += len(new)
+        self.step = 0
+        if ended:
+            return committed, "eos"
+        return committed, "length" if stop == len(self.ids) else None
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """The closing event."""
+        generated = self.final - self.prompt_length
+        return Finished(self.ticket, reason, self.usage, generated - (reason == "eos"))
+
+
+class CanvasBatch:
+    """Requests that take turns, each getting what it would get alone.
+
+    One :meth:`step` is one forward over the canvas of one request, or over the vicinity of its block.
+    Not thread-safe: one thread owns a batch.
+    """
+
+    def __init__(self, model: CanvasModel, *, rows: int, capacity: int) -> None:
+        """Room for ``rows`` requests of at most ``capacity`` tokens each, prompt included.
+
+        Raises:
+            ModelError: The model attends to blocks in their order.
+        """
+        check_attends(model, "canvas")
+        self.rows, self.capacity = rows, capacity
+        self._model = model
+        self._running: deque[_Canvas] = deque()
+        self._tickets = count()
+
+    @property
+    def active(self) -> int:
+        """Requests admitted and not finished."""
+        return len(self._running)
+
+    @property
+    def free_rows(self) -> int:
+        """Requests that can be admitted now."""
+        return self.rows - self.active
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+        """Take a request up; no forward is run. Returns its ticket.
+
+        Args:
+            prompt: Token ids; none of them counts as masked, whatever its value.
+            params: ``block_length`` and ``steps`` may differ from request to request; nothing is edited.
+            committed: Generated tokens of an earlier attempt, to go on from.
+
+        Raises:
+            UsageError: If the request is empty, does not fit, wants edits, or has nothing left to generate.
+            RuntimeError: If no row is free.
+        """
+        if params.edit_threshold is not None:
+            raise UsageError("edit_threshold: only models that attend to blocks edit; leave it out")
+        check_request(prompt, params, committed, capacity=self.capacity)
+        if self.free_rows == 0:
+            raise RuntimeError(f"all {self.rows} rows are taken")
+        given = [*prompt, *committed]
+        masks = len(prompt) + params.max_new_tokens - len(given)
+        canvas = _Canvas(
+            ticket=next(self._tickets),
+            params=params,
+            prompt_length=len(prompt),
+            ids=given + [params.mask_token_id] * masks,
+            masked=[False] * len(given) + [True] * masks,
+            final=len(given),
+            cache=self._model.new_canvas_cache(len(given) + masks) if params.vicinity else None,
+        )
+        self._running.append(canvas)
+        return canvas.ticket
+
+    def release(self, ticket: int) -> None:
+        """Drop a request between two steps; its row is free at once. Unknown tickets are ignored."""
+        self._running = deque(canvas for canvas in self._running if canvas.ticket != ticket)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Run exactly one forward, for the request whose turn it is, and return what it brought about.
+
+        Raises:
+            RuntimeError: If no request is active.
+        """
+        if not self._running:
+            raise RuntimeError("step() without an active request")
+        canvas = self._running.popleft()
+        filled = canvas.fill(self._candidates(canvas))
+        events: list[Event] = [filled]
+        if filled.masks_left == 0:
+            committed, reason = canvas.close_block()
+            events.append(committed)
+            if reason is not None:
+                return [*events, canvas.finished(reason)]
+        self._running.append(canvas)
+        return events
+
+    def _candidates(self, canvas: _Canvas) -> Candidates:
+        """Best token and confidence of each masked position of the block, on the host."""
+        first, last = canvas.window
+        device = self._model.device
+        position = torch.arange(first, last, device=device).unsqueeze(0)
+        metadata = AttentionMetadata.bidirectional(position, torch.zeros_like(position))
+        ids = torch.tensor([canvas.ids[first:last]], device=device)
+        cache = None if canvas.cache is None else canvas.cache.select(first)
+        hidden = self._model.hidden(ids, metadata, cache=cache)[0]
+        canvas.usage.positions += last - first
+        wanted = torch.tensor(canvas.places, device=device) - first
+        best = best_tokens(self._model.logits(hidden[wanted]), mask_token_id=canvas.params.mask_token_id)
+        return Candidates(best.tokens.cpu(), best.confidence.cpu())
+
+
+def generate_full_sequence(model: CanvasModel, prompt: Sequence[int], params: DecodingParams) -> Generation:
     """Generate ``params.max_new_tokens`` positions block by block; stop with the block of an end of text.
 
     Args:
         model: A model that attends to the whole sequence.
         prompt: Token ids; none of them counts as masked, whatever its value.
         params: ``steps`` is per block.
-        vicinity: Use the approximate cache, recomputing this much around each block.
 
     Raises:
-        UsageError: The prompt is empty.
+        UsageError: The prompt is empty, or edits are asked for.
+        ModelError: The model attends to blocks in their order.
     """
-    if not prompt:
-        raise UsageError("prompt: got no tokens, expected at least one")
-    canvas = _Canvas(model, prompt, params, vicinity)
-    first, last = len(prompt), len(prompt) + params.max_new_tokens
-    for start in range(first, last, params.block_length):
-        canvas.denoise(start, min(start + params.block_length, last))
-        generated = canvas.ids[first : start + params.block_length]
-        if params.eos_token_id in generated:
-            generated = generated[: generated.index(params.eos_token_id) + 1]
-            return Generation(generated, "eos", canvas.usage, len(generated) - 1)
-    return Generation(canvas.ids[first:], "length", canvas.usage, params.max_new_tokens)
-
-
-class _Canvas:
-    """Prompt and positions to be generated, and what has been spent on them."""
-
-    def __init__(
-        self,
-        model: CanvasModel,
-        prompt: Sequence[int],
-        params: DecodingParams,
-        vicinity: Vicinity | None,
-    ) -> None:
-        self.model, self.params, self.vicinity = model, params, vicinity
-        self.ids = [*prompt, *[params.mask_token_id] * params.max_new_tokens]
-        self.masked = [False] * len(prompt) + [True] * params.max_new_tokens
-        self.usage = ForwardCounts()
-        self.cache = None if vicinity is None else model.new_canvas_cache(len(self.ids))
-
-    def denoise(self, start: int, stop: int) -> None:
-        """Fill positions ``start`` to ``stop - 1``."""
-        step = 0
-        while any(self.masked[start:stop]):
-            hidden = self._hidden(start, stop, refresh=step == 0)
-            best = best_tokens(self.model.logits(hidden), mask_token_id=self.params.mask_token_id)
-            chosen = accept(
-                best.confidence.cpu(),
-                torch.tensor(self.masked[start:stop]),
-                threshold=self.params.threshold,
-                at_least=quota(self.params, step),
-            )
-            tokens = best.tokens.cpu()
-            for place in chosen.nonzero()[:, 0].tolist():
-                self.ids[start + place], self.masked[start + place] = int(tokens[place]), False
-            step += 1
-
-    def _hidden(self, start: int, stop: int, *, refresh: bool) -> Tensor:
-        """Hidden states of ``start`` to ``stop - 1``, (positions, D)."""
-        first, last = 0, len(self.ids)
-        if self.vicinity is not None and not refresh:
-            first, last = max(0, start - self.vicinity.before), min(last, stop + self.vicinity.after)
-        position = torch.arange(first, last, device=self.model.device).unsqueeze(0)
-        metadata = AttentionMetadata.bidirectional(position, torch.zeros_like(position))
-        ids = torch.tensor([self.ids[first:last]], device=self.model.device)
-        cache = None if self.cache is None else self.cache.select(first)
-        self.usage.denoise += 1
-        self.usage.positions += last - first
-        return self.model.hidden(ids, metadata, cache=cache)[0, start - first : stop - first]
+    batch = CanvasBatch(model, rows=1, capacity=len(prompt) + params.max_new_tokens)
+    return run_to_end(batch, [prompt], params)[0]

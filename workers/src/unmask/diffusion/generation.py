@@ -21,12 +21,27 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from unmask.attention import AttentionMetadata
+from unmask.attention import Attends, AttentionMetadata
+from unmask.diffusion.batch import (
+    Committed,
+    Event,
+    Filled,
+    Finished,
+    FinishReason,
+    ForwardCounts,
+    Generation,
+    Persisted,
+    Prefilled,
+    check_attends,
+    check_request,
+    run_to_end,
+    up_to_eos,
+)
 from unmask.diffusion.decoding import Candidates, DecodingParams, accept, best_tokens, edits, quota
 from unmask.errors import UsageError
 
@@ -40,12 +55,11 @@ __all__ = [
     "ForwardCounts",
     "Generation",
     "Model",
+    "Persisted",
     "Prefilled",
     "generate",
     "generate_uncached",
 ]
-
-FinishReason: TypeAlias = Literal["eos", "length"]
 
 
 class BlockCache(Protocol):
@@ -77,98 +91,12 @@ class Model(Protocol):
         """An empty cache beside the model's parameters."""
 
     @property
+    def attends(self) -> Attends:
+        """What its tokens see; "blocks" is what this module decodes."""
+
+    @property
     def device(self) -> torch.device:
         """Where inputs must be."""
-
-
-@dataclass(slots=True)
-class ForwardCounts:
-    """Forwards that one request took part in, by kind, and tokens per forward (TPF) from them.
-
-    ``kept`` tokens are those generated before the end of text, which does not count
-    itself. The papers' tables are to be compared with ``tpf_decode``.
-    """
-
-    prefill: int = 0
-    denoise: int = 0
-    persist: int = 0
-    positions: int = 0
-    """Token positions that were computed for the request."""
-
-    def tpf(self, kept: int) -> float:
-        """Kept tokens per forward of any kind."""
-        return kept / max(1, self.prefill + self.denoise + self.persist)
-
-    def tpf_decode(self, kept: int) -> float:
-        """Kept tokens per denoise or persist forward."""
-        return kept / max(1, self.denoise + self.persist)
-
-    def tpf_denoise(self, kept: int) -> float:
-        """Kept tokens per denoise forward."""
-        return kept / max(1, self.denoise)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """The prompt's whole blocks are in the cache."""
-
-    ticket: int
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """A denoise forward filled or edited positions of a block; provisional until the block is committed."""
-
-    ticket: int
-    block_index: int
-    """Counted from the prompt's start."""
-    step: int
-    """Denoise forward of this block, from 0."""
-    positions: tuple[int, ...]
-    """Relative to the first generated token."""
-    token_ids: tuple[int, ...]
-    confidences: tuple[float, ...]
-    masks_left: int
-    edited: int = 0
-    """How many of the positions held another token before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A block is full and will not change."""
-
-    ticket: int
-    block_index: int
-    token_ids: tuple[int, ...]
-    """Its generated tokens, up to the first end of text and ``max_new_tokens``."""
-    forwards: int
-    """Denoise forwards that it took."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The request has ended, and its row is free."""
-
-    ticket: int
-    reason: FinishReason
-    usage: ForwardCounts
-    kept_tokens: int
-    """Generated tokens before the end of text."""
-
-
-Event: TypeAlias = Prefilled | Filled | Committed | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was generated for one prompt."""
-
-    token_ids: list[int]
-    """Up to and including the first end of text."""
-    reason: FinishReason
-    usage: ForwardCounts
-    kept_tokens: int
 
 
 @dataclass(slots=True)
@@ -275,14 +203,11 @@ class _Row:
     def close_block(self) -> tuple[Committed, FinishReason | None]:
         """Take the full block over into the tokens; say whether it is the last."""
         block_index, given = self.start // self.length, len(self.tokens) - self.start
-        new = self.block[given:][: self.end - len(self.tokens)]
-        eos = self.params.eos_token_id
-        reason: FinishReason | None = None
-        if eos in new:
-            new, reason = new[: new.index(eos) + 1], "eos"
+        new, ended = up_to_eos(self.block[given:][: self.end - len(self.tokens)], self.params.eos_token_id)
         self.tokens += new
         self.closed = True
-        if reason is None and len(self.tokens) >= self.end:
+        reason: FinishReason | None = "eos" if ended else None
+        if not ended and len(self.tokens) >= self.end:
             reason = "length"
         return Committed(self.ticket, block_index, tuple(new), self.step), reason
 
@@ -302,7 +227,12 @@ class BlockBatch:
     """
 
     def __init__(self, model: Model, *, rows: int, capacity: int, block_length: int) -> None:
-        """Room for ``rows`` requests of at most ``capacity`` tokens each, prompt included."""
+        """Room for ``rows`` requests of at most ``capacity`` tokens each, prompt included.
+
+        Raises:
+            ModelError: The model attends to the whole canvas.
+        """
+        check_attends(model, "blocks")
         self.rows, self.block_length = rows, block_length
         self.capacity = -(-capacity // block_length) * block_length
         self._model = model
@@ -327,7 +257,7 @@ class BlockBatch:
 
         Args:
             prompt: Token ids; none of them counts as masked, whatever its value.
-            params: ``block_length`` must be the batch's.
+            params: ``block_length`` must be the batch's; a ``vicinity`` has no meaning here.
             committed: Generated tokens of an earlier attempt, to go on from.
 
         Raises:
@@ -338,17 +268,9 @@ class BlockBatch:
             raise UsageError(
                 f"block_length: got {params.block_length}, this batch decodes {self.block_length}"
             )
-        if not prompt:
-            raise UsageError("prompt: got no tokens, expected at least one")
-        if len(prompt) + params.max_new_tokens > self.capacity:
-            raise UsageError(
-                f"prompt of {len(prompt)} tokens and max_new_tokens {params.max_new_tokens} exceed "
-                f"the context of {self.capacity} tokens; shorten the prompt or ask for fewer"
-            )
-        if len(committed) >= params.max_new_tokens or params.eos_token_id in committed:
-            raise UsageError(
-                "committed tokens: the request they belong to has ended; nothing is left to generate"
-            )
+        if params.vicinity is not None:
+            raise UsageError("vicinity: the cache of a model that attends to blocks is exact; leave it out")
+        check_request(prompt, params, committed, capacity=self.capacity)
         if self.free_rows == 0:
             raise RuntimeError(f"all {self.rows} rows are taken")
         row = _Row(next(self._tickets), params, [*prompt, *committed], prompt_length=len(prompt))
@@ -420,6 +342,7 @@ class BlockBatch:
             if row.closed:
                 row.usage.persist += 1
                 self._keep_block(place, row)
+                events.append(Persisted(row.ticket))
                 continue
             step = row.denoise(candidates[place])
             events.append(step)
@@ -474,27 +397,13 @@ def generate(
     batch = BlockBatch(
         model, rows=min(rows, len(prompts)), capacity=capacity, block_length=params.block_length
     )
-    results: list[Generation | None] = [None] * len(prompts)
-    index_of: dict[int, int] = {}
-    tokens: dict[int, list[int]] = {}
-    queue = deque(enumerate(prompts))
-    while queue or batch.active:
-        while queue and batch.free_rows:
-            index, prompt = queue.popleft()
-            ticket = batch.admit(prompt, params)
-            index_of[ticket], tokens[ticket] = index, []
-        for event in batch.step():
-            if isinstance(event, Committed):
-                tokens[event.ticket] += event.token_ids
-            elif isinstance(event, Finished):
-                done = Generation(tokens[event.ticket], event.reason, event.usage, event.kept_tokens)
-                results[index_of[event.ticket]] = done
-    return [result for result in results if result is not None]
+    return run_to_end(batch, prompts, params)
 
 
 @torch.inference_mode()
 def generate_uncached(model: Model, prompt: Sequence[int], params: DecodingParams) -> Generation:
     """The reference: every forward runs over the whole sequence so far, without a cache."""
+    check_attends(model, "blocks")
     row = _Row(0, params, list(prompt), prompt_length=len(prompt))
     row.open_block()
     generated: list[int] = []

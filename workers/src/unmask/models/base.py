@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from unmask.attention import AttentionMetadata
+from unmask.attention import Attends, AttentionMetadata
 from unmask.errors import ModelError
 from unmask.models.cache import CanvasCache, RowCache
 from unmask.models.config import ModelConfig
@@ -35,6 +35,8 @@ class LanguageModel(nn.Module, ABC):
     config: ModelConfig
     causal: ClassVar[bool]
     """Whether the family predicts the next token (True) or the token at its own position (False)."""
+    attends: ClassVar[Attends] = "blocks"
+    """What the family was trained to see while it decodes; a decoder for the other kind refuses it."""
 
     @abstractmethod
     def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:

@@ -15,58 +15,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from unmask.diffusion.decoding import DecodingParams
-from unmask.diffusion.generation import (
+from unmask.diffusion.batch import (
+    Batch,
     Committed,
     Event,
     Filled,
     Finished,
     FinishReason,
     ForwardCounts,
+    Persisted,
     Prefilled,
 )
+from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UsageError
 from unmask.serving.outbox import Admitted, Failed, Outbox
 from unmask.telemetry import Recorder, metrics
 
-__all__ = ["Batch", "Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
+__all__ = ["Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
 
 logger = logging.getLogger(__name__)
 
 _NO_TICKET = -1
 _DELAY_S = (0.1, 30.0)
 """Shortest and longest time to ask a rejected client to wait."""
-
-
-class Batch(Protocol):
-    """What the engine asks of :class:`unmask.diffusion.generation.BlockBatch`."""
-
-    @property
-    def block_length(self) -> int:
-        """Positions in one block."""
-
-    @property
-    def rows(self) -> int:
-        """Requests that can be active at a time."""
-
-    @property
-    def free_rows(self) -> int:
-        """Requests that can be admitted now."""
-
-    @property
-    def active(self) -> int:
-        """Requests admitted and not finished."""
-
-    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
-        """Take a request up, without a forward."""
-
-    def release(self, ticket: int) -> None:
-        """Drop a request."""
-
-    def step(self) -> list[Event]:
-        """Run one forward."""
 
 
 class QueueFull(Exception):
@@ -146,7 +118,6 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._cancelled: set[int] = set()
-        self._decoding: set[int] = set()
         self._refusal: str | None = None
         self._stopping = False
         self._service_seconds = 1.0
@@ -238,7 +209,6 @@ class Engine:
         for ticket in self._cancelled:
             if self._running.pop(ticket, None):
                 self._batch.release(ticket)
-                self._decoding.discard(ticket)
         self._cancelled.clear()
 
     def _admit_waiting(self) -> None:
@@ -250,8 +220,6 @@ class Engine:
                 request.outbox.put(Failed(error=error))
                 continue
             self._running[request.ticket] = request
-            if len(request.prompt) + len(request.committed) < self._batch.block_length:
-                self._decoding.add(request.ticket)  # there is no whole block to prefill
             request.admitted = time.monotonic()
             queue_seconds = request.admitted - request.arrived
             self._recorder.observe(metrics.QUEUE_SECONDS, queue_seconds)
@@ -261,10 +229,10 @@ class Engine:
     def _deliver(self, event: Event) -> None:
         request = self._running[event.ticket]
         match event:
-            case Prefilled():
-                self._decoding.add(event.ticket)
             case Filled():
-                self._recorder.observe(metrics.TOKENS_ACCEPTED_PER_STEP, len(event.positions))
+                accepted = len(event.positions) - event.edited
+                self._recorder.observe(metrics.TOKENS_ACCEPTED_PER_STEP, accepted)
+                self._recorder.count(metrics.TOKENS_EDITED, event.edited)
                 if request.canvas and request.outbox.put(event):
                     self._recorder.count(metrics.CANVAS_UPDATES_MERGED)
             case Committed():
@@ -277,7 +245,6 @@ class Engine:
         now = time.monotonic()
         with self._changed:
             del self._running[event.ticket]
-            self._decoding.discard(event.ticket)
             self._service_seconds += 0.1 * (now - request.admitted - self._service_seconds)
             self._gauge()
         usage, kept = event.usage, event.kept_tokens - len(request.committed)
@@ -317,7 +284,7 @@ class Engine:
         self._recorder.gauge(metrics.REQUESTS_WAITING, len(self._waiting))
 
     def _record_forward(self, events: Sequence[Event], seconds: float) -> None:
-        kind = forward_kind(events, self._decoding)
+        kind = forward_kind(events)
         self._recorder.count(metrics.FORWARDS, kind=kind)
         self._recorder.observe(metrics.FORWARD_SECONDS, seconds, kind=kind)
 
@@ -333,18 +300,11 @@ class Engine:
         self._recorder.observe(metrics.FORWARDS_PER_BLOCK, event.forwards)
 
 
-def forward_kind(events: Sequence[Event], decoding: set[int]) -> str:
-    """What the rows of one forward did: "prefill", "denoise", "persist" or "mixed".
-
-    A row that persists has nothing to tell, so it is known by its silence.
-
-    Args:
-        events: What the forward brought about.
-        decoding: Tickets past their prefill when it began.
-    """
+def forward_kind(events: Sequence[Event]) -> str:
+    """What the rows of one forward did: "prefill", "denoise", "persist" or "mixed"."""
     if any(isinstance(event, Prefilled) for event in events):
         return "prefill"
-    filled = {event.ticket for event in events if isinstance(event, Filled)}
-    if not filled:
-        return "persist"
-    return "mixed" if decoding - filled else "denoise"
+    persisted = any(isinstance(event, Persisted) for event in events)
+    if any(isinstance(event, Filled) for event in events):
+        return "mixed" if persisted else "denoise"
+    return "persist"

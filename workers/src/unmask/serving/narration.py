@@ -6,7 +6,7 @@ Joined, the ``text_delta`` of all events are the text of all tokens; neither hol
 
 from collections.abc import Sequence
 
-from unmask.diffusion.generation import Committed, Filled, Finished, FinishReason, ForwardCounts
+from unmask.diffusion.batch import Committed, Filled, Finished, FinishReason, ForwardCounts
 from unmask.serving.model import ServedModel
 from unmask.serving.outbox import Admitted, Item
 from unmask.serving.requests import Order

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unmask.diffusion.generation import Committed, Filled, Finished
+from unmask.diffusion.batch import Committed, Filled, Finished
 
 __all__ = ["Admitted", "Failed", "Item", "Outbox"]
 
@@ -66,13 +66,21 @@ class Outbox:
 
 
 def _merge(earlier: Filled, later: Filled) -> Filled:
-    """Both updates as one: a position is filled once, so they never disagree."""
+    """Both updates as one; of a position that was edited in between, what it holds now."""
+    held = {
+        position: (token, confidence)
+        for update in (earlier, later)
+        for position, token, confidence in zip(
+            update.positions, update.token_ids, update.confidences, strict=True
+        )
+    }
     return Filled(
         ticket=later.ticket,
         block_index=later.block_index,
         step=later.step,
-        positions=(*earlier.positions, *later.positions),
-        token_ids=(*earlier.token_ids, *later.token_ids),
-        confidences=(*earlier.confidences, *later.confidences),
+        positions=tuple(held),
+        token_ids=tuple(token for token, _ in held.values()),
+        confidences=tuple(confidence for _, confidence in held.values()),
         masks_left=later.masks_left,
+        edited=earlier.edited + later.edited,
     )

@@ -19,8 +19,9 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from unmask.diffusion.batch import Batch
 from unmask.errors import UsageError
-from unmask.serving.engine import Batch, Engine
+from unmask.serving.engine import Engine
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
 from unmask.telemetry import Recorder

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from grpc.aio import ServicerContext
 
-from unmask.diffusion.generation import Finished
+from unmask.diffusion.batch import Finished
 from unmask.errors import UsageError
 from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel

@@ -141,6 +141,11 @@ TOKENS_ACCEPTED_PER_STEP = Metric(
     help="Masked positions that one denoise forward filled in one row.",
     buckets=(0, 1, 2, 4, 8, 16, 32),
 )
+TOKENS_EDITED = Metric(
+    name="unmask_tokens_edited_total",
+    kind="counter",
+    help="Generated tokens that a later forward replaced before their block was committed.",
+)
 CANVAS_UPDATES_MERGED = Metric(
     name="unmask_canvas_updates_merged_total",
     kind="counter",
@@ -168,6 +173,7 @@ SERVING: tuple[Metric, ...] = (
     TOKENS_PER_FORWARD_DENOISE,
     FORWARDS_PER_BLOCK,
     TOKENS_ACCEPTED_PER_STEP,
+    TOKENS_EDITED,
     CANVAS_UPDATES_MERGED,
 )
 

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from unmask.attention import Attends
 from unmask.models.llada_moe.config import LLaDAMoEConfig
 from unmask.models.moe import softmax_experts
 from unmask.models.transformer import Rotary, Transformer, pre_norm_layer
@@ -13,6 +14,7 @@ class LLaDAMoEModelLM(Transformer):
     """LLaDA-MoE-7B-A1B; predicts the token at its own position, each token seeing the whole sequence."""
 
     causal: ClassVar[bool] = False
+    attends: ClassVar[Attends] = "canvas"
     config: LLaDAMoEConfig
 
     def __init__(self, config: LLaDAMoEConfig) -> None:

@@ -90,3 +90,17 @@ def test_the_digest_is_that_of_the_documents_not_of_the_file(library, tmp_path):
     one, other = (Source(text_file(tmp_path / f"{name}.jsonl", 4, 5), "text") for name in "ab")
     third = Source(text_file(tmp_path / "c.jsonl", 5, 4), "text")
     assert library.digest(one) == library.digest(other) != library.digest(third)
+
+
+def test_long_text_is_cut_into_pieces_of_a_row_on_demand(library, tmp_path):
+    path = text_file(tmp_path / "a.jsonl", 9, 4, 8)
+    corpus = library.corpus([Source(path, "text", 2)], length=4, overlong="Split")
+    assert documents(corpus) == [[9] * 4, [9] * 4, [EOS], [9, 9, 9, EOS], [9] * 4, [9, 9, 9, EOS]]
+    assert corpus.repeats.tolist() == [2] * 6
+
+
+def test_a_long_answer_is_never_cut(library, tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, [{"prompt": "w9 w9", "completion": "w9 w9"}])
+    with pytest.raises(DataError, match=rf"{path}:1: 5 tokens, but rows hold 4; .*data.overlong to Skip$"):
+        library.corpus([Source(path, "completion")], length=4, overlong="Split")

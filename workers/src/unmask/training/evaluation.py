@@ -106,7 +106,7 @@ class Evaluator:
         self._world.sum(totals)
         count, exact, edits, length, kept, prefill, denoise, persist = totals.tolist()
         measured = {
-            "samples": count,
+            "samples": int(count),
             "exact_match": exact / count,
             "token_error_rate": edits / max(1, length),
         }

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: what is in it, where, and the digests that prove it.
 
-docs/reference/checkpoints.md describes the fields for people. The manifest holds its own
+docs/checkpoints.md describes the fields for people. The manifest holds its own
 digest, over its canonical JSON without the field ``sha256``, so that no field of it can
 change unnoticed. It is written last.
 """

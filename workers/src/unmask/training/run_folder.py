@@ -2,7 +2,7 @@
 
 ::
 
-    checkpoints/step-00000100/   see docs/reference/checkpoints.md
+    checkpoints/step-00000100/   see docs/checkpoints.md
     metrics.jsonl                one line per step, measurement and stage
     exports/<stage>/             models of stages with `export`
     model/                       the final model

@@ -18,6 +18,7 @@ from unmask.client import (
     CanvasUpdate,
     Client,
     DeadlineExceeded,
+    Decoding,
     Finished,
     InvalidRequest,
     Overloaded,
@@ -81,7 +82,7 @@ def client(server: RunningServer) -> Iterator[Client]:
 
 
 def alone(network: LanguageModel, model: ServedModel, prompt: list[int], max_tokens: int) -> Generation:
-    params = model.params(max_new_tokens=max_tokens, threshold=model.defaults.threshold, steps=8)
+    params = model.params(model.default_decoder, pb.DiffusionParams(), max_new_tokens=max_tokens)
     return generate(network, [prompt], params, rows=1)[0]
 
 
@@ -119,8 +120,7 @@ def test_a_stream_tells_the_story_in_order(client: Client, model: ServedModel) -
         queue_seconds=started.queue_seconds if isinstance(started, Started) else 0,
         block_length=8,
         max_tokens=30,
-        threshold=0.05,
-        steps_per_block=8,
+        decoding=Decoding(decoder="threshold", threshold=0.05, steps_per_block=8),
     )
     assert isinstance(finished, Finished)
     blocks = [event for event in middle if isinstance(event, BlockCommitted)]
@@ -197,7 +197,9 @@ def test_the_model_says_what_it_is(client: Client) -> None:
     info = client.model_info()
     assert (info.name, info.architecture, info.vocab_size) == ("tiny", "LLaDA2MoeModelLM", 512)
     assert (info.context_length, info.block_length, info.max_running_requests) == (CONTEXT, 8, ROWS)
-    assert (info.threshold, info.steps_per_block, info.has_chat_template) == (0.05, 8, True)
+    assert info.default_decoding == Decoding(decoder="threshold", threshold=0.05, steps_per_block=8)
+    assert info.decoders == ("threshold", "fixed-steps", "joint-edit")
+    assert info.has_chat_template
     assert (info.eos_token_id, info.mask_token_id) == (510, 511)
 
 

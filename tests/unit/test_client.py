@@ -12,6 +12,7 @@ from unmask.client import (
     Canvas,
     CanvasUpdate,
     DeadlineExceeded,
+    Decoding,
     Fill,
     InvalidRequest,
     Overloaded,
@@ -25,7 +26,7 @@ from unmask.client.channels import addresses
 from unmask.client.continuation import Continuation
 from unmask.client.errors import error_of
 from unmask.client.events import event_of
-from unmask.client.options import GenerateOptions, request_of
+from unmask.client.options import DECODERS, GenerateOptions, request_of
 from unmask.errors import UsageError
 from unmask.serving.refusals import Refused, Violation
 from unmask.v1 import generation_pb2 as pb
@@ -45,6 +46,10 @@ def test_every_option_reaches_its_field() -> None:
         decoder="threshold",
         threshold=0.5,
         steps_per_block=3,
+        edit_threshold=0.0,
+        max_post_edit_steps=2,
+        block_length=16,
+        vicinity=(4, 0),
         committed=[7],
         request_id="r",
         model="m",
@@ -55,7 +60,15 @@ def test_every_option_reaches_its_field() -> None:
         model="m",
         token_ids=pb.TokenIds(ids=[1, 2]),
         sampling=pb.SamplingParams(max_tokens=9),
-        diffusion=pb.DiffusionParams(decoder=pb.DECODER_THRESHOLD, threshold=0.5, steps_per_block=3),
+        diffusion=pb.DiffusionParams(
+            decoder=pb.DECODER_THRESHOLD,
+            threshold=0.5,
+            steps_per_block=3,
+            edit_threshold=0.0,
+            max_post_edit_steps=2,
+            block_length=16,
+            vicinity=pb.Vicinity(before=4, after=0),
+        ),
         committed_token_ids=[7],
     )
 
@@ -190,7 +203,13 @@ def started(max_tokens: int = 20) -> pb.GenerateStreamResponse:
             prompt_tokens=3,
             block_length=8,
             sampling=pb.SamplingParams(max_tokens=max_tokens),
-            diffusion=pb.DiffusionParams(threshold=0.7, steps_per_block=4),
+            diffusion=pb.DiffusionParams(
+                decoder=pb.DECODER_LOW_CONFIDENCE,
+                threshold=0.7,
+                steps_per_block=4,
+                block_length=8,
+                vicinity=pb.Vicinity(before=2, after=3),
+            ),
         )
     )
 
@@ -209,7 +228,7 @@ def test_what_is_left_is_asked_for_with_what_was_in_force() -> None:
     request = generation.request()
     assert list(request.request.committed_token_ids) == [11, 12, 13]
     assert request.request.sampling.max_tokens == 20
-    assert (request.request.diffusion.threshold, request.request.diffusion.steps_per_block) == (0.7, 4)
+    assert request.request.diffusion == started().started.diffusion
     assert request.options.canvas == pb.CANVAS_MODE_DIFF
     assert generation.take(started()) is None
 
@@ -249,12 +268,16 @@ def test_the_canvas_shows_what_is_final_provisional_and_masked() -> None:
             step=1,
             fills=(Fill(position=1, token_id=0, confidence=1, text="b"),),
             masks_left=4,
+            edited=0,
+            block_end=5,
         ),
         CanvasUpdate(
             block_index=0,
             step=2,
             fills=(Fill(position=4, token_id=0, confidence=1, text="e"),),
             masks_left=3,
+            edited=0,
+            block_end=5,
         ),
         BlockCommitted(block_index=0, offset=0, token_ids=(0,) * 5, text="abcde", forwards=3),
         CanvasUpdate(
@@ -262,6 +285,8 @@ def test_the_canvas_shows_what_is_final_provisional_and_masked() -> None:
             step=1,
             fills=(Fill(position=6, token_id=0, confidence=1, text="g"),),
             masks_left=7,
+            edited=0,
+            block_end=9,
         ),
     ]
     pictures = []
@@ -269,8 +294,17 @@ def test_the_canvas_shows_what_is_final_provisional_and_masked() -> None:
         assert event is not None
         canvas.take(event)
         pictures.append(shown(canvas))
-    # The first block has three prompt tokens and five of the answer; the second is cut at max_tokens.
     assert pictures == ["|", "|_b___", "|_b__e", "abcde|", "abcde|_g__"]
+
+
+def test_the_canvas_shows_the_latest_token_of_a_position() -> None:
+    canvas = Canvas()
+    for step, text in enumerate("ax", start=1):
+        fill = Fill(position=0, token_id=0, confidence=1, text=text)
+        canvas.take(
+            CanvasUpdate(block_index=0, step=step, fills=(fill,), masks_left=1, edited=step - 1, block_end=2)
+        )
+    assert shown(canvas) == "|x_"
 
 
 def test_the_client_needs_no_torch() -> None:
@@ -281,4 +315,20 @@ def test_the_client_needs_no_torch() -> None:
 def test_started_is_typed() -> None:
     event = event_of(started())
     assert isinstance(event, Started)
-    assert (event.max_tokens, event.threshold, event.steps_per_block) == (20, 0.7, 4)
+    assert event.max_tokens == 20
+    assert event.decoding == Decoding(
+        decoder="low-confidence", threshold=0.7, steps_per_block=4, block_length=8, vicinity=(2, 3)
+    )
+
+
+def test_a_decoder_from_the_future_is_unknown() -> None:
+    message = pb.GenerateStreamResponse(started=pb.Started(diffusion=pb.DiffusionParams(decoder=99)))  # type: ignore[arg-type]
+    event = event_of(message)
+    assert isinstance(event, Started)
+    assert event.decoding == Decoding(decoder="unknown")
+
+
+def test_every_decoder_of_the_wire_has_its_name() -> None:
+    names = {name.removeprefix("DECODER_").lower().replace("_", "-"): n for name, n in pb.Decoder.items()}
+    del names["unspecified"]
+    assert names == DECODERS

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -33,9 +33,24 @@ __all__ = ["command"]
     help="TEXT is a user's turn, or text to continue.  [default: a turn if the model has a chat template]",
 )
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
-@click.option("--decoder", help="How masked positions are filled: threshold.")
+@click.option(
+    "--decoder",
+    help="How masked positions are filled: threshold, fixed-steps, joint-edit or low-confidence.  "
+    "[default: the model's]",
+)
 @click.option("--threshold", type=float, help="Probability above which a token is accepted, in (0, 1].")
-@click.option("--steps-per-block", type=int, help="Most denoising forwards to spend on one block.")
+@click.option("--steps-per-block", type=int, help="Most denoising forwards until a block has no masks.")
+@click.option(
+    "--edit-threshold", type=float, help="Probability above which a written token is replaced, in [0, 1]."
+)
+@click.option("--max-post-edit-steps", type=int, help="Most forwards that only edit, per block.")
+@click.option("--block-length", type=int, help="Positions in one block, for low-confidence.")
+@click.option(
+    "--vicinity",
+    type=(int, int),
+    metavar="BEFORE BEHIND",
+    help="For low-confidence: recompute only so many positions around a block.  [default: all]",
+)
 @click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait.")
 @click.option("--canvas", is_flag=True, help="Show positions as they are filled (on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and usage.")
@@ -43,30 +58,21 @@ def command(
     text: str,
     server: str,
     chat: bool | None,
-    max_tokens: int | None,
-    decoder: str | None,
-    threshold: float | None,
-    steps_per_block: int | None,
     timeout_s: float,
     canvas: bool,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Send TEXT to a server and print what the model writes.
 
     Tokens per forward pass (TPF) and tokens per second follow on stderr. TPF is given over all forwards, over
-    decoding (denoise and persist) ones, and over denoising ones.
+    decoding (denoise and persist) ones, and over denoising ones. What is not given is up to the server, and
+    so is which decoders there are.
     """
     from unmask.client import Client
 
-    options: GenerateOptions = {"timeout_s": timeout_s}
-    if max_tokens is not None:
-        options["max_tokens"] = max_tokens
-    if decoder is not None:
-        options["decoder"] = decoder
-    if threshold is not None:
-        options["threshold"] = threshold
-    if steps_per_block is not None:
-        options["steps_per_block"] = steps_per_block
+    given = {name: value for name, value in asked.items() if value is not None}
+    options = cast("GenerateOptions", given | {"timeout_s": timeout_s})
     with Client(server, timeout_s=timeout_s) as client:
         if chat is None:
             chat = client.model_info().has_chat_template

@@ -39,12 +39,12 @@ __all__ = ["command"]
     type=click.IntRange(1),
     default=8,
     show_default=True,
-    help="Requests that share one forward pass.",
+    help="Requests that are decoded side by side.",
 )
 @click.option(
     "--context",
     type=click.IntRange(1),
-    help="Most tokens of a prompt and its generation; the cache is allocated for --rows of them.  "
+    help="Most tokens of a prompt and its generation; the cache has room for --rows of them.  "
     "[default: the model's own, at most 4096]",
 )
 @click.option(
@@ -97,12 +97,12 @@ def command(
     """Answer generation requests over gRPC (unmask.v1.Generation) with the masked-diffusion model in DIR.
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
-    template) and generation_config.json (block_length, threshold, eos_token_id, mask_token_id). When the
+    template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
+    not say (decoder, block_length, threshold, steps_per_block, edit_threshold, max_post_edit_steps). When the
     server answers, one line with its address is printed. It ends on SIGTERM or Ctrl-C.
     """
     import torch
 
-    from unmask.diffusion.generation import BlockBatch
     from unmask.models.loading import load
     from unmask.models.registry import read_config
     from unmask.serving.model import ServedModel
@@ -115,10 +115,7 @@ def command(
     _refuse_autoregressive(folder, config)
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
-    model = load(folder, device=device)
-    batch = BlockBatch(
-        model, rows=rows, capacity=described.context_length, block_length=described.defaults.block_length
-    )
+    batch = described.batch(load(folder, device=device))
     options = ServerOptions(
         host=host,
         port=port,

@@ -24,6 +24,7 @@ from unmask.client.errors import (
 from unmask.client.events import (
     BlockCommitted,
     CanvasUpdate,
+    Decoding,
     Event,
     Fill,
     Finished,
@@ -32,7 +33,7 @@ from unmask.client.events import (
     Started,
     Usage,
 )
-from unmask.client.options import GenerateOptions, Message
+from unmask.client.options import DecoderName, GenerateOptions, Message
 from unmask.client.synchronous import Client
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Cell",
     "Client",
     "DeadlineExceeded",
+    "DecoderName",
+    "Decoding",
     "Event",
     "FieldViolation",
     "Fill",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from unmask.client.events import BlockCommitted, CanvasUpdate, Event, Finished, Started
+from unmask.client.events import BlockCommitted, CanvasUpdate, Event, Finished
 
 __all__ = ["Canvas", "Cell"]
 
@@ -30,10 +30,7 @@ class Canvas:
         self.text = ""
         self._cells: dict[int, Cell] = {}
         self._end = 0  # position after the current block's last
-        self._limit = 0
         self._committed = 0
-        self._prompt_tokens = 0
-        self._block_length = 1
 
     @property
     def cells(self) -> list[Cell]:
@@ -43,14 +40,10 @@ class Canvas:
     def take(self, event: Event) -> None:
         """Bring the picture up to date."""
         match event:
-            case Started():
-                self._prompt_tokens, self._block_length = event.prompt_tokens, event.block_length
-                self._limit = event.max_tokens
             case CanvasUpdate():
                 for fill in event.fills:
                     self._cells[fill.position] = Cell(fill.text, fill.confidence)
-                end = (event.block_index + 1) * self._block_length - self._prompt_tokens
-                self._end = min(end, self._limit)
+                self._end = event.block_end
             case BlockCommitted():
                 self.text += event.text
                 self._committed = self._end = event.offset + len(event.token_ids)

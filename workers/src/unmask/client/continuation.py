@@ -31,7 +31,7 @@ class Continuation:
         event = event_of(message)
         match event:
             case Started():
-                self._pin(event)
+                self._pin(message.started)
                 if self._started:  # a later attempt's: the caller has seen one
                     return None
                 self._started = True
@@ -52,8 +52,7 @@ class Continuation:
                 f"{address}: the stream ended before the generation was finished", code="UNKNOWN"
             )
 
-    def _pin(self, started: Started) -> None:
+    def _pin(self, started: pb.Started) -> None:
         """Ask later servers for what is in force here, whatever their defaults are."""
-        self._request.sampling.max_tokens = started.max_tokens
-        self._request.diffusion.threshold = started.threshold
-        self._request.diffusion.steps_per_block = started.steps_per_block
+        self._request.sampling.max_tokens = started.sampling.max_tokens
+        self._request.diffusion.CopyFrom(started.diffusion)

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from unmask.client.options import DECODERS, DecoderName
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = [
     "BlockCommitted",
     "CanvasUpdate",
+    "Decoding",
     "Event",
     "Fill",
     "Finished",
@@ -26,6 +28,7 @@ _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_END_OF_TEXT: "end_of_text",
     pb.FINISH_REASON_LENGTH: "length",
 }
+_DECODER_NAMES: dict[int, DecoderName] = {number: name for name, number in DECODERS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,21 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """A decoder and its parameters; None is what it does not have."""
+
+    decoder: DecoderName | Literal["unknown"]
+    threshold: float | None = None
+    steps_per_block: int | None = None
+    edit_threshold: float | None = None
+    max_post_edit_steps: int | None = None
+    block_length: int | None = None
+    """Where requests may choose it."""
+    vicinity: tuple[int, int] | None = None
+    """Where the cache is approximate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """The request left the queue; these parameters are in force."""
 
@@ -57,13 +75,12 @@ class Started:
     queue_seconds: float
     block_length: int
     max_tokens: int
-    threshold: float
-    steps_per_block: int
+    decoding: Decoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fill:
-    """One position that was filled; provisional."""
+    """One position that was filled or edited; provisional."""
 
     position: int
     """From the first generated token."""
@@ -74,13 +91,16 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanvasUpdate:
-    """Positions that were filled since the last update."""
+    """Positions that were filled or edited since the last update; of one that came before, this one holds."""
 
     block_index: int
-    """From the start of the prompt."""
     step: int
     fills: tuple[Fill, ...]
     masks_left: int
+    edited: int
+    """Tokens that were replaced by others."""
+    block_end: int
+    """Position after the block's last, from the first generated token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +108,6 @@ class BlockCommitted:
     """The tokens of one block, final."""
 
     block_index: int
-    """From the start of the prompt."""
     offset: int
     token_ids: tuple[int, ...]
     text: str
@@ -135,8 +154,8 @@ class ModelInfo:
     mask_token_id: int
     max_running_requests: int
     default_max_tokens: int
-    threshold: float
-    steps_per_block: int
+    decoders: tuple[DecoderName, ...]
+    default_decoding: Decoding
 
 
 def event_of(message: pb.GenerateStreamResponse) -> Event | None:
@@ -178,8 +197,8 @@ def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
         mask_token_id=message.mask_token_id,
         max_running_requests=message.max_running_requests,
         default_max_tokens=message.default_max_tokens,
-        threshold=message.default_diffusion.threshold,
-        steps_per_block=message.default_diffusion.steps_per_block,
+        decoders=tuple(_DECODER_NAMES[number] for number in message.decoders if number in _DECODER_NAMES),
+        default_decoding=_decoding(message.default_diffusion),
     )
 
 
@@ -191,8 +210,20 @@ def _started(message: pb.Started) -> Started:
         queue_seconds=message.queue_seconds,
         block_length=message.block_length,
         max_tokens=message.sampling.max_tokens,
-        threshold=message.diffusion.threshold,
-        steps_per_block=message.diffusion.steps_per_block,
+        decoding=_decoding(message.diffusion),
+    )
+
+
+def _decoding(message: pb.DiffusionParams) -> Decoding:
+    vicinity = message.vicinity
+    return Decoding(
+        decoder=_DECODER_NAMES.get(message.decoder, "unknown"),
+        threshold=message.threshold if message.HasField("threshold") else None,
+        steps_per_block=message.steps_per_block if message.HasField("steps_per_block") else None,
+        edit_threshold=message.edit_threshold if message.HasField("edit_threshold") else None,
+        max_post_edit_steps=message.max_post_edit_steps if message.HasField("max_post_edit_steps") else None,
+        block_length=message.block_length if message.HasField("block_length") else None,
+        vicinity=(vicinity.before, vicinity.after) if message.HasField("vicinity") else None,
     )
 
 
@@ -206,6 +237,8 @@ def _canvas_update(message: pb.CanvasUpdate) -> CanvasUpdate:
             for position, token_id, confidence, text in fills
         ),
         masks_left=message.masks_left,
+        edited=message.edited,
+        block_end=message.block_end,
     )
 
 

@@ -1,14 +1,22 @@
 """What a caller asks for, as a request of the wire."""
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Literal, TypeAlias, TypedDict, Unpack
 
 from unmask.errors import UsageError
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["GenerateOptions", "Message", "request_of"]
+__all__ = ["DECODERS", "DecoderName", "GenerateOptions", "Message", "request_of"]
 
-_DECODERS = {"threshold": pb.DECODER_THRESHOLD}
+DecoderName: TypeAlias = Literal["threshold", "fixed-steps", "joint-edit", "low-confidence"]
+
+DECODERS: dict[DecoderName, pb.Decoder] = {
+    "threshold": pb.DECODER_THRESHOLD,
+    "fixed-steps": pb.DECODER_FIXED_STEPS,
+    "joint-edit": pb.DECODER_JOINT_EDIT,
+    "low-confidence": pb.DECODER_LOW_CONFIDENCE,
+}
+"""Which of them a server has depends on its model; see :class:`~unmask.client.events.ModelInfo`."""
 
 
 class Message(TypedDict):
@@ -25,9 +33,15 @@ class GenerateOptions(TypedDict, total=False):
         messages: A conversation, instead of a prompt.
         token_ids: Token ids, instead of a prompt.
         max_tokens: Most tokens to generate.
-        decoder: Rule for filling masked positions: "threshold".
+        decoder: Rule for filling masked positions. Each has parameters of its own among those that follow;
+            others are refused.
         threshold: Probability above which a token is accepted, in (0, 1].
-        steps_per_block: Most denoising forwards to spend on one block.
+        steps_per_block: Most denoising forwards until nothing of a block is masked.
+        edit_threshold: Probability above which a generated token is replaced by a better one, in [0, 1].
+        max_post_edit_steps: Most forwards that only edit, per block.
+        block_length: Positions in one block, up to ``max_tokens``.
+        vicinity: Positions (before, behind) a block that are recomputed with it, which is faster and
+            approximate; left out, all are.
         committed: Token ids of blocks that a former call committed for this prompt; the answer goes on
             after them.
         request_id: A name for this call; it must not be the name of a call that is running.
@@ -38,9 +52,13 @@ class GenerateOptions(TypedDict, total=False):
     messages: Sequence[Message]
     token_ids: Sequence[int]
     max_tokens: int
-    decoder: str
+    decoder: DecoderName
     threshold: float
     steps_per_block: int
+    edit_threshold: float
+    max_post_edit_steps: int
+    block_length: int
+    vicinity: tuple[int, int]
     committed: Sequence[int]
     request_id: str
     model: str
@@ -80,12 +98,7 @@ def _set_prompt(request: pb.GenerateRequest, prompt: str | None, options: Genera
 def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     if "max_tokens" in options:
         request.sampling.max_tokens = options["max_tokens"]
-    if "decoder" in options:
-        request.diffusion.decoder = _decoder(options["decoder"])
-    if "threshold" in options:
-        request.diffusion.threshold = options["threshold"]
-    if "steps_per_block" in options:
-        request.diffusion.steps_per_block = options["steps_per_block"]
+    _set_diffusion(request.diffusion, options)
     if "request_id" in options:
         request.request_id = options["request_id"]
     if "model" in options:
@@ -93,7 +106,24 @@ def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     request.committed_token_ids.extend(options.get("committed", ()))
 
 
-def _decoder(name: str) -> pb.Decoder:
-    if name not in _DECODERS:
-        raise UsageError(f"decoder: got {name!r}, allowed are {', '.join(_DECODERS)}")
-    return _DECODERS[name]
+def _set_diffusion(diffusion: pb.DiffusionParams, options: GenerateOptions) -> None:
+    if "decoder" in options:
+        diffusion.decoder = _decoder(options["decoder"])
+    if "threshold" in options:
+        diffusion.threshold = options["threshold"]
+    if "steps_per_block" in options:
+        diffusion.steps_per_block = options["steps_per_block"]
+    if "edit_threshold" in options:
+        diffusion.edit_threshold = options["edit_threshold"]
+    if "max_post_edit_steps" in options:
+        diffusion.max_post_edit_steps = options["max_post_edit_steps"]
+    if "block_length" in options:
+        diffusion.block_length = options["block_length"]
+    if "vicinity" in options:
+        diffusion.vicinity.before, diffusion.vicinity.after = options["vicinity"]
+
+
+def _decoder(name: DecoderName) -> pb.Decoder:
+    if name not in DECODERS:
+        raise UsageError(f"decoder: got {name!r}, allowed are {', '.join(DECODERS)}")
+    return DECODERS[name]

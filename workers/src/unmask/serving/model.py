@@ -1,8 +1,12 @@
 """A model folder made ready to serve: its configuration, tokenizer and decoding defaults.
 
 ``generation_config.json`` holds what the model was trained to be decoded with. Whatever it leaves out comes
-from ``config.json``, or is what LLaDA2.0 is evaluated with: blocks of 32 and a threshold of 0.95
-(arXiv 2512.15745, section 5.4).
+from ``config.json``, or from the papers and the published code:
+
+* blocks of 32 and a threshold of 0.95, as LLaDA2.0 is evaluated with (arXiv 2512.15745, section 5.4);
+* for editing a threshold of 0.9 and 16 steps beyond the last fill, with the same 0.95 for filling, as
+  LLaDA2.1's published ``generate`` has it (its report, arXiv 2602.08676, lowers both for speed);
+* for models that attend to the whole canvas LLaDA's even quotas, which is a threshold of 1.
 """
 
 import json
@@ -10,17 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from unmask.diffusion.decoding import DecodingParams
+from unmask.attention import Attends
+from unmask.diffusion.batch import Batch
+from unmask.diffusion.decoding import DecodingParams, Vicinity
+from unmask.diffusion.full_sequence import CanvasBatch
+from unmask.diffusion.generation import BlockBatch
 from unmask.errors import ModelError
+from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
+from unmask.models.loading import build
 from unmask.models.tokenizer import Tokenizer
+from unmask.serving.decoders import DECODERS, QUOTA_ONLY, Decoder, DecoderName, listed
+from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["GenerationDefaults", "ServedModel"]
+__all__ = ["DEFAULT_MAX_TOKENS", "MAX_POST_EDIT_STEPS", "GenerationDefaults", "ServedModel"]
 
 LONGEST_DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
+MAX_POST_EDIT_STEPS = 1024
+"""A model may edit to and fro for ever; a request must not."""
 
 
 class GenerationDefaults(BaseModel):
@@ -28,20 +42,30 @@ class GenerationDefaults(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    decoder: DecoderName
     block_length: PositiveInt = 32
-    threshold: float = Field(default=0.95, gt=0, le=1)
+    threshold: float = Field(gt=0, le=1)
+    steps_per_block: PositiveInt | None = None
+    edit_threshold: float = Field(default=0.9, ge=0, le=1)
+    max_post_edit_steps: NonNegativeInt = Field(default=16, le=MAX_POST_EDIT_STEPS)
     eos_token_id: int = Field(ge=0)
     mask_token_id: int = Field(ge=0)
 
     @classmethod
-    def read(cls, folder: Path, config: ModelConfig) -> "GenerationDefaults":
+    def read(cls, folder: Path, config: ModelConfig, attends: Attends) -> "GenerationDefaults":
         """The folder's defaults.
 
         Raises:
             ModelError: The file cannot be used; names the key.
         """
         path = folder / "generation_config.json"
-        data: dict[str, Any] = {"eos_token_id": config.eos_token_id, "mask_token_id": config.mask_token_id}
+        usable = [decoder.name for decoder in DECODERS if decoder.attends == attends]
+        data: dict[str, Any] = {
+            "decoder": usable[0],
+            "threshold": 0.95 if attends == "blocks" else 1.0,
+            "eos_token_id": config.eos_token_id,
+            "mask_token_id": config.mask_token_id,
+        }
         try:
             if path.is_file():
                 data |= json.loads(path.read_text(encoding="utf-8"))
@@ -51,6 +75,16 @@ class GenerationDefaults(BaseModel):
             raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']} (got {first['input']!r})") from error
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{path}: not a JSON object: {error}") from error
+        if defaults.decoder not in usable:
+            raise ModelError(
+                f"{path}: decoder: got {defaults.decoder!r}, {config.architecture} can be decoded with "
+                f"{listed(usable)}"
+            )
+        if (defaults.steps_per_block or 1) > defaults.block_length:
+            raise ModelError(
+                f"{path}: steps_per_block: got {defaults.steps_per_block}, must be at most the block_length "
+                f"{defaults.block_length}"
+            )
         for key in ("eos_token_id", "mask_token_id"):
             token_id = getattr(defaults, key)
             if token_id >= config.vocab_size:
@@ -66,11 +100,12 @@ class ServedModel:
 
     name: str
     architecture: str
+    attends: Attends
     vocab_size: int
     context_length: int
     """Most tokens of a prompt and its generation together."""
     rows: int
-    """Requests that share a forward."""
+    """Requests that are decoded side by side."""
     defaults: GenerationDefaults
     tokenizer: Tokenizer
 
@@ -84,8 +119,8 @@ class ServedModel:
             folder: A model folder.
             config: Its configuration, read already.
             name: What requests call the model; the folder's name by default.
-            rows: Requests that share a forward.
-            context_length: By default the model's own, at most 4096: the cache is allocated up front.
+            rows: Requests that are decoded side by side.
+            context_length: By default the model's own, at most 4096: it costs memory and time.
 
         Raises:
             ModelError: A file is missing or does not fit the model.
@@ -96,23 +131,77 @@ class ServedModel:
                 f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, config.json a vocab_size "
                 f"of {config.vocab_size}; use the tokenizer that the model was trained with"
             )
+        attends = build(config, device="meta").attends
         return cls(
             name=name or folder.resolve().name,
-            architecture=config.architectures[0],
+            architecture=config.architecture,
+            attends=attends,
             vocab_size=config.vocab_size,
             context_length=context_length or min(config.max_position_embeddings, LONGEST_DEFAULT_CONTEXT),
             rows=rows,
-            defaults=GenerationDefaults.read(folder, config),
+            defaults=GenerationDefaults.read(folder, config, attends),
             tokenizer=tokenizer,
         )
 
-    def params(self, *, max_new_tokens: int, threshold: float, steps: int) -> DecodingParams:
-        """Decoding parameters of one request."""
+    @property
+    def decoders(self) -> list[Decoder]:
+        """Those that the model can be decoded with."""
+        return [decoder for decoder in DECODERS if decoder.attends == self.attends]
+
+    @property
+    def default_decoder(self) -> Decoder:
+        """Where a request names none."""
+        return next(decoder for decoder in self.decoders if decoder.name == self.defaults.decoder)
+
+    def block_length(self, decoder: Decoder, given: pb.DiffusionParams, *, max_new_tokens: int) -> int:
+        """Positions in one block of a request."""
+        if "block_length" not in decoder.parameters:
+            return self.defaults.block_length
+        if given.HasField("block_length"):
+            return given.block_length
+        return min(self.defaults.block_length, max_new_tokens)
+
+    def params(self, decoder: Decoder, given: pb.DiffusionParams, *, max_new_tokens: int) -> DecodingParams:
+        """Decoding parameters of one request: what it gives, and the defaults of what else its decoder has.
+
+        Args:
+            decoder: One of ``decoders``.
+            given: Checked to hold parameters of ``decoder`` only, with values that it takes.
+            max_new_tokens: The request's limit.
+        """
+
+        def value(name: str, default: Any, without: Any) -> Any:
+            if name not in decoder.parameters:
+                return without
+            return getattr(given, name) if given.HasField(name) else default
+
+        defaults = self.defaults
+        block_length = self.block_length(decoder, given, max_new_tokens=max_new_tokens)
+        steps = min(defaults.steps_per_block or block_length, block_length)
         return DecodingParams(
             max_new_tokens=max_new_tokens,
-            block_length=self.defaults.block_length,
-            threshold=threshold,
-            steps=steps,
-            eos_token_id=self.defaults.eos_token_id,
-            mask_token_id=self.defaults.mask_token_id,
+            block_length=block_length,
+            threshold=value("threshold", defaults.threshold, QUOTA_ONLY),
+            steps=value("steps_per_block", steps, None),
+            edit_threshold=value("edit_threshold", defaults.edit_threshold, None),
+            max_post_edit_steps=value("max_post_edit_steps", defaults.max_post_edit_steps, 0),
+            vicinity=_vicinity(given.vicinity) if given.HasField("vicinity") else None,
+            eos_token_id=defaults.eos_token_id,
+            mask_token_id=defaults.mask_token_id,
         )
+
+    def batch(self, network: LanguageModel) -> Batch:
+        """What decodes requests with the model's weights."""
+        if self.attends == "canvas":
+            return CanvasBatch(network, rows=self.rows, capacity=self.context_length)
+        return BlockBatch(
+            network, rows=self.rows, capacity=self.context_length, block_length=self.defaults.block_length
+        )
+
+
+def _vicinity(given: pb.Vicinity) -> Vicinity:
+    default = Vicinity()
+    return Vicinity(
+        before=given.before if given.HasField("before") else default.before,
+        after=given.after if given.HasField("after") else default.after,
+    )

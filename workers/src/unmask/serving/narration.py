@@ -7,13 +7,14 @@ Joined, the ``text_delta`` of all events are the text of all tokens; neither hol
 from collections.abc import Sequence
 
 from unmask.diffusion.batch import Committed, Filled, Finished, FinishReason, ForwardCounts
+from unmask.serving.decoders import diffusion_params
 from unmask.serving.model import ServedModel
 from unmask.serving.outbox import Admitted, Item
 from unmask.serving.requests import Order
 from unmask.serving.text import TextStream
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["Narration", "diffusion_params", "finish_reason"]
+__all__ = ["Narration", "finish_reason"]
 
 _REASONS: dict[FinishReason, pb.FinishReason] = {
     "eos": pb.FINISH_REASON_END_OF_TEXT,
@@ -24,11 +25,6 @@ _REASONS: dict[FinishReason, pb.FinishReason] = {
 def finish_reason(reason: FinishReason) -> pb.FinishReason:
     """The wire's name of a reason."""
     return _REASONS[reason]
-
-
-def diffusion_params(threshold: float, steps: int) -> pb.DiffusionParams:
-    """Parameters in force, every field set."""
-    return pb.DiffusionParams(decoder=pb.DECODER_THRESHOLD, threshold=threshold, steps_per_block=steps)
 
 
 class Narration:
@@ -64,7 +60,7 @@ class Narration:
             queue_seconds=item.queue_seconds,
             block_length=params.block_length,
             sampling=pb.SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0),
-            diffusion=diffusion_params(params.threshold, params.steps or params.block_length),
+            diffusion=diffusion_params(self._order.decoder, params),
         )
 
     def _canvas_update(self, item: Filled) -> pb.CanvasUpdate:
@@ -76,7 +72,15 @@ class Narration:
             confidences=item.confidences,
             texts=[self._model.tokenizer.decode([token]) for token in item.token_ids],
             masks_left=item.masks_left,
+            edited=item.edited,
+            block_end=self._block_end(item.block_index),
         )
+
+    def _block_end(self, block_index: int) -> int:
+        """Position after a block's last that belongs to the answer, from the first generated token."""
+        params = self._order.params
+        before = len(self._order.prompt) if self._order.decoder.attends == "blocks" else 0
+        return min((block_index + 1) * params.block_length - before, params.max_new_tokens)
 
     def _block_committed(self, item: Committed) -> pb.BlockCommitted:
         offset, self._offset = self._offset, self._offset + len(item.token_ids)

@@ -12,7 +12,8 @@ import grpc
 
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import ModelError, UsageError
-from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel
+from unmask.serving.decoders import DECODERS, Decoder, listed
+from unmask.serving.model import DEFAULT_MAX_TOKENS, MAX_POST_EDIT_STEPS, ServedModel
 from unmask.serving.refusals import Refused, Violation, invalid
 from unmask.v1 import generation_pb2 as pb
 
@@ -28,6 +29,7 @@ class Order:
     request_id: str
     prompt: Sequence[int]
     committed: Sequence[int]
+    decoder: Decoder
     params: DecodingParams
 
 
@@ -44,17 +46,16 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
     prompt = reader.prompt(request)
     max_tokens = reader.max_tokens(request.sampling, len(prompt))
     committed = reader.committed(request.committed_token_ids, max_tokens)
-    threshold = reader.threshold(request.diffusion)
-    steps = reader.steps(request.diffusion)
-    reader.decoder(request.diffusion)
+    decoder = reader.decoder(request.diffusion)
+    reader.parameters(request.diffusion, decoder, max_tokens or model.context_length)
     request_id = reader.request_id(request)
     if reader.violations:
         raise invalid(reader.violations)
     if request.sampling.temperature != 0:
         message = f"sampling.temperature: got {request.sampling.temperature:g}, only 0 is implemented"
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, message)
-    params = model.params(max_new_tokens=max_tokens, threshold=threshold, steps=steps)
-    return Order(request_id=request_id, prompt=prompt, committed=committed, params=params)
+    params = model.params(decoder, request.diffusion, max_new_tokens=max_tokens)
+    return Order(request_id=request_id, prompt=prompt, committed=committed, decoder=decoder, params=params)
 
 
 def check_canvas(options: pb.StreamOptions) -> bool:
@@ -122,30 +123,46 @@ class _Reader:
             )
         return tuple(ids)
 
-    def decoder(self, diffusion: pb.DiffusionParams) -> None:
-        """There is one decoder so far."""
-        if diffusion.decoder not in pb.Decoder.values():
-            self._wrong("diffusion.decoder", f"got {diffusion.decoder}, {_allowed(pb.Decoder.keys())}")
-
-    def threshold(self, diffusion: pb.DiffusionParams) -> float:
-        """The given threshold or the model's."""
-        if not diffusion.HasField("threshold"):
-            return self._model.defaults.threshold
-        if not 0 < diffusion.threshold <= 1:
-            self._wrong("diffusion.threshold", f"got {diffusion.threshold:g}, must be above 0 and at most 1")
-        return diffusion.threshold
-
-    def steps(self, diffusion: pb.DiffusionParams) -> int:
-        """The given steps per block or as many as a block has positions."""
-        longest = self._model.defaults.block_length
-        if not diffusion.HasField("steps_per_block"):
-            return longest
-        if not 1 <= diffusion.steps_per_block <= longest:
+    def decoder(self, diffusion: pb.DiffusionParams) -> Decoder:
+        """The given decoder, or the model's."""
+        default = self._model.default_decoder
+        if diffusion.decoder == pb.DECODER_UNSPECIFIED:
+            return default
+        usable = {decoder.wire: decoder for decoder in self._model.decoders}
+        if diffusion.decoder not in usable:
+            known = {decoder.wire: decoder for decoder in DECODERS}
+            got = known.get(diffusion.decoder, diffusion.decoder)
             self._wrong(
-                "diffusion.steps_per_block",
-                f"got {diffusion.steps_per_block}, must be 1 to {longest}, the block length",
+                "diffusion.decoder",
+                f"got {got}, allowed are {listed(usable.values())} for {self._model.architecture}",
             )
-        return diffusion.steps_per_block
+        return usable.get(diffusion.decoder, default)
+
+    def parameters(self, diffusion: pb.DiffusionParams, decoder: Decoder, max_tokens: int) -> None:
+        """Each given parameter is one that the decoder has, with a value that it takes."""
+        given = {field.name for field, _ in diffusion.ListFields()} - {"decoder"}
+        foreign = given - set(decoder.parameters)
+        for name in sorted(foreign):
+            others = [other for other in self._model.decoders if name in other.parameters]
+            remedy = f"ask for {listed(others)} or leave it out" if others else "leave it out"
+            self._wrong(f"diffusion.{name}", f"{decoder} has no such parameter; {remedy}")
+        steps = self._model.block_length(decoder, diffusion, max_new_tokens=max_tokens)
+        checks = {
+            "threshold": (0 < diffusion.threshold <= 1, "above 0 and at most 1"),
+            "steps_per_block": (
+                1 <= diffusion.steps_per_block <= steps,
+                f"1 to {steps}, the block length",
+            ),
+            "edit_threshold": (0 <= diffusion.edit_threshold <= 1, "0 to 1"),
+            "max_post_edit_steps": (
+                diffusion.max_post_edit_steps <= MAX_POST_EDIT_STEPS,
+                f"at most {MAX_POST_EDIT_STEPS}",
+            ),
+            "block_length": (1 <= diffusion.block_length <= max_tokens, f"1 to {max_tokens}, max_tokens"),
+        }
+        for name, (fits, allowed) in checks.items():
+            if name in given - foreign and not fits:
+                self._wrong(f"diffusion.{name}", f"got {getattr(diffusion, name):g}, must be {allowed}")
 
     def request_id(self, request: pb.GenerateRequest) -> str:
         """The given name or a new one."""

@@ -15,9 +15,10 @@ from grpc.aio import ServicerContext
 
 from unmask.diffusion.batch import Finished
 from unmask.errors import UsageError
+from unmask.serving.decoders import diffusion_params
 from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel
-from unmask.serving.narration import Narration, diffusion_params
+from unmask.serving.narration import Narration
 from unmask.serving.outbox import Item, Outbox
 from unmask.serving.refusals import Refused
 from unmask.serving.requests import Order, check_canvas, read_order
@@ -155,7 +156,8 @@ class ModelsService(ModelsServicer):
     """``unmask.v1.Models``."""
 
     def __init__(self, model: ServedModel) -> None:
-        defaults = model.defaults
+        defaults, decoder = model.defaults, model.default_decoder
+        params = model.params(decoder, pb.DiffusionParams(), max_new_tokens=model.context_length)
         self._info = pb.GetModelInfoResponse(
             name=model.name,
             architecture=model.architecture,
@@ -167,8 +169,8 @@ class ModelsService(ModelsServicer):
             mask_token_id=defaults.mask_token_id,
             max_running_requests=model.rows,
             default_max_tokens=DEFAULT_MAX_TOKENS,
-            decoders=[pb.DECODER_THRESHOLD],
-            default_diffusion=diffusion_params(defaults.threshold, defaults.block_length),
+            decoders=[decoder.wire for decoder in model.decoders],
+            default_diffusion=diffusion_params(decoder, params),
         )
 
     async def GetModelInfo(  # noqa: N802

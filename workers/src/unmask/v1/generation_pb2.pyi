@@ -11,6 +11,9 @@ class Decoder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DECODER_UNSPECIFIED: _ClassVar[Decoder]
     DECODER_THRESHOLD: _ClassVar[Decoder]
+    DECODER_FIXED_STEPS: _ClassVar[Decoder]
+    DECODER_JOINT_EDIT: _ClassVar[Decoder]
+    DECODER_LOW_CONFIDENCE: _ClassVar[Decoder]
 
 class CanvasMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -25,6 +28,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
 DECODER_UNSPECIFIED: Decoder
 DECODER_THRESHOLD: Decoder
+DECODER_FIXED_STEPS: Decoder
+DECODER_JOINT_EDIT: Decoder
+DECODER_LOW_CONFIDENCE: Decoder
 CANVAS_MODE_UNSPECIFIED: CanvasMode
 CANVAS_MODE_NONE: CanvasMode
 CANVAS_MODE_DIFF: CanvasMode
@@ -83,14 +89,30 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DiffusionParams(_message.Message):
-    __slots__ = ("decoder", "threshold", "steps_per_block")
+    __slots__ = ("decoder", "threshold", "steps_per_block", "edit_threshold", "max_post_edit_steps", "block_length", "vicinity")
     DECODER_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     STEPS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    EDIT_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MAX_POST_EDIT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    VICINITY_FIELD_NUMBER: _ClassVar[int]
     decoder: Decoder
     threshold: float
     steps_per_block: int
-    def __init__(self, decoder: _Optional[_Union[Decoder, str]] = ..., threshold: _Optional[float] = ..., steps_per_block: _Optional[int] = ...) -> None: ...
+    edit_threshold: float
+    max_post_edit_steps: int
+    block_length: int
+    vicinity: Vicinity
+    def __init__(self, decoder: _Optional[_Union[Decoder, str]] = ..., threshold: _Optional[float] = ..., steps_per_block: _Optional[int] = ..., edit_threshold: _Optional[float] = ..., max_post_edit_steps: _Optional[int] = ..., block_length: _Optional[int] = ..., vicinity: _Optional[_Union[Vicinity, _Mapping]] = ...) -> None: ...
+
+class Vicinity(_message.Message):
+    __slots__ = ("before", "after")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    before: int
+    after: int
+    def __init__(self, before: _Optional[int] = ..., after: _Optional[int] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("request", "options")
@@ -151,7 +173,7 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., block_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ...) -> None: ...
 
 class CanvasUpdate(_message.Message):
-    __slots__ = ("block_index", "step", "positions", "token_ids", "confidences", "texts", "masks_left")
+    __slots__ = ("block_index", "step", "positions", "token_ids", "confidences", "texts", "masks_left", "edited", "block_end")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +181,8 @@ class CanvasUpdate(_message.Message):
     CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     MASKS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    EDITED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_END_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     step: int
     positions: _containers.RepeatedScalarFieldContainer[int]
@@ -166,7 +190,9 @@ class CanvasUpdate(_message.Message):
     confidences: _containers.RepeatedScalarFieldContainer[float]
     texts: _containers.RepeatedScalarFieldContainer[str]
     masks_left: int
-    def __init__(self, block_index: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., texts: _Optional[_Iterable[str]] = ..., masks_left: _Optional[int] = ...) -> None: ...
+    edited: int
+    block_end: int
+    def __init__(self, block_index: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., texts: _Optional[_Iterable[str]] = ..., masks_left: _Optional[int] = ..., edited: _Optional[int] = ..., block_end: _Optional[int] = ...) -> None: ...
 
 class BlockCommitted(_message.Message):
     __slots__ = ("block_index", "offset", "token_ids", "text_delta", "forwards")

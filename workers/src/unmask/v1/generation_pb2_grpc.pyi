@@ -4,7 +4,8 @@ isort:skip_file
 Generation with masked-diffusion language models, block by block.
 
 A request's answer grows by blocks. Inside a block the model fills masked positions in any order, a few at each
-forward pass; until the block is committed what it shows is provisional. Once committed, a block never changes.
+forward pass, and some decoders edit what they have filled; until the block is committed what it shows is
+provisional. Once committed, a block never changes.
 A prompt and the token ids committed so far are all it takes to go on from there, on any server of the same model.
 
 Scalars are `optional`, so that "not set" and zero differ. A server answers an unknown enum value as an error and

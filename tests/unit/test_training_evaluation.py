@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.models import random_tokens, tiny_model
+from support.models import random_tokens, tiny_canvas_model, tiny_model
 from support.training import training_job
 from unmask.attention import AttentionMetadata
 from unmask.training.distributed import World
@@ -92,6 +92,15 @@ def test_a_measurement_repeated_is_the_same_and_leaves_the_model_in_training(tmp
     assert ("tpf_denoise" in first) == (index > 0)
     if index:
         assert first["tpf"] <= first["tpf_decode"] <= first["tpf_denoise"]
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_model_that_attends_to_the_whole_canvas_is_asked_as_it_would_be_served(tmp_path, index):
+    evaluator, _ = figures(tmp_path, index)
+    measured = evaluator.measure(tiny_canvas_model(dtype=torch.float32), stage_step=0)
+    assert measured["samples"] == 4
+    # There is nothing to prefill or to persist: all three figures count the same forwards.
+    assert measured["tpf"] == measured["tpf_decode"] == measured["tpf_denoise"] >= 1
 
 
 def test_ranks_share_a_measurement(tmp_path):

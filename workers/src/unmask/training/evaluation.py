@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.full_sequence import generate_full_sequence
 from unmask.diffusion.generation import Generation, generate
 from unmask.models.base import LanguageModel
 from unmask.training.corpus import Corpus, Library, Overlong
@@ -143,6 +144,8 @@ class Evaluator:
             eos_token_id=eos,
             mask_token_id=model.mask_token_id,
         )
+        if model.attends == "canvas":
+            return [generate_full_sequence(model, prompt, params) for prompt in prompts]
         return generate(model, prompts, params, rows=_ROWS)
 
 

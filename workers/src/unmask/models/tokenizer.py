@@ -143,6 +143,36 @@ class Tokenizer:
         except Exception as error:  # the template is a program, and may fail in any way
             raise UsageError(f"the chat template refuses the messages: {_one_line(error)}") from error
 
+    def unused_special_id(self, token: str) -> int:
+        """The id of ``token``, which no text encodes to unless it says so: fit to become the mask.
+
+        Raises:
+            UsageError: There is no such special token, or it begins, ends or pads texts.
+        """
+        special = {
+            added.content: token_id
+            for token_id, added in self._backend.get_added_tokens_decoder().items()
+            if added.special
+        }
+        taken = {name for name, text in self._special_tokens.items() if text == token} - {"mask_token"}
+        if token not in special or taken:
+            free = sorted(special.keys() - set(self._special_tokens.values()))
+            why = f"is the {min(taken)}" if taken else "is no special token of the tokenizer"
+            raise UsageError(f"{token!r} {why}; unused are {', '.join(free) or 'none'}")
+        return special[token]
+
+    def contents(self, *, mask_token_id: int | None) -> dict[str, bytes]:
+        """The tokenizer's files by name, as they go with a model that masks with ``mask_token_id``.
+
+        They are as they were read, but that ``tokenizer_config.json`` names the mask token.
+        """
+        contents = {path.name: path.read_bytes() for path in self.files}
+        token = None if mask_token_id is None else self._backend.id_to_token(mask_token_id)
+        if token is not None and mask_token_id != self.mask_token_id:
+            config = {**json.loads(contents.get(CONFIG_FILE, b"{}")), "mask_token": token}
+            contents[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return contents
+
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, byte for byte, into an existing folder."""
         for path in self.files:

@@ -27,6 +27,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from unmask.errors import ModelError, UsageError
+from unmask.models.folder import exists_inside, read_inside, read_json_inside
 
 __all__ = ["Tokenizer"]
 
@@ -73,19 +74,20 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = folder / TOKENIZER_FILE
-        if not path.is_file():
+        if not exists_inside(folder, TOKENIZER_FILE):
             raise ModelError(f"{path}: no such file; a tokenizer folder holds {TOKENIZER_FILE}")
+        content = _text(folder, TOKENIZER_FILE)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception for whatever it cannot parse
             raise ModelError(f"{path}: not a tokenizer file: {_one_line(error)}") from error
-        config = _read_config(folder / CONFIG_FILE)
+        config = read_json_inside(folder, CONFIG_FILE) if exists_inside(folder, CONFIG_FILE) else {}
         try:
             return cls(
                 backend,
                 _special_tokens(config),
                 _chat_template(folder, config),
-                [folder / name for name in KNOWN_FILES if (folder / name).is_file()],
+                [folder / name for name in KNOWN_FILES if exists_inside(folder, name)],
             )
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from error
@@ -190,16 +192,11 @@ class Tokenizer:
         return token_id
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
+def _text(folder: Path, name: str) -> str:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON: {_one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+        return read_inside(folder, name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{folder / name}: not UTF-8: {_one_line(error)}") from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -218,9 +215,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    if exists_inside(folder, TEMPLATE_FILE):
+        return _text(folder, TEMPLATE_FILE)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones: the one called "default" is for conversations
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")

@@ -17,7 +17,7 @@ from support.folders import GOLDEN, add_tokenizer, served_folder
 from unmask.cli.main import main
 from unmask.client import BlockCommitted, Client, Finished
 
-READY = re.compile(r"serving tiny \(LLaDA2MoeModelLM\) on (\S+:\d+), metrics on (http://\S+/metrics)")
+READY = re.compile(r"serving tiny \(LLaDA\w+\) on (\S+:\d+), metrics on (http://\S+/metrics)")
 
 
 @contextmanager
@@ -97,6 +97,29 @@ def test_json_holds_tokens_and_all_three_figures(unmask: Run, address: str) -> N
     assert answer["tokens_per_second"] == pytest.approx(12 / answer["seconds"])
 
 
+def test_each_decoder_can_be_asked_for_with_its_parameters(unmask: Run, address: str) -> None:
+    def forwards(*options: str) -> int:
+        ended = unmask("generate", "w5", "--json", "--raw", "--max-tokens=7", *options, f"--server={address}")
+        return json.loads(ended.out)["usage"]["forwards_denoise"]  # type: ignore[no-any-return]
+
+    assert forwards() == 7
+    assert forwards("--decoder=fixed-steps", "--steps-per-block=1") == 1
+    edits = ["--decoder=joint-edit", "--threshold=0.001", "--edit-threshold=0"]
+    assert forwards(*edits, "--max-post-edit-steps=0") == 1
+    assert forwards(*edits, "--max-post-edit-steps=2") == 3
+
+
+def test_a_model_that_attends_to_the_whole_canvas_is_served(unmask: Run, tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny", golden="lladamoe_a", threshold=1.0)
+    options = ["--json", "--max-tokens=20", "--decoder=low-confidence"]
+    with serving(folder) as (address, _):
+        whole = unmask("generate", "w5", *options, "--block-length=20", f"--server={address}")
+        near = unmask("generate", "w5", *options, "--vicinity", "2", "3", f"--server={address}")
+    usages = [json.loads(ended.out)["usage"] for ended in (whole, near)]
+    assert [usage["forwards_denoise"] for usage in usages] == [20, 20]
+    assert usages[1]["positions_evaluated"] < usages[0]["positions_evaluated"]
+
+
 def test_a_canvas_without_a_terminal_is_plain_text(unmask: Run, address: str) -> None:
     plain = unmask("generate", "w5", "--max-tokens=8", f"--server={address}")
     assert unmask("generate", "w5", "--max-tokens=8", "--canvas", f"--server={address}").out == plain.out
@@ -106,6 +129,14 @@ def test_a_canvas_without_a_terminal_is_plain_text(unmask: Run, address: str) ->
     ("option", "message"),
     [
         ("--threshold=1.5", "diffusion.threshold: got 1.5, must be above 0 and at most 1"),
+        (
+            "--edit-threshold=0.5",
+            "diffusion.edit_threshold: DECODER_THRESHOLD has no such parameter; ask for",
+        ),
+        (
+            "--decoder=low-confidence",
+            "diffusion.decoder: got DECODER_LOW_CONFIDENCE, allowed are DECODER_THR",
+        ),
         ("--max-tokens=9999", "sampling.max_tokens: got 9999, must be 1 to"),
         ("--decoder=magic", "decoder: got 'magic', allowed are threshold"),
         ("--steps-per-block=9", "diffusion.steps_per_block: got 9, must be 1 to 8"),

@@ -39,12 +39,20 @@ def add_tokenizer(folder: Path, *, chat: bool = True) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
-def served_folder(folder: Path, *, block_length: int = 8, threshold: float = 0.9, chat: bool = True) -> Path:
-    """A copy of the golden model ``llada2_a`` with a tokenizer and decoding defaults, in ``folder``."""
+def served_folder(
+    folder: Path,
+    *,
+    golden: str = "llada2_a",
+    block_length: int = 8,
+    threshold: float = 0.9,
+    chat: bool = True,
+    **defaults: Any,
+) -> Path:
+    """A copy of a golden model with a tokenizer and decoding defaults, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(GOLDEN / "llada2_a" / name, folder / name)
+        shutil.copyfile(GOLDEN / golden / name, folder / name)
     add_tokenizer(folder, chat=chat)
-    defaults = {"block_length": block_length, "threshold": threshold}
+    defaults |= {"block_length": block_length, "threshold": threshold}
     (folder / "generation_config.json").write_text(json.dumps(defaults), encoding="utf-8")
     return folder

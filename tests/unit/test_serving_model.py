@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from support.folders import served_folder
+from unmask.client.options import DECODERS as CLIENT_DECODERS
+from unmask.diffusion.full_sequence import CanvasBatch
 from unmask.errors import ModelError
+from unmask.models.loading import load
 from unmask.models.registry import read_config
+from unmask.serving.decoders import DECODERS
 from unmask.serving.model import ServedModel
+from unmask.v1 import generation_pb2 as pb
 
 
 def describe(folder: Path, **options: int) -> ServedModel:
@@ -32,7 +37,27 @@ def test_without_generation_config_the_published_defaults_hold(tmp_path: Path) -
     (folder / "generation_config.json").unlink()
     defaults = describe(folder).defaults
     assert (defaults.block_length, defaults.threshold) == (32, 0.95)
+    assert (defaults.decoder, defaults.edit_threshold, defaults.max_post_edit_steps) == ("threshold", 0.9, 16)
     assert (defaults.eos_token_id, defaults.mask_token_id) == (510, 511)
+
+
+def test_a_model_that_attends_to_the_whole_canvas_has_a_decoder_of_its_own(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny", golden="lladamoe_a")
+    (folder / "generation_config.json").unlink()
+    model = describe(folder)
+    assert (model.attends, model.defaults.decoder, model.defaults.threshold) == (
+        "canvas",
+        "low-confidence",
+        1.0,
+    )
+    assert isinstance(model.batch(load(folder)), CanvasBatch)
+    assert [decoder.name for decoder in model.decoders] == ["low-confidence"]
+
+
+def test_every_decoder_of_the_wire_is_known_by_its_name() -> None:
+    assert {decoder.name: decoder.wire for decoder in DECODERS} == CLIENT_DECODERS
+    fields = {field.name for field in pb.DiffusionParams.DESCRIPTOR.fields} - {"decoder"}
+    assert {name for decoder in DECODERS for name in decoder.parameters} == fields
 
 
 @pytest.mark.parametrize(
@@ -41,6 +66,14 @@ def test_without_generation_config_the_published_defaults_hold(tmp_path: Path) -
         ({"threshold": 1.5}, "threshold: Input should be less than or equal to 1 .got 1.5."),
         ({"block_length": 0}, "block_length: Input should be greater than 0 .got 0."),
         ({"eos_token_id": [1, 2]}, "eos_token_id: Input should be a valid integer"),
+        ({"decoder": "magic"}, "decoder: Input should be 'threshold', 'fixed-steps', 'joint-edit' or"),
+        (
+            {"decoder": "low-confidence"},
+            "decoder: got 'low-confidence', LLaDA2MoeModelLM can be decoded with threshold, fixed-steps",
+        ),
+        ({"steps_per_block": 33}, "steps_per_block: got 33, must be at most the block_length 32"),
+        ({"edit_threshold": -0.1}, "edit_threshold: Input should be greater than or equal to 0"),
+        ({"max_post_edit_steps": 1025}, "max_post_edit_steps: Input should be less than or equal to 1024"),
         ({"mask_token_id": 512}, "mask_token_id: got 512, the vocabulary has 512 tokens"),
         ([1], "not a JSON object"),
         ("x", "not a JSON object"),

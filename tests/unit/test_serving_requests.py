@@ -8,6 +8,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from support.folders import served_folder
+from unmask.diffusion.decoding import DecodingParams, Vicinity
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
 from unmask.serving.refusals import Refused
@@ -44,6 +45,48 @@ def test_what_is_given_is_taken(model: ServedModel) -> None:
     order = read_order(request, model)
     assert (order.request_id, order.prompt, order.committed) == ("mine", [7, 8, 9], (1, 2))
     assert (order.params.max_new_tokens, order.params.threshold, order.params.steps) == (20, 1.0, 2)
+
+
+def test_each_decoder_becomes_its_parameters(model: ServedModel) -> None:
+    def params(**given: object) -> DecodingParams:
+        return read_order(pb.GenerateRequest(text="w5", diffusion=pb.DiffusionParams(**given)), model).params
+
+    fixed = params(decoder=pb.DECODER_FIXED_STEPS, steps_per_block=3)
+    assert (fixed.steps, fixed.edit_threshold) == (3, None) and fixed.threshold > 1
+    edits = params(decoder=pb.DECODER_JOINT_EDIT, edit_threshold=0.0)
+    assert (edits.threshold, edits.edit_threshold, edits.max_post_edit_steps) == (0.9, 0.0, 16)
+    assert edits.steps is None
+
+
+@pytest.fixture(scope="module")
+def canvas(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder = served_folder(
+        tmp_path_factory.mktemp("model") / "tiny", golden="lladamoe_a", block_length=32, steps_per_block=4
+    )
+    return ServedModel.describe(folder, read_config(folder), name=None, rows=4, context_length=CONTEXT)
+
+
+def test_a_block_of_a_canvas_is_at_most_what_is_generated(canvas: ServedModel) -> None:
+    def params(max_tokens: int, **given: object) -> DecodingParams:
+        request = pb.GenerateRequest(
+            text="w5",
+            sampling=pb.SamplingParams(max_tokens=max_tokens),
+            diffusion=pb.DiffusionParams(**given),
+        )
+        return read_order(request, canvas).params
+
+    assert [params(tokens).block_length for tokens in (40, 32, 20, 3)] == [32, 32, 20, 3]
+    assert [params(tokens).steps for tokens in (40, 3)] == [4, 3]
+    assert params(40, block_length=40, steps_per_block=40).block_length == 40
+    assert params(40).vicinity is None
+    assert params(40, vicinity=pb.Vicinity()).vicinity == Vicinity(16, 16)
+    assert params(40, vicinity=pb.Vicinity(before=0)).vicinity == Vicinity(0, 16)
+    with pytest.raises(Refused, match="block_length: got 0, must be 1 to 40, max_tokens"):
+        params(40, block_length=0)
+    with pytest.raises(Refused, match="steps_per_block: got 9, must be 1 to 8, the block length"):
+        params(40, block_length=8, steps_per_block=9)
+    with pytest.raises(Refused, match="edit_threshold: DECODER_LOW_CONFIDENCE has no such parameter; leave"):
+        params(40, edit_threshold=0.5)
 
 
 def test_a_conversation_is_written_out_by_the_template(model: ServedModel) -> None:
@@ -118,6 +161,45 @@ WRONG: dict[str, tuple[Callable[[pb.GenerateRequest], object], str, str]] = {
         lambda r: setattr(r.diffusion, "steps_per_block", 9),
         "diffusion.steps_per_block",
         "got 9",
+    ),
+    "foreign to the default decoder": (
+        lambda r: setattr(r.diffusion, "edit_threshold", 0.5),
+        "diffusion.edit_threshold",
+        "DECODER_THRESHOLD has no such parameter; ask for DECODER_JOINT_EDIT or leave it out",
+    ),
+    "foreign to the decoder asked for": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_FIXED_STEPS, threshold=0.5, steps_per_block=2)
+        ),
+        "diffusion.threshold",
+        "DECODER_FIXED_STEPS has no such parameter; ask for DECODER_THRESHOLD, DECODER_JOINT_EDIT or leave",
+    ),
+    "foreign to all decoders of the model": (
+        lambda r: r.diffusion.vicinity.SetInParent(),
+        "diffusion.vicinity",
+        "DECODER_THRESHOLD has no such parameter; leave it out",
+    ),
+    "a decoder for other models": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_LOW_CONFIDENCE, block_length=4)
+        ),
+        "diffusion.decoder",
+        "got DECODER_LOW_CONFIDENCE, allowed are DECODER_THRESHOLD, DECODER_FIXED_STEPS, DECODER_JOINT_EDIT "
+        "for LLaDA2MoeModelLM",
+    ),
+    "edit threshold above one": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_JOINT_EDIT, edit_threshold=1.5)
+        ),
+        "diffusion.edit_threshold",
+        "got 1.5, must be 0 to 1",
+    ),
+    "too many editing steps": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_JOINT_EDIT, max_post_edit_steps=1025)
+        ),
+        "diffusion.max_post_edit_steps",
+        "got 1025, must be at most 1024",
     ),
     "committed id out of vocabulary": (
         lambda r: r.committed_token_ids.append(600),

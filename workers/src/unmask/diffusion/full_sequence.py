@@ -227,15 +227,16 @@ class CanvasBatch:
         """
         if not self._running:
             raise RuntimeError("step() without an active request")
-        canvas = self._running.popleft()
+        canvas = self._running[0]
         filled = canvas.fill(self._candidates(canvas))
         events: list[Event] = [filled]
         if filled.masks_left == 0:
             committed, reason = canvas.close_block()
             events.append(committed)
             if reason is not None:
+                self._running.popleft()
                 return [*events, canvas.finished(reason)]
-        self._running.append(canvas)
+        self._running.rotate(-1)
         return events
 
     def _candidates(self, canvas: _Canvas) -> Candidates:

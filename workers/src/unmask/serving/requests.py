@@ -46,8 +46,7 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
     prompt = reader.prompt(request)
     max_tokens = reader.max_tokens(request.sampling, len(prompt))
     committed = reader.committed(request.committed_token_ids, max_tokens)
-    decoder = reader.decoder(request.diffusion)
-    reader.parameters(request.diffusion, decoder, max_tokens or model.context_length)
+    decoder = reader.decoder(request.diffusion, max_tokens or model.context_length)
     request_id = reader.request_id(request)
     if reader.violations:
         raise invalid(reader.violations)
@@ -123,46 +122,18 @@ class _Reader:
             )
         return tuple(ids)
 
-    def decoder(self, diffusion: pb.DiffusionParams) -> Decoder:
-        """The given decoder, or the model's."""
-        default = self._model.default_decoder
-        if diffusion.decoder == pb.DECODER_UNSPECIFIED:
-            return default
+    def decoder(self, diffusion: pb.DiffusionParams, max_tokens: int) -> Decoder:
+        """The given decoder or the model's; the parameters are its own."""
         usable = {decoder.wire: decoder for decoder in self._model.decoders}
-        if diffusion.decoder not in usable:
-            known = {decoder.wire: decoder for decoder in DECODERS}
-            got = known.get(diffusion.decoder, diffusion.decoder)
-            self._wrong(
-                "diffusion.decoder",
-                f"got {got}, allowed are {listed(usable.values())} for {self._model.architecture}",
-            )
-        return usable.get(diffusion.decoder, default)
-
-    def parameters(self, diffusion: pb.DiffusionParams, decoder: Decoder, max_tokens: int) -> None:
-        """Each given parameter is one that the decoder has, with a value that it takes."""
-        given = {field.name for field, _ in diffusion.ListFields()} - {"decoder"}
-        foreign = given - set(decoder.parameters)
-        for name in sorted(foreign):
-            others = [other for other in self._model.decoders if name in other.parameters]
-            remedy = f"ask for {listed(others)} or leave it out" if others else "leave it out"
-            self._wrong(f"diffusion.{name}", f"{decoder} has no such parameter; {remedy}")
-        steps = self._model.block_length(decoder, diffusion, max_new_tokens=max_tokens)
-        checks = {
-            "threshold": (0 < diffusion.threshold <= 1, "above 0 and at most 1"),
-            "steps_per_block": (
-                1 <= diffusion.steps_per_block <= steps,
-                f"1 to {steps}, the block length",
-            ),
-            "edit_threshold": (0 <= diffusion.edit_threshold <= 1, "0 to 1"),
-            "max_post_edit_steps": (
-                diffusion.max_post_edit_steps <= MAX_POST_EDIT_STEPS,
-                f"at most {MAX_POST_EDIT_STEPS}",
-            ),
-            "block_length": (1 <= diffusion.block_length <= max_tokens, f"1 to {max_tokens}, max_tokens"),
-        }
-        for name, (fits, allowed) in checks.items():
-            if name in given - foreign and not fits:
-                self._wrong(f"diffusion.{name}", f"got {getattr(diffusion, name):g}, must be {allowed}")
+        usable[pb.DECODER_UNSPECIFIED] = self._model.default_decoder
+        decoder = usable.get(diffusion.decoder)
+        if decoder is not None:
+            self._check_parameters(diffusion, decoder, max_tokens)
+            return decoder
+        got = next((known for known in DECODERS if known.wire == diffusion.decoder), diffusion.decoder)
+        allowed = f"{listed(self._model.decoders)} for {self._model.architecture}"
+        self._wrong("diffusion.decoder", f"got {got}, allowed are {allowed}")
+        return self._model.default_decoder
 
     def request_id(self, request: pb.GenerateRequest) -> str:
         """The given name or a new one."""
@@ -184,6 +155,27 @@ class _Reader:
             raise UsageError("has no messages; send at least one turn")
         turns = [{"role": message.role, "content": message.content} for message in request.chat.messages]
         return tokenizer.encode(tokenizer.render_chat(turns, add_generation_prompt=True))
+
+    def _check_parameters(self, diffusion: pb.DiffusionParams, decoder: Decoder, max_tokens: int) -> None:
+        """Each one given is one that the decoder has, with a value that it takes."""
+        given = {field.name for field, _ in diffusion.ListFields()} - {"decoder"}
+        foreign = given - set(decoder.parameters)
+        for name in sorted(foreign):
+            others = [other for other in self._model.decoders if name in other.parameters]
+            remedy = f"ask for {listed(others)} or leave it out" if others else "leave it out"
+            self._wrong(f"diffusion.{name}", f"{decoder} has no such parameter; {remedy}")
+        steps = self._model.block_length(decoder, diffusion, max_new_tokens=max_tokens)
+        most_edits = MAX_POST_EDIT_STEPS
+        checks = {
+            "threshold": (0 < diffusion.threshold <= 1, "above 0 and at most 1"),
+            "steps_per_block": (1 <= diffusion.steps_per_block <= steps, f"1 to {steps}, the block length"),
+            "edit_threshold": (0 <= diffusion.edit_threshold <= 1, "0 to 1"),
+            "max_post_edit_steps": (diffusion.max_post_edit_steps <= most_edits, f"at most {most_edits}"),
+            "block_length": (1 <= diffusion.block_length <= max_tokens, f"1 to {max_tokens}, max_tokens"),
+        }
+        for name, (fits, allowed) in checks.items():
+            if name in given - foreign and not fits:
+                self._wrong(f"diffusion.{name}", f"got {getattr(diffusion, name)}, must be {allowed}")
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         for place, token_id in enumerate(ids):

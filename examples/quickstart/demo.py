@@ -42,8 +42,10 @@ SHOWN = 8
 ROWS = 32
 """Requests that share a forward pass of the server."""
 MAX_TOKENS = 32
+END = "."
+"""What stands for the end of text on the canvas."""
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,11 @@ def show_canvas(client: Client, word: Word) -> None:
     turn = {"role": "user", "content": word.spelling}
     for event in client.stream(messages=[turn], threshold=HEADLINE, max_tokens=MAX_TOKENS, canvas=True):  # type: ignore[list-item]
         if isinstance(event, CanvasUpdate):
-            filled |= {fill.position: fill.text.strip() or "." for fill in event.fills}
-            places = range(max(filled) + 1)
-            console.print("  " + " ".join(f"{filled.get(place, '_'):3}" for place in places))
+            filled |= {fill.position: fill.text.strip() or END for fill in event.fills}
+            shown = [filled.get(place, "_") for place in range(max(filled) + 1)]
+            while shown[-2:] == [END, END]:  # a block is filled to its end; one mark is enough
+                shown.pop()
+            console.print("  " + " ".join(f"{text:3}" for text in shown))
 
 
 def show_words(client: Client, words: Sequence[Word]) -> None:

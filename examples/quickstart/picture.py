@@ -57,15 +57,16 @@ def _draw_answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _mark_stages(panels: Sequence[Axes], records: Sequence[Mapping[str, Any]]) -> None:
-    for stage in _stages(records):
+    for number, stage in enumerate(_stages(records)):
         steps = [one for one in records if one["kind"] == "step" and one["stage"] == stage]
         for axes in panels:
             axes.axvline(steps[0]["step"], color="lightgrey", linewidth=0.8, zorder=0)
         sizes = list(dict.fromkeys(one["block_size"] for one in steps))
         blocks = "" if steps[0]["block_size"] == 1 and len(sizes) == 1 else f"\nblocks {_range(sizes)}"
         middle = (steps[0]["step"] + steps[-1]["step"]) / 2
+        height = 0.98 - 0.13 * (number % 2)  # neighbours of short stages do not overlap
         panels[0].text(
-            middle, 0.98, stage + blocks, transform=panels[0].get_xaxis_transform(), ha="center", va="top"
+            middle, height, stage + blocks, transform=panels[0].get_xaxis_transform(), ha="center", va="top"
         )
 
 

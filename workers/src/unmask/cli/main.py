@@ -24,6 +24,8 @@ COMMANDS = {
     "train": "Train: one worker process of a job.",
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
+    "convert": "Convert a checkpoint on disk.",
+    "inspect": "Say what a checkpoint is and what it needs.",
     "check": "Compare a model's results here with recorded ones.",
 }
 """Subcommand, which is also its module in this package -> what it does, for the list of commands."""

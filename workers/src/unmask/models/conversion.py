@@ -11,10 +11,18 @@ from unmask.models.config import ModelConfig
 from unmask.models.loading import build
 from unmask.models.registry import CONVERSIONS, family_of, parse_config
 
-__all__ = ["CONVERSIONS", "converted_config", "to_diffusion"]
+__all__ = ["CONVERSIONS", "converted_config", "default_mask_token_id", "to_diffusion"]
 
-_DROPPED = {"num_nextn_predict_layers", "torch_dtype"}
+_DROPPED = {"num_nextn_predict_layers", "torch_dtype", "dtype", "auto_map"}
 """Keys that say nothing about the converted model."""
+_AUTO_MAP = {
+    "LLaDA2MoeModelLM": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    }
+}
+"""Where published configurations say that transformers finds the model's code (not ours to give)."""
 
 
 def converted_config(
@@ -30,16 +38,35 @@ def converted_config(
     Raises:
         ModelError: If the two architectures do not share a body, or there is no mask token.
     """
+    target = _target(config, architecture)
+    data = {key: value for key, value in config.to_json_dict().items() if key not in _DROPPED}
+    data |= {"architectures": [architecture], "model_type": target.model_fields["model_type"].default}
+    if architecture in _AUTO_MAP:
+        data["auto_map"] = _AUTO_MAP[architecture]
+    if mask_token_id is not None:
+        data["mask_token_id"] = mask_token_id
+    return parse_config(data, source="converted config")
+
+
+def default_mask_token_id(config: ModelConfig, architecture: str) -> int | None:
+    """The mask of ``config``, or else of ``architecture``; None where people choose one.
+
+    Raises:
+        ModelError: As :func:`converted_config`.
+    """
+    target = _target(config, architecture)
+    if config.mask_token_id is not None:
+        return config.mask_token_id
+    field = target.model_fields["mask_token_id"]
+    return None if field.is_required() else field.default
+
+
+def _target(config: ModelConfig, architecture: str) -> type[ModelConfig]:
     source = config.architecture
     if CONVERSIONS.get(source) != architecture:
         known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS.items())
         raise ModelError(f"cannot convert {source} to {architecture}; known conversions: {known}")
-    target = family_of([architecture], source="conversion").config_class()
-    data = {key: value for key, value in config.to_json_dict().items() if key not in _DROPPED}
-    data |= {"architectures": [architecture], "model_type": target.model_fields["model_type"].default}
-    if mask_token_id is not None:
-        data["mask_token_id"] = mask_token_id
-    return parse_config(data, source="converted config")
+    return family_of([architecture], source="conversion").config_class()
 
 
 def to_diffusion(

@@ -7,7 +7,7 @@ carries its weights, whatever ``use_qk_norm`` says.
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from unmask.models.config import ModelConfig
 
@@ -46,6 +46,12 @@ class LLaDA2MoeConfig(ModelConfig):
     tie_word_embeddings: Literal[False] = False
     use_sliding_window: Literal[False] = False
     rope_scaling: None = None
+
+    @field_validator("model_type")
+    @classmethod
+    def _one_name(cls, model_type: str) -> str:
+        """With stacked experts, a folder has another name; the model is the same."""
+        return "llada2_moe" if model_type == "llada2_moe_veomni" else model_type
 
     @property
     def rotary_dim(self) -> int:

@@ -55,7 +55,9 @@ def test_confidence_adds_the_entropy_of_what_is_right(chunk):
     assert torch.allclose(ours, theirs, atol=1e-12)
     plain = token_nll(hidden, lambda h: h @ head.T, targets)
     unchanged = torch.autograd.grad(plain.sum(), hidden)[0]
-    assert torch.allclose(ours[~right], unchanged[~right], atol=1e-12), "wrong positions learn nothing from it"
+    assert torch.allclose(ours[~right], unchanged[~right], atol=1e-12), (
+        "wrong positions learn nothing from it"
+    )
     assert (ours[right] - unchanged[right]).abs().sum(-1).min() > 0
 
 

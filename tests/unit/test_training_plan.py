@@ -91,7 +91,7 @@ def test_what_is_learnt_and_how_it_is_masked_comes_from_the_stage(tmp_path):
         (
             {"spec.stages[1].convertTo": None},
             UsageError,
-            r"spec.stages\[1\].objective: got bdlm, but BailingMoeV2ForCausalLM is autoregressive; set convertTo",
+            r"spec.stages\[1\].objective: got bdlm, but BailingMoeV2\w+ is autoregressive; set convertTo",
         ),
         (
             {"spec.stages[0].convertTo": "LLaDA2MoeModelLM"},
@@ -109,6 +109,29 @@ def test_what_is_learnt_and_how_it_is_masked_comes_from_the_stage(tmp_path):
 def test_a_stage_that_the_model_cannot_run_is_named(tmp_path, values, error, words):
     with pytest.raises(error, match=words):
         stages(tmp_path, values)
+
+
+def test_a_model_that_attends_to_its_whole_canvas_is_not_trained_by_blocks(tmp_path):
+    config = {
+        "architectures": ["LLaDAMoEModelLM"],
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "mask_token_id": 63,
+        "eos_token_id": 62,
+        "pad_token_id": 62,
+    }
+    spec = training_job(tmp_path, {"spec.stages[1].convertTo": None}).spec
+    only = spec.model_copy(update={"stages": spec.stages[1:2]})
+    with pytest.raises(UsageError, match="got bdlm, but LLaDAMoEModelLM is decoded over its whole canvas"):
+        plan_stages(only, parse_config(config))
+    full = spec.model_copy(update={"stages": spec.stages[2:3]})
+    assert [plan.objective for plan in plan_stages(full, parse_config(config))] == ["mdlm"]
 
 
 def test_the_tiny_config_is_autoregressive():

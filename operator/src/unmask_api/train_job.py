@@ -268,7 +268,7 @@ class Stage(ApiModel):
     weights. ``ar`` has none.
     """
     confidence_weight: DecimalString = "0"
-    """Weight of the entropy of what is predicted rightly (CAP): above 0, decoding fills more at each forward."""
+    """Weight of the entropy where the prediction is right (CAP): above 0, decoding fills more at a time."""
     data: StageData | None = None
     """The stage's own data; left out, ``spec.data``."""
     export: bool = False

@@ -202,7 +202,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (["w7", "--max-tokens=100"], r"max_tokens.*must be 1 to"),
         (["w7", "--decoder=astrology"], r"decoder: got 'astrology', allowed are"),
         (["w7", "--threshold=1.5"], r"threshold: got 1\.5, must be above 0 and at most 1"),
-        (["w7", "--threshold=0"], r"threshold: got 0, must be above 0 and at most 1"),
+        (["w7", "--threshold=0"], r"threshold: got 0\.0, must be above 0 and at most 1"),
         ([""], r"holds no tokens"),
     ],
     ids=[

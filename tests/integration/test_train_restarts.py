@@ -46,8 +46,8 @@ def kill(processes):
     join(processes)
 
 
-def kill_at_a_random_moment(processes, run, chance, *, victims):
-    """SIGKILL ``victims`` of the ranks within the first steps that this attempt takes."""
+def killed_at_a_random_moment(processes, run, chance, *, victims):
+    """Kill ``victims`` of the ranks within the first steps of the attempt; False if it ended before that."""
     log = run / "metrics.jsonl"
     before = log.stat().st_mtime_ns if log.exists() else 0
     while processes[0].is_alive() and (not log.exists() or log.stat().st_mtime_ns == before):
@@ -55,7 +55,8 @@ def kill_at_a_random_moment(processes, run, chance, *, victims):
     time.sleep(chance.random() * 0.6)
     kill(chance.sample(processes, victims))
     codes = join(processes)
-    return any(code != 0 for code in codes)
+    assert -signal.SIGKILL in codes or codes == [0] * len(codes), f"not by our doing: {codes}"
+    return -signal.SIGKILL in codes
 
 
 @pytest.mark.slow
@@ -69,13 +70,10 @@ def test_a_run_killed_at_random_moments_computes_what_an_undisturbed_run_does(
         run = folder / "killed"
         shutil.rmtree(run, ignore_errors=True)
         runs += 1
-        for _ in range(40):
-            processes = start_ranks(job_in(folder, "killed"), ranks=ranks)
-            if not kill_at_a_random_moment(processes, run, chance, victims=chance.randint(1, ranks)):
-                break
+        while killed_at_a_random_moment(
+            start_ranks(job_in(folder, "killed"), ranks=ranks), run, chance, victims=chance.randint(1, ranks)
+        ):
             kills += 1
-        else:
-            raise AssertionError("killed 40 times without coming to the end")
         assert_same_run(folder, "killed")
     record_measurement(f"kills of a run with {ranks} ranks", kills)
     record_measurement(f"complete runs with {ranks} ranks that equal the undisturbed one", runs)
@@ -161,6 +159,14 @@ def test_a_complete_run_started_again_does_nothing(undisturbed):
     assert before == after
     report = json.loads((folder / "undisturbed" / "termination.json").read_text())
     assert (report["reason"], report["exit_code"], report["step"]) == ("AlreadyComplete", 0, STEPS)
+
+
+def test_a_complete_run_whose_model_was_removed_writes_it_again(undisturbed):
+    folder, ranks = undisturbed
+    shutil.copytree(folder / "undisturbed", folder / "bare")
+    shutil.rmtree(folder / "bare" / "model")
+    train_to_the_end(job_in(folder, "bare"), ranks=ranks)
+    assert_same_run(folder, "bare")
 
 
 def test_the_log_has_every_step_once_and_a_measurement_at_each_stages_end(undisturbed):

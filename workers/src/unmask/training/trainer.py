@@ -11,9 +11,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from unmask.errors import DivergedError, UsageError
@@ -105,6 +106,8 @@ class Trainer:
             DivergedError: A loss or gradient is not finite.
         """
         if self._at.step == self._total_steps:
+            removed = self._world.leads and not self._folder.model.exists()
+            self._write_models(self._plans[-1], [self._folder.model] if removed else [])
             return Ending.ALREADY_COMPLETE
         if self._world.leads:
             self._store.remove_leftovers()
@@ -263,6 +266,10 @@ class Trainer:
         targets = [self._folder.export(plan.name)] if plan.export else []
         if plan.end == self._total_steps:
             targets.append(self._folder.model)
+        self._write_models(plan, targets)
+
+    def _write_models(self, plan: StagePlan, targets: Sequence[Path]) -> None:
+        """Write the model as it is at the end of ``plan`` to each folder of ``targets``."""
         with self._world.together():
             for path in targets if self._world.leads else []:
                 loading.save(self._learner.model, path, companions=self._companions(plan))

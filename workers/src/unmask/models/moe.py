@@ -44,6 +44,8 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
     tokens_per_expert: Tensor
+    counted: Tensor | None = None
+    """bool (T,): tokens of the next forward that ``tokens_per_expert`` counts; None for all."""
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class Router(nn.Module):
         with torch.no_grad():
             experts_TK = self._choose(scores_TE)
             if self.training:
-                self.tokens_per_expert += torch.bincount(experts_TK.flatten(), minlength=len(self.weight))
+                counted = experts_TK if self.counted is None else experts_TK[self.counted]
+                self.tokens_per_expert += torch.bincount(counted.flatten(), minlength=len(self.weight))
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

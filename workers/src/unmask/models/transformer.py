@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.attention import AttentionMetadata, AttentionPlan, plan
+from unmask.attention import PADDING, AttentionMetadata, AttentionPlan, plan
 from unmask.models.base import Cache, LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.feedforward import FeedForward
@@ -161,6 +161,11 @@ class Transformer(LanguageModel):
         keys = metadata if cache is None else cache.keys_seen(metadata)
         attention = plan(metadata, keys)
         rotation = Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)
+        if self.training:
+            # How many rows end in padding depends on how a step is split, and must not move a router's bias.
+            real = metadata.document.flatten() != PADDING
+            for router in self.routers():
+                router.counted = real
         x_BSD = self.embedding(ids)
         for index, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rotation, attention, index, cache)

@@ -98,9 +98,10 @@ def test_what_is_no_text_or_too_long_is_no_conversation(prepare, turns):
 
 
 @pytest.mark.usefixtures("chatterbot_corpus")
-def test_the_manifest_reads_the_files_that_are_written(prepare, monkeypatch):
+@pytest.mark.parametrize("manifest", ["smollm2.yaml", "smollm2-long.yaml"])
+def test_a_manifest_reads_the_files_that_are_written(prepare, monkeypatch, manifest):
     job = DiffusionTrainJob.from_json(
-        json.dumps(yaml.safe_load((EXAMPLE / "smollm2.yaml").read_text(encoding="utf-8")))
+        json.dumps(yaml.safe_load((EXAMPLE / manifest).read_text(encoding="utf-8")))
     )
     monkeypatch.setattr(prepare, "entries", lambda folder: [])
     monkeypatch.setattr(prepare, "chapters", lambda folder: {"Ge 1": "In the beginning"})

@@ -43,7 +43,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 """The dtypes that weights may have, by their names in safetensors."""
-_MOST_TENSORS = 1_000_000
+_MOST_TENSORS = 250_000
 """More than any model has; a configuration that asks for more is a mistake or an attack."""
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MERGED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_proj|up_proj|down_proj)(\.weight)?")

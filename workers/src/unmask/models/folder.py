@@ -12,7 +12,6 @@ beside it, and one rename makes it appear. No torch is needed here.
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -41,7 +40,6 @@ __all__ = [
 CHECKSUMS = "checksums.json"
 _LARGEST_TEXT = 256 * 1024 * 1024
 """Bytes of the largest JSON or text file that is read; tokenizers of big vocabularies have some 20 MB."""
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 # Reading
 
@@ -71,9 +69,7 @@ def open_inside(folder: Path, name: str) -> FileIO:
     Raises:
         ModelError: If there is none, or its name or a link leads out of the folder.
     """
-    path = folder / name
-    if not _FILE_NAME.fullmatch(name):
-        raise ModelError(f"{folder}: got file name {name!r}, allowed are letters, digits, '_', '.', '+', '-'")
+    path = folder / _plain(folder, name)
     real = _real_path(path)
     if not real.is_relative_to(_real_path(folder)):
         raise ModelError(f"{path}: is a link to outside the folder; copy the file itself (cp -L)")
@@ -81,8 +77,12 @@ def open_inside(folder: Path, name: str) -> FileIO:
 
 
 def exists_inside(folder: Path, name: str) -> bool:
-    """Whether ``folder`` has an entry ``name``, be it a file or a link."""
-    return os.path.lexists(folder / name)
+    """Whether ``folder`` has an entry ``name``, be it a file or a link.
+
+    Raises:
+        ModelError: If the name leads out of the folder.
+    """
+    return os.path.lexists(folder / _plain(folder, name))
 
 
 def read_inside(folder: Path, name: str) -> bytes:
@@ -148,6 +148,13 @@ def verify_checksums(folder: Path) -> frozenset[str] | None:
                 "copy the folder again"
             )
     return frozenset(digests)
+
+
+def _plain(folder: Path, name: str) -> str:
+    """``name`` itself, which must be that of a file right in ``folder``."""
+    if not name or name.startswith(".") or not name.isprintable() or "/" in name or os.sep in name:
+        raise ModelError(f"{folder}: got file name {ascii(name)}, allowed are names of files in the folder")
+    return name
 
 
 def _real_path(path: Path) -> Path:

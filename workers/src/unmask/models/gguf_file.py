@@ -190,6 +190,10 @@ def _config(
     if get("expert_count"):
         raise ModelError(f"{path}: {kind}.expert_count: got {get('expert_count')}, allowed is 0")
     config = parse_config(data, source=str(path))
+    if config.head_dim % 2:
+        raise ModelError(
+            f"{path}: {kind}.attention.key_length: got {config.head_dim}, expected an even number"
+        )
     if get("rope.dimension_count", config.head_dim) != config.head_dim:
         got = get("rope.dimension_count")
         raise ModelError(f"{path}: {kind}.rope.dimension_count: got {got}, allowed is {config.head_dim}")

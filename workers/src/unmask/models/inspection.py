@@ -104,7 +104,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         has_tokenizer = exists_inside(path, TOKENIZER_FILE)
         weights = StoredWeights(
             files={name: (path / name).stat().st_size for name in checkpoint.files},
-            dtypes=Counter(tensor.dtype for tensor in checkpoint.tensors.values()),
+            dtypes=dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values())),
             layout="merged" if checkpoint.merged else "split",
             ignored=len(ignored_tensors(checkpoint)),
             checksums="ok" if checkpoint.checked else "absent",
@@ -121,7 +121,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         matching_slots(file)
         weights = StoredWeights(
             files={path.name: path.stat().st_size},
-            dtypes=file.types,
+            dtypes=dict(file.types),
             layout="gguf",
             ignored=len(ignored_tensors(file)),
             checksums="absent",

@@ -145,6 +145,10 @@ class _Vocabulary:
             found.ids.update(found._read_ids())
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"{TOKENIZER_FILE}: not a tokenizer file: {error!r}") from None
+        if not all(type(text) is str and type(token_id) is int for text, token_id in found.ids.items()):
+            raise ModelError(
+                f"{TOKENIZER_FILE}: not a tokenizer file: tokens are texts, and their ids numbers"
+            )
         return found
 
     def _read_ids(self) -> Iterator[tuple[str, int]]:

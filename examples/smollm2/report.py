@@ -11,6 +11,7 @@ writes ``report.md``, ``report.json`` and ``curve.png`` into RUN.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,8 @@ def measured(data: Path, run: Path, *, rows: int, samples: int) -> Json:
     models: dict[str, LanguageModel] = {}
     for name, folder in trained(run):
         models[name] = load(folder).eval()
+    if not models:
+        sys.exit(f"{run}: no stage has exported a model yet")
     last = list(models.values())[-1]
     models = {"converted, untrained": _untrained(original, last), **models}
     corpora = {

@@ -154,7 +154,7 @@ def _shuffled(weights: np.ndarray, heads: int) -> np.ndarray:
 def gguf_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, *, pre: str = "gpt-2") -> None:
     """Add a byte-level BPE: two special tokens, the bytes, one merge, and then words that no text makes."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<end>", "<start>", *alphabet, "he"]
+    tokens = ["<end>", "<start>", *alphabet, "he", "<empty_output>"]
     tokens += [f"<unused{number}>" for number in range(vocab_size - len(tokens))]
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")

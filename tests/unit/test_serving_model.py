@@ -75,8 +75,8 @@ def test_every_decoder_of_the_wire_is_known_by_its_name() -> None:
         ({"edit_threshold": -0.1}, "edit_threshold: Input should be greater than or equal to 0"),
         ({"max_post_edit_steps": 1025}, "max_post_edit_steps: Input should be less than or equal to 1024"),
         ({"mask_token_id": 512}, "mask_token_id: got 512, the vocabulary has 512 tokens"),
-        ([1], "not a JSON object"),
-        ("x", "not a JSON object"),
+        ([1], "got a JSON list, expected an object"),
+        ("x", "got a JSON str, expected an object"),
     ],
 )
 def test_wrong_decoding_defaults_are_named(tmp_path: Path, content: object, message: str) -> None:

@@ -9,7 +9,6 @@ from ``config.json``, or from the papers and the published code:
 * for models that attend to the whole canvas LLaDA's even quotas, which is a threshold of 1.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from unmask.diffusion.generation import BlockBatch
 from unmask.errors import ModelError
 from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
+from unmask.models.folder import exists_inside, read_json_inside
 from unmask.models.loading import build
 from unmask.models.tokenizer import Tokenizer
 from unmask.serving.decoders import DECODERS, QUOTA_ONLY, Decoder, DecoderName, listed
@@ -67,14 +67,12 @@ class GenerationDefaults(BaseModel):
             "mask_token_id": config.mask_token_id,
         }
         try:
-            if path.is_file():
-                data |= json.loads(path.read_text(encoding="utf-8"))
+            if exists_inside(folder, path.name):
+                data |= read_json_inside(folder, path.name)
             defaults = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']} (got {first['input']!r})") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{path}: not a JSON object: {error}") from error
         if defaults.decoder not in usable:
             raise ModelError(
                 f"{path}: decoder: got {defaults.decoder!r}, {config.architecture} can be decoded with "

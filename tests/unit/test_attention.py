@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unmask.attention import AttentionMetadata, attend_plainly, may_attend, plan
+from unmask.attention.backend import MaskedPlan
 
 
 def metadata(*, position=None, document, block, view):
@@ -101,4 +102,4 @@ def test_the_fast_path_equals_the_plain_reference(rule, kv_heads):
 def test_a_forward_that_sees_everything_needs_no_mask():
     position = torch.arange(6).unsqueeze(0)
     tokens = AttentionMetadata.bidirectional(position, torch.zeros_like(position))
-    assert plan(tokens, tokens).mask is None
+    assert plan(tokens, tokens) == MaskedPlan(mask=None)

@@ -1,32 +1,43 @@
 """Attention over metadata: a plan is made once per forward and used by every layer.
 
-``plan`` chooses how to compute; ``AttentionPlan.attend`` computes. Today's fast path is
-torch's scaled-dot-product attention with one boolean mask shared by the layers, or none
-where every query sees every key; :func:`attend_plainly` is the slow, obvious reference
-beside it. Shape letters: B rows, H query heads, G key/value heads (H a multiple of G),
+``plan`` chooses how to compute; ``AttentionPlan.attend`` computes. On a CPU, and for few
+queries, that is torch's scaled-dot-product attention with one boolean mask shared by the
+layers, or none where every query sees every key. On a GPU, from one tile of queries on, it
+is block-sparse (:mod:`~unmask.attention.flex`); that path was compared with the reference
+on a CPU alone, and has not been run on a GPU. :func:`attend_plainly` is the slow, obvious
+reference beside both. Shape letters: B rows, H query heads, G key/value heads (H a multiple of G),
 Q queries, K keys, D head size.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unmask.attention.flex import TILE, compiled_flex_attention, plan_flex
 from unmask.attention.metadata import AttentionMetadata, may_attend
 
-__all__ = ["AttentionPlan", "attend_plainly", "plan"]
+__all__ = ["AttentionPlan", "MaskedPlan", "attend_plainly", "plan", "plan_masked"]
+
+
+class AttentionPlan(Protocol):
+    """How the queries of one forward attend to its keys."""
+
+    def attend(self, query_BHQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor) -> Tensor:
+        """Softmax attention scaled by 1/sqrt(D), of shape (B, H, Q, D) and the queries' dtype."""
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """How the queries of one forward attend to its keys."""
+class MaskedPlan:
+    """Attention with a dense mask, or none."""
 
     mask: Tensor | None
     """(B, 1, Q, K) bool, True where allowed; None where everything is."""
 
     def attend(self, query_BHQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor) -> Tensor:
-        """Softmax attention scaled by 1/sqrt(D), of shape (B, H, Q, D) and the queries' dtype."""
+        """See :meth:`AttentionPlan.attend`."""
         grouped = query_BHQD.shape[1] != key_BGKD.shape[1]
         return F.scaled_dot_product_attention(
             query_BHQD, key_BGKD, value_BGKD, attn_mask=self.mask, enable_gqa=grouped
@@ -39,10 +50,17 @@ def plan(query: AttentionMetadata, key: AttentionMetadata) -> AttentionPlan:
     Every query must see at least one key (itself, as a rule): a row of an attention
     matrix without any allowed key has no meaning.
     """
+    if query.position.is_cuda and query.shape[1] >= TILE:
+        return plan_flex(query, key, compute=compiled_flex_attention())
+    return plan_masked(query, key)
+
+
+def plan_masked(query: AttentionMetadata, key: AttentionMetadata) -> MaskedPlan:
+    """The dense way, whatever the device."""
     allowed = may_attend(query, key)
     if bool(allowed.all()):
-        return AttentionPlan(mask=None)
-    return AttentionPlan(mask=allowed.unsqueeze(1))
+        return MaskedPlan(mask=None)
+    return MaskedPlan(mask=allowed.unsqueeze(1))
 
 
 def attend_plainly(

@@ -12,6 +12,8 @@ exactly, whatever the order of the tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unmask.attention.metadata import AttentionMetadata, may_attend
 
-__all__ = ["FlexPlan", "Tiles", "plan_flex", "tiles_of"]
+__all__ = ["TILE", "FlexPlan", "Tiles", "compiled_flex_attention", "plan_flex", "tiles_of"]
 
 TILE = 128
 """Queries and keys of one tile; what flex attention's kernels are tuned for."""
@@ -43,9 +45,15 @@ class FlexPlan:
     compute: Callable[..., Tensor]
 
     def attend(self, query_BHQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor) -> Tensor:
-        """As :meth:`unmask.attention.backend.AttentionPlan.attend`."""
+        """See :meth:`unmask.attention.backend.AttentionPlan.attend`."""
         grouped = query_BHQD.shape[1] != key_BGKD.shape[1]
         return self.compute(query_BHQD, key_BGKD, value_BGKD, block_mask=self.block_mask, enable_gqa=grouped)
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """Flex attention as a fused kernel; each new shape is compiled once."""
+    return cast(Callable[..., Tensor], torch.compile(flex_attention))
 
 
 def tiles_of(query: AttentionMetadata, key: AttentionMetadata, *, tile: int = TILE) -> Tiles:

@@ -104,8 +104,8 @@ def _remove_orphans(cache: Path) -> None:
 
 def _requirements(torch_index: str) -> tuple[list[str], str | None]:
     """Return the locked requirements to install, and torch's pin where it comes from ``torch_index``."""
-    text = (REQUIREMENTS / "dev.txt").read_text(encoding="utf-8")
-    locked = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
+    texts = [(REQUIREMENTS / name).read_text(encoding="utf-8") for name in ("dev.txt", "data.txt")]
+    locked = [block for text in texts for block in re.split(r"^(?=\w)", text, flags=re.MULTILINE) if block]
     if not torch_index:
         return locked, None
     (torch,) = (block.split()[0] for block in locked if block.startswith("torch=="))

@@ -20,6 +20,7 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "validate": "Check manifests as a cluster would.",
     "explain": "Describe the fields of a manifest.",
+    "plan": "Say what a training job takes, and whether it fits.",
     "run": "Run a training job on this machine.",
     "train": "Train: one worker process of a job.",
     "serve": "Answer generation requests over gRPC.",

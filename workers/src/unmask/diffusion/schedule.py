@@ -26,6 +26,11 @@ class BlockSchedule:
         if self.steps < len(self.sizes):
             raise ValueError(f"{len(self.sizes)} block sizes need at least as many steps, got {self.steps}")
 
+    def lasting(self) -> list[tuple[int, int]]:
+        """Each size in its turn, and how many steps have it."""
+        share, longer = divmod(self.steps, len(self.sizes))
+        return [(size, share + (index < longer)) for index, size in enumerate(self.sizes)]
+
     def size_at(self, step: int) -> int:
         """The block size of step ``step``, counted from 0 inside the stage.
 

@@ -18,7 +18,7 @@ from unmask.models.folder import exists_inside
 from unmask.models.registry import CONVERSIONS, read_config
 from unmask.models.tokenizer import TOKENIZER_FILE, Tokenizer
 
-__all__ = ["Experts", "Inspection", "StoredWeights", "inspect_checkpoint"]
+__all__ = ["Experts", "Inspection", "StoredWeights", "inspect_checkpoint", "parameter_counts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +132,7 @@ def _inspect_gguf(path: Path) -> Inspection:
 
 
 def _inspection(path: Path, config: ModelConfig, weights: StoredWeights | None) -> Inspection:
-    total, active = _count(config)
+    total, active = parameter_counts(config)
     heads = config.num_key_value_heads * config.head_dim
     return Inspection(
         path=str(path),
@@ -159,8 +159,8 @@ def _inspection(path: Path, config: ModelConfig, weights: StoredWeights | None) 
     )
 
 
-def _count(config: ModelConfig) -> tuple[int, int]:
-    """Parameters, all and those that one token uses."""
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters (router biases included), all and those that one token uses."""
     total = active = routed = 0
     for slot in slots_of(config):
         size = math.prod(slot.shape)

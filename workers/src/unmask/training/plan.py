@@ -19,7 +19,7 @@ from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Source
 from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, TrainSpec
 
-__all__ = ["RateSchedule", "StagePlan", "plan_stages", "stage_after"]
+__all__ = ["RateSchedule", "StagePlan", "check_fit", "plan_stages", "stage_after"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def plan_stages(
         mask_token_id = _mask_token_id(stage, tokenizer, field)
         if stage.convert_to is not None:
             config = converted_config(config, stage.convert_to, mask_token_id=mask_token_id)
-        _check_fit(stage, config, field)
+        check_fit(stage, config, field)
         data = spec.data_of(stage)
         plans.append(
             StagePlan(
@@ -150,7 +150,12 @@ def _mask_token_id(stage: Stage, tokenizer: Tokenizer | None, field: str) -> int
         raise UsageError(f"{field}.maskToken: {error}") from None
 
 
-def _check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
+def check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
+    """Refuse a stage that asks of a model of ``config`` what it cannot do; ``field`` is blamed.
+
+    Raises:
+        UsageError: It does.
+    """
     model = build(config, device="meta")
     if model.causal != (stage.objective == "ar"):
         kind, remedy = (

@@ -1,0 +1,61 @@
+"""Floating-point operations of training, counted as the papers count model FLOPs.
+
+A product of an (m, k) and a (k, n) matrix is 2 m k n. Forward, each weight that a position is
+multiplied with costs 2, and each pair that may attend costs 4 x heads x head size (scores and
+values) in every layer; backward costs twice the forward (PaLM, arXiv 2204.02311, appendix B).
+Counted are the pairs that the mask allows, the experts that a token is sent to, and the output
+layer at predicted positions alone, so the figures are what a perfect kernel needs, not what a dense
+one does. Norms, activations, softmax and the optimiser are left out.
+"""
+
+from dataclasses import dataclass
+
+from unmask.training.sizing.shape import ModelShape
+from unmask.training.sizing.work import Work
+
+__all__ = ["Flops", "flops_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """Of a forward and a backward pass."""
+
+    linear: float
+    """Of the weights in the layers."""
+    attention: float
+    head: float
+    """Of the output layer."""
+    recomputed: float = 0.0
+    """Of activations that backward computes again."""
+
+    @property
+    def useful(self) -> float:
+        """What the mathematics asks for."""
+        return self.linear + self.attention + self.head
+
+    @property
+    def computed(self) -> float:
+        """Recomputation included."""
+        return self.useful + self.recomputed
+
+    def plus(self, other: "Flops", count: int = 1) -> "Flops":
+        """The sum with ``count`` of ``other``."""
+        return Flops(
+            linear=self.linear + count * other.linear,
+            attention=self.attention + count * other.attention,
+            head=self.head + count * other.head,
+            recomputed=self.recomputed + count * other.recomputed,
+        )
+
+
+def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False) -> Flops:
+    """The arithmetic of training on ``work``; with ``recompute`` the layers run forward twice."""
+    linear = 2 * sum(layer.multiplied for layer in shape.layers) * work.positions
+    attention = 4 * len(shape.layers) * shape.heads * shape.head_dim * work.pairs
+    head = 2 * shape.vocabulary * shape.hidden * work.predictions
+    return Flops(
+        linear=3 * linear,
+        attention=3 * attention,
+        head=3 * head,
+        recomputed=float(linear + attention) if recompute else 0.0,
+    )

@@ -1,0 +1,133 @@
+"""Bytes of one process at the fullest moment of a step, part by part, as the trainer allocates them.
+
+Weights, gradients and optimiser state are exact: what :mod:`unmask.training.weights` and
+:mod:`unmask.training.optimizer` hold. Activations are what autograd keeps for backward, given
+attention that keeps no scores (a fused kernel); a test compares them with what it keeps on a CPU.
+Tokens are taken to spread evenly over experts. Shape letters: D hidden, q and k the widths of all
+query and all key heads, I the inner width, K experts per token, E experts, V vocabulary; b bytes
+of a number in the forward.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from unmask.training.sizing.shape import LayerShape, ModelShape
+
+__all__ = ["CHUNK_BYTES", "Memory", "Precision", "activations_of_layer", "memory_of", "states_of"]
+
+Precision = Literal["fp32", "bf16"]
+
+CHUNK_BYTES = 1 << 27
+"""Logits that the loss holds at a time, in bytes of float32; see :mod:`unmask.diffusion.losses`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int
+    """Float32 weights, and the bfloat16 copy that computes."""
+    gradients: int
+    """The flat float32 gradient, and the bfloat16 gradients of one backward pass."""
+    optimizer: int
+    """Two float32 moments, and a step count per tensor."""
+    activations: int
+    """What backward needs of one micro-batch."""
+    logits: int
+    """Scores of the vocabulary for one chunk of predictions, with what the loss makes of them."""
+    buffers: int
+    """Router biases and counts, and a gradient before it is added up."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def states(self) -> int:
+        """What stays from step to step, however small a micro-batch is."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def states_of(shape: ModelShape, precision: Precision) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimiser state of a whole model in one process."""
+    count = shape.parameters
+    optimizer = 8 * count + 4 * shape.tensors
+    if precision == "fp32":
+        return 4 * count, 4 * count, optimizer
+    copy = 2 * (count - shape.routers) + 4 * shape.routers
+    return 4 * count + copy, 4 * count + copy, optimizer
+
+
+def activations_of_layer(
+    shape: ModelShape, layer: LayerShape, precision: Precision, *, fused_norms: bool = True
+) -> int:
+    """Bytes per position that autograd keeps of ``layer``.
+
+    Args:
+        shape: The model.
+        layer: One of its layers.
+        precision: Number format of the forward.
+        fused_norms: Whether a norm is one kernel that keeps its input, as on a GPU, or is made of steps
+            that keep a float32 copy of input and result, as on a CPU.
+    """
+    b, q, k = _bytes(precision), shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * _norm(shape.hidden, b, fused_norms) + 2 * shape.hidden * b  # the results are products' inputs
+    projected = (q + 2 * k) * b
+    attended = (q + k) * b + 2 * q * b + 4 * shape.heads  # turned; result, twice; one sum per head
+    if layer.query_key_norm:
+        # Their input is the projection, kept already, but for a float32 copy of it.
+        attended += 4 * (shape.heads + shape.kv_heads)
+        attended += 0 if fused_norms else (q + k) * (4 if b == 4 else 8)
+    return norms + projected + attended + _feed_forward(shape, layer, b)
+
+
+def _norm(width: int, b: int, fused: bool) -> int:
+    return width * b + 4 if fused else 8 * width + 4
+
+
+def _feed_forward(shape: ModelShape, layer: LayerShape, b: int) -> int:
+    """Gate, its silu, up, and their product: four times the inner width; and the routing."""
+    dense = 4 * layer.dense_width * b
+    if not layer.experts:
+        return dense
+    K, E, D = layer.chosen, layer.num_experts, shape.hidden
+    in_float32 = 4 * D if b < 4 else 0  # routers compute in float32
+    routing = in_float32 + 4 * E + 4 * K + 3 * 8 * K + K * b  # scores, weights, three indices, weights again
+    routed = K * (3 * D + 4 * layer.expert_width) * b  # input, result, and that weighted
+    return dense + routing + routed
+
+
+def memory_of(
+    shape: ModelShape, *, precision: Precision, positions: int, predictions: float, recompute: bool = False
+) -> Memory:
+    """Bytes of a process that holds the whole model.
+
+    Args:
+        shape: The model.
+        precision: Number format of forward and backward passes.
+        positions: Of one micro-batch.
+        predictions: Of one micro-batch.
+        recompute: Whether layers keep only their input and compute the rest again in backward.
+    """
+    weights, gradients, optimizer = states_of(shape, precision)
+    b = _bytes(precision)
+    layers = [activations_of_layer(shape, layer, precision) for layer in shape.layers]
+    kept = len(layers) * shape.hidden * b + max(layers) if recompute else sum(layers)
+    ends = _norm(shape.hidden, b, fused=True) + shape.hidden * b
+    most = min(predictions, max(1, CHUNK_BYTES // 4 // shape.vocabulary))
+    per_logit = 3 * 4 + (2 * b if b < 4 else 0)  # scores, log-softmax, gradient; also in bfloat16
+    routers = sum(layer.num_experts * (8 + 4 * layer.biased) for layer in shape.layers)
+    copies = 1 if precision == "fp32" else 2
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=round((kept + ends) * positions + shape.hidden * b * predictions),
+        logits=round(most * shape.vocabulary * per_logit),
+        buffers=copies * routers + (4 * shape.largest if precision == "fp32" else 0),
+    )
+
+
+def _bytes(precision: Precision) -> int:
+    return 4 if precision == "fp32" else 2

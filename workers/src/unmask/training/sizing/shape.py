@@ -1,0 +1,160 @@
+"""A model in the few numbers that its arithmetic and its memory follow from.
+
+They are read off the list of its weights, which every family has, so a new family needs nothing here.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from unmask.models.checkpoint_files import slots_of
+from unmask.models.config import ModelConfig
+from unmask.models.slots import Slot
+
+__all__ = ["LayerShape", "ModelShape", "shape_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """One layer; counts of weights."""
+
+    attention: int
+    """Of the projections of attention."""
+    norms: int
+    dense: int
+    """Of the feed-forward that every token passes: a dense layer's, or the shared experts'."""
+    dense_width: int
+    """Inner width of that; 0 where there is none."""
+    router: int
+    experts: int
+    """Of all routed experts; 0 in a dense layer."""
+    expert_width: int
+    num_experts: int
+    chosen: int
+    """Experts per token."""
+    biased: bool
+    """Whether the router has a bias, which is no weight."""
+    query_key_norm: bool
+
+    @property
+    def parameters(self) -> int:
+        """Everything that is learnt."""
+        return self.attention + self.norms + self.dense + self.router + self.experts
+
+    @property
+    def shared_by_all(self) -> int:
+        """What is not in a routed expert."""
+        return self.parameters - self.experts
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that one token is multiplied with; experts divide evenly by construction."""
+        used = self.experts * self.chosen // self.num_experts if self.experts else 0
+        return self.attention + self.dense + self.router + used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A model; counts of weights, widths in numbers."""
+
+    vocabulary: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+    embedding: int
+    head: int
+    """Of the output layer; 0 where the embedding is that."""
+    norm: int
+    tensors: int
+    """Parameters as the module has them, experts of a layer stacked."""
+    largest: int
+    """Weights of the largest of those."""
+
+    @property
+    def parameters(self) -> int:
+        """Everything that is learnt."""
+        return self.embedding + self.head + self.norm + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def experts(self) -> int:
+        """Weights of all routed experts."""
+        return sum(layer.experts for layer in self.layers)
+
+    @property
+    def routers(self) -> int:
+        """Weights of all routers, which stay in float32."""
+        return sum(layer.router for layer in self.layers)
+
+
+def shape_of(config: ModelConfig) -> ModelShape:
+    """Sum ``config`` up.
+
+    Raises:
+        ModelError: It describes more tensors than any model has.
+    """
+    slots = slots_of(config)
+    sizes: dict[str, int] = {}
+    for slot in slots:
+        if not slot.parameter.endswith("expert_bias"):
+            sizes[slot.parameter] = sizes.get(slot.parameter, 0) + math.prod(slot.shape)
+    inner = (slot for slot in slots if slot.parameter.startswith("layers."))
+    layers = groupby(inner, key=lambda slot: slot.parameter.split(".")[1])
+    # What all families with experts call them; dense families have neither key.
+    extra = config.to_json_dict()
+    return ModelShape(
+        vocabulary=config.vocab_size,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layers=tuple(
+            _layer(list(group), extra.get("num_experts", 0), extra.get("num_experts_per_tok", 0))
+            for _, group in layers
+        ),
+        embedding=sizes["embedding.weight"],
+        head=sizes.get("head.weight", 0),
+        norm=sizes["norm.weight"],
+        tensors=len(sizes),
+        largest=max(sizes.values()),
+    )
+
+
+def _layer(slots: list[Slot], num_experts: int, chosen: int) -> LayerShape:
+    parts = [(slot.parameter.split(".", 2)[2], slot) for slot in slots]
+    experts = [slot for name, slot in parts if ".experts." in name]
+    dense = [
+        slot
+        for name, slot in parts
+        if name.startswith("feed_forward.") and len(slot.shape) == 2 and name.split(".")[1] not in _ROUTED
+    ]
+    return LayerShape(
+        attention=_count(slot for name, slot in parts if name.startswith("attention.") and _is_matrix(slot)),
+        norms=_count(slot for name, slot in parts if len(slot.shape) == 1 and not _is_bias(name)),
+        dense=_count(dense),
+        dense_width=next((slot.shape[0] for slot in dense if "gate_proj" in slot.parameter), 0),
+        router=_count(slot for name, slot in parts if name.endswith("router.weight")),
+        experts=_count(experts),
+        expert_width=experts[0].shape[0] if experts else 0,
+        num_experts=num_experts if experts else 0,
+        chosen=chosen if experts else 0,
+        biased=any(_is_bias(name) for name, _ in parts),
+        query_key_norm=any("query_norm" in name for name, _ in parts),
+    )
+
+
+_ROUTED = ("experts", "router")
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("expert_bias")
+
+
+def _is_matrix(slot: Slot) -> bool:
+    return len(slot.shape) == 2
+
+
+def _count(slots: Iterable[Slot]) -> int:
+    return sum(math.prod(slot.shape) for slot in slots)

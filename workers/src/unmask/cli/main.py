@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "Ask a server to write.",
     "convert": "Convert a checkpoint on disk.",
     "inspect": "Say what a checkpoint is and what it needs.",
+    "eval": "Measure a model: perplexity, tasks, quality against speed.",
     "check": "Compare a model's results here with recorded ones.",
 }
 """Subcommand, which is also its module in this package -> what it does, for the list of commands."""

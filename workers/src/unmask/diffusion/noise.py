@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from unmask.diffusion.rows import PackedRows, uniform
 
-__all__ = ["Corruption", "NoiseConfig", "corrupt"]
+__all__ = ["Corruption", "NoiseConfig", "corrupt", "corrupt_by_count"]
 
 _RATIOS, _TOKENS = 0, 1
 """Streams of randomness: one for the mask ratios of blocks, one for the tokens."""
@@ -92,6 +92,39 @@ def corrupt(rows: PackedRows, config: NoiseConfig, *, seed: int, block_length: i
             else:
                 drawn = _draw(config, seed, ordinal, view, blocks, supervised)
                 masked[view, *span], ratio[view, *span] = drawn
+    return Corruption(masked, ratio)
+
+
+def corrupt_by_count(rows: PackedRows, *, views: int, seed: int, block_length: int | None) -> Corruption:
+    """Draw how many tokens of each block are masked, then which: the same bound with less chance in it.
+
+    Of a block of n tokens that may be masked, l are, with l uniform in 1 to n, and each weighs n / l:
+    the ratio that it is masked at is l / n. On average this is what ratios uniform in 0 to 1 with weights
+    1/t give (LLaDA, arXiv 2502.09992, equation 6), without the rare draws of a small ratio that
+    :func:`corrupt` has, whose weight is large. For measuring; training draws ratios.
+
+    Args:
+        rows: Packed documents.
+        views: Independent draws.
+        seed: What they follow from.
+        block_length: Tokens per block; None takes a document as one block.
+    """
+    shape = (views, *rows.shape)
+    masked, ratio = np.zeros(shape, np.bool_), np.ones(shape, np.float32)
+    for row, start, stop in _documents(rows):
+        span = (row, slice(start, stop))
+        supervised, ordinal = rows.supervised[span], int(rows.ordinal[row, start])
+        blocks = rows.position[span] // block_length if block_length else np.zeros(stop - start, np.int64)
+        sizes = np.bincount(blocks, weights=supervised).astype(np.int64)
+        for view in range(views):
+            shares = uniform(seed, _RATIOS, ordinal, view, len(sizes))
+            counts = 1 + np.minimum((shares * sizes).astype(np.int64), np.maximum(sizes - 1, 0))
+            lots = np.where(supervised, uniform(seed, _TOKENS, ordinal, view, stop - start), 2.0)
+            order = np.lexsort((lots, blocks))  # those to be masked first in their block
+            place = np.empty(stop - start, np.int64)
+            place[order] = np.arange(stop - start) - np.searchsorted(blocks, blocks)[order]
+            masked[view, *span] = supervised & (place < counts[blocks])
+            ratio[view, *span] = (counts / np.maximum(sizes, 1))[blocks]
     return Corruption(masked, ratio)
 
 

@@ -12,6 +12,7 @@ Processes share the work by rows and prompts; sums are added up over all.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.full_sequence import generate_full_sequence
@@ -27,7 +28,7 @@ from unmask.training.steps import micro_batches, model_inputs, objective_sum
 from unmask.training.stream import Purpose, philox_key
 from unmask_api.train_job import Evaluation as EvaluationSpec
 
-__all__ = ["Evaluator", "edit_distance"]
+__all__ = ["Evaluator", "answer_measures", "answer_sums", "edit_distance"]
 
 _ROWS = 32
 """Answers generated side by side."""
@@ -101,23 +102,9 @@ class Evaluator:
     def _answers(self, model: LanguageModel, block_length: int) -> dict[str, float]:
         mine = self._questions[self._world.rank :: self._world.size]
         generations = self._generate(model, mine, block_length) if mine else []
-        totals = torch.zeros(8, dtype=torch.float64, device=self._world.device)
-        for asked, answer in zip(mine, generations, strict=True):
-            totals += torch.tensor(_figures(asked, answer), dtype=torch.float64, device=self._world.device)
+        totals = answer_sums(mine, generations).to(self._world.device)
         self._world.sum(totals)
-        count, exact, edits, length, kept, prefill, denoise, persist = totals.tolist()
-        measured = {
-            "samples": int(count),
-            "exact_match": exact / count,
-            "token_error_rate": edits / max(1, length),
-        }
-        if not model.causal:
-            measured |= {
-                "tpf": kept / max(1, prefill + denoise + persist),
-                "tpf_decode": kept / max(1, denoise + persist),
-                "tpf_denoise": kept / max(1, denoise),
-            }
-        return measured
+        return answer_measures(totals, causal=model.causal)
 
     def _generate(
         self, model: LanguageModel, questions: Sequence[Question], block_length: int
@@ -162,8 +149,31 @@ def _first_rows(corpus: Corpus, stage: StagePlan, multiple: int, *, rows: int) -
     )
 
 
+def answer_sums(questions: Sequence[Question], answers: Sequence[Generation]) -> Tensor:
+    """What :func:`answer_measures` is made of; float64 (8,), which adds up over shares of the questions."""
+    rows = [_figures(asked, answer) for asked, answer in zip(questions, answers, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 8).sum(0)
+
+
+def answer_measures(sums: Tensor, *, causal: bool) -> dict[str, float]:
+    """How good answers were, and, unless the model is autoregressive, how many tokens a forward gave."""
+    count, exact, edits, length, kept, prefill, denoise, persist = sums.tolist()
+    measured = {
+        "samples": int(count),
+        "exact_match": exact / count,
+        "token_error_rate": edits / max(1, length),
+    }
+    if not causal:
+        measured |= {
+            "tpf": kept / max(1, prefill + denoise + persist),
+            "tpf_decode": kept / max(1, denoise + persist),
+            "tpf_denoise": kept / max(1, denoise),
+        }
+    return measured
+
+
 def _figures(asked: Question, answer: Generation) -> list[float]:
-    """What one answer adds to the sums of :meth:`Evaluator._answers`."""
+    """What one answer adds to the sums."""
     kept = answer.token_ids[: answer.kept_tokens]
     edits, length = min((edit_distance(kept, right), len(right)) for right in asked.answers)
     usage = answer.usage

@@ -306,7 +306,33 @@ class Balance(ApiModel):
 
 
 class Parallelism(ApiModel):
-    """Processes that train together."""
+    """Processes that train together, and who of them holds what; a run may go on with another arrangement."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="has(self.replicas) == (self.shard == 'Hybrid')",
+            message="shard Hybrid needs replicas, and nothing else has them: set replicas, or change shard",
+            field_path=".replicas",
+        ),
+        Rule(
+            rule="!has(self.replicas) || self.nodes * self.processesPerNode % self.replicas == 0",
+            message="replicas must divide nodes * processesPerNode: change one of them",
+            field_path=".replicas",
+        ),
+        Rule(
+            rule="self.expertParallel == 1 || self.shard != 'None'",
+            message="experts are spread over processes only where parameters are: set shard to Full or Hybrid,"
+            " or expertParallel to 1",
+            field_path=".expertParallel",
+        ),
+        Rule(
+            rule="self.nodes * self.processesPerNode"
+            " % ((has(self.replicas) ? self.replicas : 1) * self.expertParallel) == 0",
+            message="expertParallel must divide the processes of a replica"
+            " (nodes * processesPerNode / replicas): change one of them",
+            field_path=".expertParallel",
+        ),
+    )
 
     nodes: Annotated[int, Field(ge=1, le=4096)] = 1
     """Machines (pods); on a laptop, launcher processes."""
@@ -314,6 +340,21 @@ class Parallelism(ApiModel):
     """Worker processes on each, one per GPU."""
     micro_batch_rows: Annotated[int, Field(ge=1, le=65536)] = 1
     """At most this many rows in one forward pass of a process; a step takes as many passes as it needs."""
+    shard: Literal["None", "Full", "Hybrid"] = "None"
+    """Who holds weights, gradients and optimiser state.
+
+    ``None``: every process all of them. ``Full``: each process a part, and layers are gathered when they
+    compute. ``Hybrid``: each of ``replicas`` groups all of them, shared out inside the group.
+    """
+    replicas: Annotated[int, Field(ge=2, le=4096)] | None = None
+    """Groups of processes that each hold the whole model; required by ``Hybrid`` alone."""
+    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Neighbouring processes that share out the experts of a layer: tokens travel, experts stay.
+
+    Must divide the processes of a replica and the number of experts.
+    """
+    activation_checkpointing: Literal["None", "Full"] = "None"
+    """``Full``: keep only the inputs of each layer, and compute the rest again in the backward pass."""
 
     @property
     def processes(self) -> int:

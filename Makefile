@@ -18,24 +18,27 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE
 
-.PHONY: help setup demo test test-fast test-full lint format generate verify path lock bench clean
+.PHONY: help setup setup-eval demo test test-fast test-full lint format generate verify path lock bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environment: pinned packages and this checkout (nothing to do if it is there)
 	@$(PYTHON) scripts/environment.py setup
 
+setup-eval: setup ## Add the packages of `unmask eval --harness` and `--task` (340 MB)
+	@$(PYTHON) scripts/environment.py setup-eval
+
 demo: setup ## Train a small diffusion model and generate with it, end to end, on this machine
 	@$(RUN) python examples/quickstart/demo.py
 
-test: setup lint verify ## Check and test everything, fast tests first
+test: setup-eval lint verify ## Check and test everything, fast tests first
 	@$(PYTEST)
 
-test-fast: setup ## Run the tests that take less than ten seconds each
+test-fast: setup-eval ## Run the tests that take less than ten seconds each
 	@$(PYTEST) -m "not slow"
 
-test-full: setup ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+test-full: setup-eval ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
 
 lint: setup ## Check format, style, types and who imports whom

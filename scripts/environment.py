@@ -1,10 +1,11 @@
 """Makes the Python environment that every make target runs in, outside the tree, from pinned hashes.
 
 ``environment.py path`` prints the environment's folder; ``environment.py setup`` makes it, or returns at
-once where it is complete. Only the standard library is used: this is the first thing that runs on a fresh
-machine. The folder's name holds a digest of all that decides its content (interpreter, requirements, where
-this checkout lies), so checkouts and branches never share a wrong one. Set-up killed half-way leaves no
-stamp, and the next call starts that folder anew.
+once where it is complete, and ``environment.py setup-eval`` adds what only evaluation needs. Only the
+standard library is used: this is the first thing that runs on a fresh machine. The folder's name holds a
+digest of all that decides its content (interpreter, requirements, where this checkout lies), so checkouts
+and branches never share a wrong one. Set-up killed half-way leaves no stamp, and the next call starts that
+folder anew.
 
 Environment variables:
     UNMASK_CACHE: where environments are kept, instead of ``~/.cache/unmask``.
@@ -75,6 +76,21 @@ def setup(folder: Path) -> None:
         stamp.write_text(_project_digest(), encoding="utf-8")
     _remove_orphans(folder.parent)
     _say(f"ready in {time.monotonic() - started:.0f} s: {folder}")
+
+
+def add_evaluation(folder: Path) -> None:
+    """Add the packages of evaluation to the complete environment in ``folder``.
+
+    Raises:
+        SetupError: An installer failed.
+    """
+    stamp = folder / "evaluation"  # the folder's name holds the digest of what is added
+    if stamp.is_file():
+        return
+    with _lock(folder.parent / f"{folder.name}.lock"), _step("adding the packages of evaluation (340 MB)"):
+        locked = str(REQUIREMENTS / "eval.txt")
+        _uv(folder, "--no-build", "--no-deps", "--require-hashes", "-r", locked)
+        stamp.touch()
 
 
 def _install_requirements(folder: Path) -> None:
@@ -199,15 +215,18 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """Print the environment's folder (``path``) or make it (``setup``)."""
+    """Print the environment's folder (``path``), make it (``setup``), or add to it (``setup-eval``)."""
     if sys.argv[1:] == ["path"]:
         print(environment())
         return 0
-    if sys.argv[1:] != ["setup"]:
-        print(f"usage: {sys.argv[0]} path|setup", file=sys.stderr)
+    if sys.argv[1:] not in (["setup"], ["setup-eval"]):
+        print(f"usage: {sys.argv[0]} path|setup|setup-eval", file=sys.stderr)
         return 64
     try:
-        setup(environment())
+        if sys.argv[1] == "setup":
+            setup(environment())
+        else:
+            add_evaluation(environment())
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1

@@ -157,7 +157,10 @@ def test_the_command_prints_json(capsys, folder, data):
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        ([], 64, "nothing to measure: give --elbo FILE or --curve FILE"),
+        ([], 64, "nothing to measure: give --elbo FILE, --curve FILE, --task NAME"),
+        (["--task", "humaneval"], 64, "give --allow-code-execution if this machine may"),
+        (["--task", "spelling"], 64, "got 'spelling', known are humaneval and reasoning-gym/NAME"),
+        (["--task", "reasoning-gym/nothing"], 64, "known are ab, acre, "),
         (["--elbo", "nowhere.jsonl"], 65, "nowhere.jsonl"),
         (["--curve", "data", "--thresholds", "much"], 64, "write numbers with commas"),
         (["--elbo", "data", "--draws", "1"], 64, "Invalid value for '--draws'"),

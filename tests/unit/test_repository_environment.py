@@ -54,6 +54,16 @@ def test_an_environment_without_its_stamp_is_made_anew_and_one_with_it_is_left_a
     assert made == [folder, str(ROOT), str(ROOT)]
 
 
+def test_the_packages_of_evaluation_are_added_once(script, tmp_path, monkeypatch):
+    added = []
+    monkeypatch.setattr(script, "_uv", lambda folder, *arguments: added.append(arguments))
+    (tmp_path / "venv").mkdir()
+    script.add_evaluation(tmp_path / "venv")
+    script.add_evaluation(tmp_path / "venv")
+    assert len(added) == 1
+    assert {"--no-build", "--no-deps", "--require-hashes"} <= set(added[0])
+
+
 def test_environments_of_checkouts_that_are_gone_are_removed(script, tmp_path):
     for name, checkout in [("venv-kept", ROOT), ("venv-gone", tmp_path / "nowhere")]:
         (tmp_path / name).mkdir()
@@ -94,4 +104,4 @@ def test_an_installer_that_fails_is_quoted(script):
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert targets[:5] == ["help", "setup", "demo", "test", "test-fast"]
+    assert targets[:5] == ["help", "setup", "setup-eval", "demo", "test"]

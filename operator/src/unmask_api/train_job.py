@@ -321,8 +321,8 @@ class Parallelism(ApiModel):
         ),
         Rule(
             rule="self.expertParallel == 1 || self.shard != 'None'",
-            message="experts are spread over processes only where parameters are: set shard to Full or Hybrid,"
-            " or expertParallel to 1",
+            message="experts are spread over processes only where parameters are: set shard to Full or"
+            " Hybrid, or expertParallel to 1",
             field_path=".expertParallel",
         ),
         Rule(

@@ -25,12 +25,13 @@ from unmask.training.learner import Learner
 from unmask.training.sizing.devices import device_named
 from unmask.training.sizing.estimate import Assumptions, conversion_bytes, estimate, stage_configs
 from unmask.training.sizing.flops import flops_of
-from unmask.training.sizing.memory import activations_of_layer, memory_of, states_of
+from unmask.training.sizing.memory import activations_of_layer, memory_of, split_of, states_of
 from unmask.training.sizing.remedies import remedy_for
 from unmask.training.sizing.shape import shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask.training.steps import objective_sum
 from unmask_api.train_job import DiffusionTrainJob, Stage
+from unmask_operator.launch.admission import admit
 
 LLAMA = {
     "architectures": ["A2DLlamaLMHeadModel"],
@@ -73,7 +74,11 @@ def inputs_of(objective, rows, *, seed=1, block_length=8, **config):
 def test_a_shape_has_the_parameters_of_the_model(config):
     model, shape = build(parse_config(config)), shape_of(parse_config(config))
     sizes = [parameter.numel() for parameter in model.parameters()]
-    assert (shape.parameters, shape.tensors, shape.largest) == (sum(sizes), len(sizes), max(sizes))
+    assert shape.parameters == sum(sizes)
+    named = [(name, parameter) for name, parameter in model.named_parameters()]
+    assert sorted((one.rows, one.count, one.expert) for one in shape.stored) == sorted(
+        (parameter.shape[0], parameter.numel(), ".experts." in name) for name, parameter in named
+    )
     assert shape.routers == sum(router.weight.numel() for router in model.routers())
 
 
@@ -169,9 +174,7 @@ def test_a_conversion_holds_two_optimisers_and_one_set_of_weights(precision):
     first = Learner(build(parse_config(TINY_CONFIG)), spec)
     second = first.converted("LLaDA2MoeModelLM")
     tensors = [tensor for learner in (first, second) for tensor in parts(learner)]
-    stage = stage_of("bdlm", convertTo="LLaDA2MoeModelLM")
-    assert held(tensors) == conversion_bytes(stage, shape_of(first.model.config), spec)
-    assert conversion_bytes(stage_of("bdlm"), shape_of(first.model.config), spec) == 0
+    assert held(tensors) == conversion_bytes(shape_of(first.model.config), spec)
 
 
 def parts(learner):
@@ -277,8 +280,101 @@ def test_a_micro_batch_is_halved_until_the_job_fits():
     assert estimate(spec, configs, device, ASSUMED).too_large
     remedy = remedy_for(spec, configs, device, ASSUMED)
     assert remedy.changes == (("microBatchRows", 64, 8),)
-    assert str(remedy).startswith("parallelism.microBatchRows: 8 (was 64) would take 0.0 GiB")
+    assert str(remedy).startswith("parallelism.microBatchRows: 8 (was 64) would take 0.0 GiB of each of 1")
     assert remedy_for(spec, configs, device_named(None, memory_gib=1e-6), ASSUMED) is None
+
+
+MINI = published_config("llada2-mini")
+FLASH = published_config("llada2-flash")
+
+
+def large_job(**parallelism):
+    stages = [
+        {"name": "s", "objective": "bdlm", "blockSizes": [32], "steps": 10, "length": 4096}
+        | {"rowsPerStep": 512, "learningRate": {"peak": "1e-4"}}
+    ]
+    return spec_of(stages=stages, parallelism=parallelism, evaluation=None, precision="bf16")
+
+
+@pytest.mark.parametrize(("processes", "expert_parallel"), [(8, 1), (8, 4), (64, 8), (24, 8)])
+def test_the_pieces_of_a_model_make_up_the_model(processes, expert_parallel):
+    job = large_job(processesPerNode=processes, shard="Full", expertParallel=expert_parallel)
+    split, shape = split_of(job.parallelism), shape_of(MINI)
+    held_by_each = sum(split.piece(one) for one in shape.stored)
+    rounded = sum(one.count // one.rows for one in shape.stored) * processes  # at most a row of each
+    assert shape.parameters <= held_by_each * processes < shape.parameters + rounded
+    if 256 % processes == 0:
+        assert held_by_each * processes == shape.parameters
+
+
+def test_replicas_hold_more_each_and_one_process_holds_all():
+    shape = shape_of(MINI)
+    full = split_of(large_job(processesPerNode=16, shard="Full").parallelism)
+    hybrid = split_of(large_job(processesPerNode=16, shard="Hybrid", replicas=4).parallelism)
+    states = [sum(states_of(shape, "bf16", split)) for split in (full, hybrid)]
+    assert states[1] == pytest.approx(4 * states[0], rel=1e-3)
+    assert split_of(large_job(shard="Full").parallelism) is None
+
+
+def test_spread_experts_are_gathered_by_no_one_else():
+    shape = shape_of(FLASH)
+
+    def gathered(**parallelism):
+        split = split_of(large_job(processesPerNode=64, shard="Full", **parallelism).parallelism)
+        return memory_of(shape, precision="bf16", positions=1, predictions=1, split=split).gathered
+
+    layer = max(layer.experts for layer in shape.layers)
+    saved = gathered() - gathered(expertParallel=8)
+    assert saved == layer * 7 // 8 * (2 * 2 + 2 + 4)
+
+
+def test_recomputing_keeps_the_inputs_of_layers_and_runs_them_twice():
+    shape = shape_of(MINI)
+    settings = {"precision": "bf16", "positions": 8192, "predictions": 2048}
+    kept, again = memory_of(shape, **settings), memory_of(shape, **settings, recompute=True)
+    assert again.activations < 0.2 * kept.activations
+    assert again.states == kept.states
+    work = Work(tokens=4096, positions=8192, predictions=2048, pairs=4096**2)
+    flops = flops_of(shape, work, recompute=True)
+    assert flops.recomputed == (flops.linear + flops.attention) / 3
+    assert flops.computed == flops.useful + flops.recomputed
+
+
+@pytest.mark.parametrize("config", [MINI, FLASH], ids=["mini", "flash"])
+@pytest.mark.parametrize("gpu", ["a100-40g", "h100-80g", "h200-141g"])
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_a_remedy_fits_keeps_the_rules_and_no_smaller_change_does(config, gpu, nodes):
+    spec, device = large_job(nodes=nodes, processesPerNode=8, microBatchRows=4), device_named(gpu)
+    assumed = Assumptions(mfu=0.4, reserve_gib=4.0)
+    assert estimate(spec, [config], device, assumed).too_large
+    remedy = remedy_for(spec, [config], device, assumed)
+    assert not remedy.estimate.too_large
+    new = {field: value for field, _, value in remedy.changes}
+    manifest = json.loads(json.dumps(spec.to_json_dict()))
+    manifest["parallelism"] |= {field: value for field, value in new.items() if value is not None}
+    job = train_job(**manifest)
+    changed_spec = admit(json.dumps(job)).spec
+    assert estimate(changed_spec, [config], device, assumed) == remedy.estimate
+    for field in new:  # any of the changes taken back, the job does not fit or breaks a rule
+        less = manifest["parallelism"] | {field: spec.to_json_dict()["parallelism"].get(field)}
+        try:
+            without = admit(json.dumps(train_job(**(manifest | {"parallelism": less})))).spec
+            assert estimate(without, [config], device, assumed).too_large
+        except UsageError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "says"),
+    [
+        (MINI, 3, "expertParallel: got 3, which does not divide the 256 experts"),
+        (parse_config(LLAMA), 2, "expertParallel: got 2, but the model has no experts; leave it at 1"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_are_refused(config, number, says):
+    job = large_job(processesPerNode=6, shard="Full", expertParallel=number)
+    with pytest.raises(UsageError, match=says):
+        estimate(job, [config], device_named(None), ASSUMED)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def _lines(job: "DiffusionTrainJob", found: "JobEstimate") -> Iterator[tuple[str
     yield (
         "job",
         f"{job.metadata.name}: {len(found.stages)} stages on {found.gpus} {found.device.name} "
-        f"({parallelism.nodes} x {parallelism.processes_per_node}), {job.spec.precision}",
+        f"({parallelism.nodes} x {parallelism.processes_per_node}), {job.spec.precision}, "
+        f"shard {parallelism.shard}, expertParallel {parallelism.expert_parallel}, "
+        f"activationCheckpointing {parallelism.activation_checkpointing}",
     )
     for stage in found.stages:
         yield from _of_stage(stage)
@@ -198,6 +200,7 @@ def _of_stage(stage: "StageEstimate") -> Iterator[tuple[str, str]]:
         ("optimiser", memory.optimizer),
         ("activations", memory.activations),
         ("logits", memory.logits),
+        ("gathered", memory.gathered),
         ("buffers", memory.buffers),
     )
     yield (
@@ -206,7 +209,8 @@ def _of_stage(stage: "StageEstimate") -> Iterator[tuple[str, str]]:
         + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts)
         + (f"; {stage.conversion_bytes / _GIB:.2f} while converting" if stage.conversion_bytes else ""),
     )
-    yield "  time", _hours(stage.hours)
+    again = stage.flops.recomputed / stage.flops.useful
+    yield "  time", _hours(stage.hours) + (f", {again:.0%} of the arithmetic done twice" if again else "")
 
 
 def _share(part: float, stage: "StageEstimate") -> str:

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unmask.diffusion.schedule import BlockSchedule
+from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import converted_config
 from unmask.models.inspection import parameter_counts
 from unmask.training.plan import check_fit
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.flops import Flops, flops_of
-from unmask.training.sizing.memory import Memory, memory_of, states_of
+from unmask.training.sizing.memory import Memory, memory_of, split_of, states_of
 from unmask.training.sizing.shape import ModelShape, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask_api.train_job import Parallelism, Stage, TrainSpec
@@ -20,6 +21,8 @@ __all__ = [
     "Assumptions",
     "JobEstimate",
     "StageEstimate",
+    "check_split",
+    "conversion_bytes",
     "estimate",
     "stage_configs",
     "stage_memory",
@@ -124,13 +127,36 @@ def estimate(
     """What the job ``spec`` takes, given the model of each stage (:func:`stage_configs`).
 
     Raises:
-        UsageError: The documents assumed do not fit a stage's rows.
+        UsageError: The documents assumed do not fit a stage's rows, or experts cannot be shared out so.
     """
+    check_split(spec.parallelism, [shape_of(config) for config in configs])
     stages = tuple(
         _stage(stage, config, spec, device, assumptions)
         for stage, config in zip(spec.stages, configs, strict=True)
     )
     return JobEstimate(device=device, gpus=spec.parallelism.processes, assumptions=assumptions, stages=stages)
+
+
+def check_split(parallelism: Parallelism, shapes: Sequence[ModelShape]) -> None:
+    """Refuse experts that ``parallelism`` cannot share out.
+
+    Raises:
+        UsageError: Naming the field.
+    """
+    split = split_of(parallelism)
+    if split is None or split.experts == 1:
+        return
+    for layer in (layer for shape in shapes for layer in shape.layers if layer.experts):
+        if layer.num_experts % split.experts:
+            raise UsageError(
+                f"spec.parallelism.expertParallel: got {split.experts}, which does not divide the "
+                f"{layer.num_experts} experts; use a number that does"
+            )
+    if not any(layer.experts for shape in shapes for layer in shape.layers):
+        raise UsageError(
+            f"spec.parallelism.expertParallel: got {split.experts}, but the model has no experts; "
+            "leave it at 1"
+        )
 
 
 def stage_configs(spec: TrainSpec, config: ModelConfig) -> list[ModelConfig]:
@@ -153,25 +179,39 @@ def stage_configs(spec: TrainSpec, config: ModelConfig) -> list[ModelConfig]:
 
 
 def stage_memory(
-    stage: Stage, shape: ModelShape, spec: TrainSpec, parallelism: Parallelism, documents: Documents | None
-) -> Memory:
-    """Bytes of one process in ``stage``, with the block size that needs most."""
+    stage: Stage, shape: ModelShape, spec: TrainSpec, documents: Documents | None
+) -> tuple[Memory, int]:
+    """Bytes of one process in ``stage``, with the block size that needs most, and while it is converted."""
+    parallelism = spec.parallelism
+    split = split_of(parallelism)
     rows = min(parallelism.micro_batch_rows, stage.rows_per_step // parallelism.processes)
     works = [work.times(rows) for work, _ in _works(stage, documents)]
-    return max(
+    memory = max(
         (
-            memory_of(shape, precision=spec.precision, positions=work.positions, predictions=work.predictions)
+            memory_of(
+                shape,
+                precision=spec.precision,
+                positions=work.positions,
+                predictions=work.predictions,
+                recompute=parallelism.activation_checkpointing == "Full",
+                split=split,
+            )
             for work in works
         ),
         key=lambda memory: memory.total,
     )
+    return memory, conversion_bytes(shape, spec) if stage.convert_to else 0
 
 
-def conversion_bytes(stage: Stage, shape: ModelShape, spec: TrainSpec) -> int:
-    """Bytes of one process while the old and the new optimiser both exist; 0 without a conversion."""
-    if stage.convert_to is None:
-        return 0
-    weights, _, optimizer = states_of(shape, spec.precision)
+def conversion_bytes(shape: ModelShape, spec: TrainSpec) -> int:
+    """Bytes of one process while the weights of a stage and those of the next both exist.
+
+    Where each process holds all weights, the two share the float32 ones; where they are shared out, nothing.
+    """
+    split = split_of(spec.parallelism)
+    weights, gradients, optimizer = states_of(shape, spec.precision, split)
+    if split:
+        return 2 * (weights + gradients + optimizer)
     master = gradient = 4 * shape.parameters
     return master + 2 * (weights - master + gradient + optimizer)
 
@@ -181,10 +221,12 @@ def _stage(
 ) -> StageEstimate:
     shape = shape_of(config)
     total, active = parameter_counts(config)
+    recompute = spec.parallelism.activation_checkpointing == "Full"
+    memory, converting = stage_memory(stage, shape, spec, assumptions.documents)
     flops, positions, predictions, tokens = Flops(linear=0, attention=0, head=0), 0, 0.0, 0
     for row, steps in _works(stage, assumptions.documents):
         work = row.times(stage.rows_per_step)
-        flops = flops.plus(flops_of(shape, work), steps)
+        flops = flops.plus(flops_of(shape, work, recompute=recompute), steps)
         positions += work.positions * steps
         predictions += work.predictions * steps
         tokens += work.tokens * steps
@@ -200,8 +242,8 @@ def _stage(
         positions_per_step=positions / stage.steps,
         predictions_per_step=predictions / stage.steps,
         flops=flops,
-        memory=stage_memory(stage, shape, spec, spec.parallelism, assumptions.documents),
-        conversion_bytes=conversion_bytes(stage, shape, spec),
+        memory=memory,
+        conversion_bytes=converting,
         hours=flops.computed / speed / 3600,
     )
 

@@ -3,17 +3,25 @@
 Weights, gradients and optimiser state are exact: what :mod:`unmask.training.weights` and
 :mod:`unmask.training.optimizer` hold. Activations are what autograd keeps for backward, given
 attention that keeps no scores (a fused kernel); a test compares them with what it keeps on a CPU.
-Tokens are taken to spread evenly over experts. Shape letters: D hidden, q and k the widths of all
-query and all key heads, I the inner width, K experts per token, E experts, V vocabulary; b bytes
-of a number in the forward.
+Tokens are taken to spread evenly over experts.
+
+Where weights are shared out (FSDP2), a process holds its part of them, of the gradient and of the
+optimiser state in float32; each parameter is cut along its first dimension into equal pieces, rounded
+up. While it computes it also holds, whole and in the forward's format, what lies outside the layers,
+two layers (one computes, one is fetched), and the gradients on their way to their owners. What is held
+for a moment is counted as if all moments came together; it has not been measured on a GPU.
+
+Shape letters: D hidden, q and k the widths of all query and all key heads, I the inner width, K experts
+per token, E experts, V vocabulary; b bytes of a number in the forward.
 """
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from unmask.training.sizing.shape import LayerShape, ModelShape
+from unmask.training.sizing.shape import LayerShape, ModelShape, Stored
+from unmask_api.train_job import Parallelism
 
-__all__ = ["CHUNK_BYTES", "Memory", "Precision", "activations_of_layer", "memory_of", "states_of"]
+__all__ = ["CHUNK_BYTES", "Memory", "Precision", "Split", "activations_of_layer", "memory_of", "states_of"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -35,6 +43,8 @@ class Memory:
     """What backward needs of one micro-batch."""
     logits: int
     """Scores of the vocabulary for one chunk of predictions, with what the loss makes of them."""
+    gathered: int
+    """Of weights that are shared out: the layers that compute, and gradients on their way; else 0."""
     buffers: int
     """Router biases and counts, and a gradient before it is added up."""
 
@@ -49,14 +59,50 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-def states_of(shape: ModelShape, precision: Precision) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimiser state of a whole model in one process."""
-    count = shape.parameters
-    optimizer = 8 * count + 4 * shape.tensors
-    if precision == "fp32":
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a model is cut: into ``parts`` x ``experts`` pieces; experts are dealt out over the latter."""
+
+    parts: int
+    """Pieces of each expert; with ``experts`` 1, of a layer's stack of them."""
+    experts: int
+    """Processes that share out the experts of a layer."""
+
+    def piece(self, stored: Stored) -> int:
+        """Weights of the largest piece of a parameter."""
+        if stored.expert and self.experts > 1:
+            return -(-stored.count // (self.parts * self.experts))
+        rows = -(-stored.rows // (self.parts * self.experts))
+        return rows * (stored.count // stored.rows)
+
+
+def split_of(parallelism: Parallelism) -> Split | None:
+    """How ``parallelism`` cuts a model; None where each process holds all of it."""
+    if parallelism.shard == "None" or parallelism.processes == 1:
+        return None
+    each = parallelism.processes // (parallelism.replicas or 1)
+    return Split(parts=each // parallelism.expert_parallel, experts=parallelism.expert_parallel)
+
+
+def states_of(shape: ModelShape, precision: Precision, split: Split | None = None) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimiser state in one process."""
+    count = sum(split.piece(one) for one in shape.stored) if split else shape.parameters
+    optimizer = 8 * count + 4 * len(shape.stored)
+    if precision == "fp32" or split:
         return 4 * count, 4 * count, optimizer
     copy = 2 * (count - shape.routers) + 4 * shape.routers
     return 4 * count + copy, 4 * count + copy, optimizer
+
+
+def _gathered(shape: ModelShape, b: int, split: Split) -> int:
+    """Bytes of what is whole for a moment."""
+
+    def whole(layer: LayerShape) -> int:
+        return layer.shared_by_all + layer.experts // split.experts
+
+    layer = max(whole(one) for one in shape.layers)
+    weights = (shape.ends + 2 * layer) * b
+    return weights + (shape.ends + layer) * (b + 4)  # gradients, and as float32 on their way
 
 
 def activations_of_layer(
@@ -99,9 +145,15 @@ def _feed_forward(shape: ModelShape, layer: LayerShape, b: int) -> int:
 
 
 def memory_of(
-    shape: ModelShape, *, precision: Precision, positions: int, predictions: float, recompute: bool = False
+    shape: ModelShape,
+    *,
+    precision: Precision,
+    positions: int,
+    predictions: float,
+    recompute: bool = False,
+    split: Split | None = None,
 ) -> Memory:
-    """Bytes of a process that holds the whole model.
+    """Bytes of one process.
 
     Args:
         shape: The model.
@@ -109,23 +161,28 @@ def memory_of(
         positions: Of one micro-batch.
         predictions: Of one micro-batch.
         recompute: Whether layers keep only their input and compute the rest again in backward.
+        split: How the model is cut; None: it is not.
     """
-    weights, gradients, optimizer = states_of(shape, precision)
+    weights, gradients, optimizer = states_of(shape, precision, split)
     b = _bytes(precision)
     layers = [activations_of_layer(shape, layer, precision) for layer in shape.layers]
-    kept = len(layers) * shape.hidden * b + max(layers) if recompute else sum(layers)
+    kept = sum(layers)
+    if recompute:  # each layer's input, and which experts were chosen; one layer at a time has everything
+        kept = sum(shape.hidden * b + 8 * layer.chosen for layer in shape.layers) + max(layers)
     ends = _norm(shape.hidden, b, fused=True) + shape.hidden * b
     most = min(predictions, max(1, CHUNK_BYTES // 4 // shape.vocabulary))
     per_logit = 3 * 4 + (2 * b if b < 4 else 0)  # scores, log-softmax, gradient; also in bfloat16
     routers = sum(layer.num_experts * (8 + 4 * layer.biased) for layer in shape.layers)
-    copies = 1 if precision == "fp32" else 2
+    copies = 1 if precision == "fp32" or split else 2
+    transient = 4 * max(one.count for one in shape.stored) if precision == "fp32" and not split else 0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=round((kept + ends) * positions + shape.hidden * b * predictions),
         logits=round(most * shape.vocabulary * per_logit),
-        buffers=copies * routers + (4 * shape.largest if precision == "fp32" else 0),
+        gathered=_gathered(shape, b, split) if split else 0,
+        buffers=copies * routers + transient,
     )
 
 

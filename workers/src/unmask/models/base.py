@@ -38,6 +38,9 @@ class LanguageModel(nn.Module, ABC):
     attends: ClassVar[Attends] = "blocks"
     """What the family was trained to see while it decodes; a decoder for the other kind refuses it."""
 
+    computing_dtype: torch.dtype | None = None
+    """The number format of a forward pass, where it is not that of the parameters."""
+
     @abstractmethod
     def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:
         """Final, normalised hidden states.
@@ -68,12 +71,12 @@ class LanguageModel(nn.Module, ABC):
 
     def new_cache(self, *, rows: int, capacity: int, block_length: int) -> RowCache:
         """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, beside the parameters."""
-        dtype = next(self.parameters()).dtype
+        dtype = self.computing_dtype or next(self.parameters()).dtype
         return RowCache(self.config, rows, capacity, block_length, dtype=dtype, device=self.device)
 
     def new_canvas_cache(self, length: int) -> CanvasCache:
         """An empty cache for one sequence of ``length`` tokens that is attended to as a whole."""
-        dtype = next(self.parameters()).dtype
+        dtype = self.computing_dtype or next(self.parameters()).dtype
         return CanvasCache(self.config, length, dtype=dtype, device=self.device)
 
     @property

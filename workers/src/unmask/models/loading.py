@@ -9,7 +9,7 @@ that names the file and the tensor. Where a folder has ``checksums.json`` (ours 
 every file is compared with its SHA-256 before it is used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from unmask.models.slots import Slot
 from unmask.models.tensor_file import Piece, StoredTensor
 from unmask.models.tensor_pieces import DTYPES, as_bytes, dtype_name, finite
 
-__all__ = ["build", "load", "save", "slots_of"]
+__all__ = ["build", "initial_values", "load", "read_values", "save", "save_parts", "slots_of"]
 
 
 def build(
@@ -47,8 +47,32 @@ def build(
     """
     model = _empty(config, device=device, dtype=dtype)
     if torch.device(device).type != "meta":
-        _initialise(model, std=config.initializer_range, seed=seed)
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), _random(model, seed=seed), strict=True):
+                parameter.copy_(value)
+            for buffer in model.buffers():
+                buffer.zero_()
     return model
+
+
+def initial_values(config: ModelConfig, *, seed: int) -> Iterator[tuple[Slot, Tensor]]:
+    """The random weights of :func:`build`, one parameter at a time, where no process holds them all."""
+    model = build(config, device="meta")
+    for (name, _), value in zip(model.named_parameters(), _random(model, seed=seed), strict=True):
+        yield Slot(name, name, tuple(value.shape)), value
+
+
+def read_values(path: str | Path) -> Iterator[tuple[Slot, Tensor]]:
+    """The tensors of the checkpoint in the folder ``path``, one at a time, in float32.
+
+    Raises:
+        ModelError: As :func:`load`.
+    """
+    with Checkpoint(Path(path)) as checkpoint:
+        for slot in matching_slots(checkpoint):
+            value = torch.empty(slot.shape, dtype=torch.float32)
+            _copy(checkpoint, slot.name, value.view(-1))
+            yield slot, value
 
 
 def load(
@@ -86,20 +110,48 @@ def save(
         companions: Other files to put beside them (tokenizer, generation defaults), by name.
     """
     state = model.state_dict()
-    stored = {
-        slot.name: (StoredTensor(slot.name, dtype_name(part.dtype), slot.shape), part)
-        for slot in slots_of(model.config)
-        for part in [slot.view(state)]
-    }
+    save_parts(
+        model.config,
+        path,
+        lambda slot: slot.view(state),
+        dtypes=lambda slot: state[slot.parameter].dtype,
+        dtype=next(iter(model.parameters())).dtype,
+        max_shard_bytes=max_shard_bytes,
+        companions=companions,
+    )
+
+
+def save_parts(
+    config: ModelConfig,
+    path: Path,
+    part_of: Callable[[Slot], Tensor],
+    *,
+    dtypes: Callable[[Slot], torch.dtype],
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5_000_000_000,
+    companions: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the same folder from tensors that are asked for one at a time, each once, in the slots' order.
+
+    Args:
+        config: Of the model.
+        path: As for :func:`save`.
+        part_of: The values of a slot.
+        dtypes: Their number format, asked for before any of them.
+        dtype: What ``config.json`` names as that of the model.
+        max_shard_bytes: As for :func:`save`.
+        companions: As for :func:`save`.
+    """
+    slots = {slot.name: slot for slot in slots_of(config)}
 
     def pieces_of(tensor: StoredTensor) -> Iterator[Piece]:
-        yield as_bytes(stored[tensor.name][1])
+        yield as_bytes(part_of(slots[tensor.name]))
 
     with new_folder(path) as folder:
-        tensors = [tensor for tensor, _ in stored.values()]
+        tensors = [StoredTensor(slot.name, dtype_name(dtypes(slot)), slot.shape) for slot in slots.values()]
         write_weights(folder, tensors, pieces_of, max_shard_bytes=max_shard_bytes)
-        dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
-        folder.write_json(CONFIG, {**model.config.to_json_dict(), "torch_dtype": dtype})
+        name = str(dtype).removeprefix("torch.")
+        folder.write_json(CONFIG, {**config.to_json_dict(), "torch_dtype": name})
         for name, content in (companions or {}).items():
             folder.write(name, content)
 
@@ -122,17 +174,16 @@ def _empty(config: ModelConfig, *, device: str | torch.device, dtype: torch.dtyp
     return model.to_empty(device=device)
 
 
-def _initialise(model: LanguageModel, *, std: float, seed: int) -> None:
+def _random(model: LanguageModel, *, seed: int) -> Iterator[Tensor]:
+    """The first value of each parameter of ``model``, which may be on the meta device."""
+    std = model.config.initializer_range
     generator = torch.Generator(device="cpu").manual_seed(seed)
     norms = {id(module.weight) for module in model.modules() if isinstance(module, nn.RMSNorm)}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if id(parameter) in norms:
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
-        for buffer in model.buffers():
-            buffer.zero_()
+    for parameter in model.parameters():
+        if id(parameter) in norms:
+            yield torch.ones(parameter.shape)
+        else:
+            yield torch.empty(parameter.shape).normal_(std=std, generator=generator)
 
 
 def _fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:

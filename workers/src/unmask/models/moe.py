@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from unmask.models.feedforward import FeedForward
 
-__all__ = ["Experts", "MixtureOfExperts", "Router", "Routing", "experts_one_by_one", "softmax_experts"]
+__all__ = [
+    "ChosenExperts",
+    "Experts",
+    "MixtureOfExperts",
+    "Router",
+    "Routing",
+    "experts_one_by_one",
+    "grouped_linear",
+    "softmax_experts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,14 @@ class Routing:
     """int64 (T, K)."""
     weights: Tensor
     """float32 or wider, (T, K)."""
+
+
+@dataclass(slots=True)
+class ChosenExperts:
+    """What a router chose in one forward, for the backward pass that computes the forward again."""
+
+    experts: Tensor | None = None
+    """int64 (T, K); None before the first of the two."""
 
 
 class Router(nn.Module):
@@ -46,6 +63,8 @@ class Router(nn.Module):
     tokens_per_expert: Tensor
     counted: Tensor | None = None
     """bool (T,): tokens of the next forward that ``tokens_per_expert`` counts; None for all."""
+    remembered: ChosenExperts | None = None
+    """Where the next forward keeps its choice, or what it takes for its choice if something is kept there."""
 
     def __init__(
         self,
@@ -76,14 +95,23 @@ class Router(nn.Module):
         logits_TE = F.linear(hidden_TD.to(self.weight.dtype), self.weight)
         scores_TE = torch.sigmoid(logits_TE) if self.score == "sigmoid" else torch.softmax(logits_TE, dim=-1)
         with torch.no_grad():
-            experts_TK = self._choose(scores_TE)
-            if self.training:
-                counted = experts_TK if self.counted is None else experts_TK[self.counted]
-                self.tokens_per_expert += torch.bincount(counted.flatten(), minlength=len(self.weight))
+            experts_TK = self._chosen(scores_TE)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts_TK, weights_TK * self.scale)
+
+    def _chosen(self, scores_TE: Tensor) -> Tensor:
+        """The K experts of each token, int64 (T, K): chosen and counted now, or in the first forward."""
+        if self.remembered is not None and self.remembered.experts is not None:
+            return self.remembered.experts
+        experts_TK = self._choose(scores_TE)
+        if self.remembered is not None:
+            self.remembered.experts = experts_TK
+        if self.training:
+            counted = experts_TK if self.counted is None else experts_TK[self.counted]
+            self.tokens_per_expert += torch.bincount(counted.flatten(), minlength=len(self.weight))
+        return experts_TK
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """The K best experts of the best groups: int64 (T, K)."""

@@ -8,7 +8,7 @@ of each family's ``weights`` module. Shape letters: B rows, S tokens, D hidden s
 H query heads, G key/value heads.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +94,9 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
+    around: Callable[..., Tensor] | None = None
+    """Called with the layer's computation and its arguments, to run it in its own way; None: it just runs."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -113,6 +116,13 @@ class Layer(nn.Module):
         self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
     ) -> Tensor:
         """(B, S, D) to (B, S, D)."""
+        if self.around is not None:
+            return self.around(self._compute, x_BSD, rotation, attention, layer, cache)
+        return self._compute(x_BSD, rotation, attention, layer, cache)
+
+    def _compute(
+        self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
+    ) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
         out: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
         return out

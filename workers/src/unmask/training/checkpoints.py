@@ -10,12 +10,14 @@ unpickled.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.errors import ModelError, UnmaskError
+from unmask.training.boxes import Box, overlap
+from unmask.training.distributed import World
 from unmask.training.manifest import (
     FORMAT,
     CheckpointFile,
     CheckpointManifest,
+    Dtype,
     Part,
     StoredTensor,
     TrainingState,
@@ -43,7 +48,7 @@ _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _SCRATCH = ".writing-"
 _MAX_FILE_BYTES = 1 << 30
-_DTYPES = {
+_DTYPES: dict[torch.dtype, Dtype] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -84,10 +89,10 @@ class Checkpoint:
             if _sha256(file) != expected.sha256:
                 raise ValueError(f"{name} does not have the digest that the manifest names")
 
-    def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill ``targets``, one tensor at a time.
+    def read_into(self, targets: Mapping[str, Tensor | Box]) -> None:
+        """Fill ``targets``, one tensor at a time, whoever wrote which part; reads no more than it needs.
 
-        They must be the checkpoint's tensors by name, dtype and shape.
+        They must be the checkpoint's tensors by name, dtype and shape, or boxes of them.
 
         Raises:
             ModelError: They are not.
@@ -99,16 +104,17 @@ class Checkpoint:
         with _Files(self.path) as files, torch.no_grad():
             for name, target in targets.items():
                 entry = stored[name]
-                if (entry.dtype, entry.shape) != (_DTYPES[target.dtype], list(target.shape)):
+                box = target if isinstance(target, Box) else Box.whole(target)
+                dtype = _DTYPES[box.tensor.dtype]
+                if (entry.dtype, entry.shape) != (dtype, list(box.shape)):
                     raise ModelError(
                         f"{self.path}: tensor {name} is {entry.dtype} {entry.shape}, the job's is "
-                        f"{_DTYPES[target.dtype]} {list(target.shape)}"
+                        f"{dtype} {list(box.shape)}"
                     )
                 for part in entry.parts:
-                    box = target
-                    for axis, (offset, size) in enumerate(zip(part.offsets, part.shape, strict=True)):
-                        box = box.narrow(axis, offset, size)
-                    box.copy_(files.tensor(part.file, name))
+                    met = overlap(part.offsets, part.shape, box.offsets, box.tensor.shape)
+                    if met is not None:
+                        box.tensor[met[1]].copy_(files.tensor(part.file, name, met[0]))
 
 
 class CheckpointStore:
@@ -208,6 +214,66 @@ class CheckpointStore:
             ) from error
         return Checkpoint(path, manifest)
 
+    def save_shares(
+        self,
+        world: World,
+        *,
+        step: int,
+        state: TrainingState,
+        job: Mapping[str, Any],
+        config: Mapping[str, Any],
+        boxes: Iterable[tuple[str, Box]],
+    ) -> Checkpoint | None:
+        """Like :meth:`save`, but every process writes what it keeps; the leader commits and has the result.
+
+        Raises:
+            UnmaskError: The file system refuses one of them; earlier checkpoints stand.
+        """
+        path = self.folder / checkpoint_name(step)
+        scratch, checkpoint = self.folder, None
+        try:
+            with world.together(), _refusals(path):
+                if world.leads:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
+                    scratch.chmod(0o755)
+            scratch = self.folder / world.all_bytes(scratch.name.encode())[0].decode()
+            kept = [(name, box) for name, box in boxes if box.kept and box.tensor.numel()]
+            with world.together(), _refusals(path):
+                stored, files = _write_tensors(scratch, kept, prefix=f"rank-{world.rank:05d}-")
+            share = {
+                "tensors": {name: tensor.model_dump(mode="json") for name, tensor in stored.items()},
+                "files": {name: file.model_dump(mode="json") for name, file in files.items()},
+            }
+            shares = [json.loads(one) for one in world.all_bytes(json.dumps(share).encode())]
+            with world.together(), _refusals(path):
+                if world.leads:
+                    manifest = CheckpointManifest(
+                        format=FORMAT,
+                        step=step,
+                        state=state,
+                        job=dict(job),
+                        config=dict(config),
+                        tensors=_merged(shares),
+                        files={
+                            name: CheckpointFile.model_validate(file)
+                            for one in shares
+                            for name, file in one["files"].items()
+                        },
+                    )
+                    (scratch / _MANIFEST).write_bytes(manifest.to_bytes())
+                    _sync(scratch / _MANIFEST)
+                    _sync(scratch)
+                    self._commit(scratch, path)
+                    checkpoint = Checkpoint(path, manifest)
+        finally:
+            if world.leads and scratch != self.folder:
+                shutil.rmtree(scratch, ignore_errors=True)
+        with world.together(), _refusals(path):
+            if world.leads:
+                self._prune(step)
+        return checkpoint
+
     def remove_leftovers(self) -> None:
         """Remove what writes that were cut off have left behind."""
         if self.folder.is_dir():
@@ -228,34 +294,57 @@ class CheckpointStore:
             shutil.rmtree(self.folder / checkpoint_name(step))
 
 
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Say of a refusal of the file system what it means."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UnmaskError(
+            f"{path}: cannot be written ({error}); make room or mend the volume; earlier checkpoints stand"
+        ) from error
+
+
+def _merged(shares: Iterable[Mapping[str, Any]]) -> dict[str, StoredTensor]:
+    """What all processes wrote: for each tensor, the parts of all."""
+    merged: dict[str, Any] = {}
+    for share in shares:
+        for name, tensor in share["tensors"].items():
+            merged.setdefault(name, {**tensor, "parts": []})["parts"].extend(tensor["parts"])
+    return {name: StoredTensor.model_validate(tensor) for name, tensor in merged.items()}
+
+
 def _write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]]
+    folder: Path, tensors: Iterable[tuple[str, Tensor | Box]], *, prefix: str = ""
 ) -> tuple[dict[str, StoredTensor], dict[str, CheckpointFile]]:
     stored: dict[str, StoredTensor] = {}
     files: dict[str, CheckpointFile] = {}
     for number, group in enumerate(_grouped(tensors)):
-        name = f"shard-{number:05d}.safetensors"
-        host = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+        name = f"{prefix}shard-{number:05d}.safetensors"
+        host = {key: box.tensor.detach().cpu().contiguous() for key, box in group.items()}
         save_file(host, folder / name)
         _sync(folder / name)
         files[name] = CheckpointFile(size=(folder / name).stat().st_size, sha256=_sha256(folder / name))
         for key, tensor in host.items():
-            shape = list(tensor.shape)
-            part = Part(file=name, offsets=[0] * len(shape), shape=shape)
-            stored[key] = StoredTensor(dtype=_DTYPES[tensor.dtype], shape=shape, parts=[part])  # type: ignore[arg-type]
+            box = group[key]
+            part = Part(file=name, offsets=list(box.offsets), shape=list(tensor.shape))
+            shape = list(box.shape)
+            # Not validated: the other parts may be with other processes.
+            stored[key] = StoredTensor.model_construct(dtype=_DTYPES[tensor.dtype], shape=shape, parts=[part])
     return stored, files
 
 
-def _grouped(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _grouped(tensors: Iterable[tuple[str, Tensor | Box]]) -> Iterator[dict[str, Box]]:
     """Consecutive tensors of at most ``_MAX_FILE_BYTES`` together; a larger one stands alone."""
-    group: dict[str, Tensor] = {}
+    group: dict[str, Box] = {}
     size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > _MAX_FILE_BYTES:
+    for name, given in tensors:
+        box = given if isinstance(given, Box) else Box.whole(given)
+        if group and size + box.tensor.nbytes > _MAX_FILE_BYTES:
             yield group
             group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
+        group[name] = box
+        size += box.tensor.nbytes
     if group:
         yield group
 
@@ -274,11 +363,13 @@ class _Files:
         for handle in self._open.values():
             handle.__exit__(None, None, None)
 
-    def tensor(self, file: str, name: str) -> Tensor:
+    def tensor(self, file: str, name: str, part: tuple[slice, ...]) -> Tensor:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu").__enter__()
-            tensor: Tensor = self._open[file].get_tensor(name)
+            tensor: Tensor = (
+                self._open[file].get_slice(name)[part] if part else self._open[file].get_tensor(name)
+            )
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self._folder / file}: {name} cannot be read ({error})") from None
         return tensor

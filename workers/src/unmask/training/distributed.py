@@ -49,6 +49,19 @@ class World:
         dist.broadcast(shared, src=0)
         return int(shared)
 
+    def all_bytes(self, own: bytes) -> list[bytes]:
+        """What each process gives, by rank."""
+        if self.size == 1:
+            return [own]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        lengths = [int(size) for size in sizes]
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+        padded[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        bodies = [torch.empty_like(padded, device=self.device) for _ in lengths]
+        dist.all_gather(bodies, padded.to(self.device))
+        return [body[:length].cpu().numpy().tobytes() for body, length in zip(bodies, lengths, strict=True)]
+
     def wait_for_all(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:

@@ -9,7 +9,8 @@ distance to the nearest one.
 Processes share the work by rows and prompts; sums are added up over all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -57,19 +58,33 @@ class Evaluator:
         self._noise_key = philox_key(seed, Purpose.EVALUATION)
         self._micro_batch_rows = micro_batch_rows
 
-    def measure(self, model: LanguageModel, *, stage_step: int) -> dict[str, float]:
-        """All measurements of ``model`` at a step of the stage; all processes get the same."""
+    def measure(
+        self,
+        model: LanguageModel,
+        *,
+        stage_step: int,
+        unequal: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> dict[str, float]:
+        """All measurements of ``model`` at a step of the stage; all processes get the same.
+
+        Args:
+            model: The model.
+            stage_step: Steps of the stage before the one that was taken last.
+            unequal: Makes the blocks in which processes run different numbers of forward passes.
+        """
         model.eval()
         try:
-            measured = {"loss": self._loss(model, stage_step)}
+            measured = {"loss": self._loss(model, stage_step, unequal)}
             if self._questions:
-                measured |= self._answers(model, self._stage.block_length(stage_step))
+                measured |= self._answers(model, self._stage.block_length(stage_step), unequal)
         finally:
             model.train()
         return measured
 
     @torch.no_grad()
-    def _loss(self, model: LanguageModel, stage_step: int) -> float:
+    def _loss(
+        self, model: LanguageModel, stage_step: int, unequal: Callable[[], AbstractContextManager[None]]
+    ) -> float:
         totals = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         layout = _first_rows(
             self._corpus,
@@ -86,22 +101,26 @@ class Evaluator:
             eos_token_id=model.config.eos_token_id,
             pad_token_id=model.config.pad_token_id,
         )
-        for batch in micro_batches(rows, self._micro_batch_rows):
-            inputs = model_inputs(
-                batch,
-                self._stage,
-                model,
-                block_length=self._stage.block_length(stage_step),
-                noise_key=self._noise_key,
-            )
-            totals[0] += objective_sum(model, inputs.to(self._world.device))
-            totals[1] += inputs.normaliser
+        with unequal():
+            for batch in micro_batches(rows, self._micro_batch_rows):
+                inputs = model_inputs(
+                    batch,
+                    self._stage,
+                    model,
+                    block_length=self._stage.block_length(stage_step),
+                    noise_key=self._noise_key,
+                )
+                totals[0] += objective_sum(model, inputs.to(self._world.device))
+                totals[1] += inputs.normaliser
         self._world.sum(totals)
         return float(totals[0] / totals[1].clamp(min=1))
 
-    def _answers(self, model: LanguageModel, block_length: int) -> dict[str, float]:
+    def _answers(
+        self, model: LanguageModel, block_length: int, unequal: Callable[[], AbstractContextManager[None]]
+    ) -> dict[str, float]:
         mine = self._questions[self._world.rank :: self._world.size]
-        generations = self._generate(model, mine, block_length) if mine else []
+        with unequal():
+            generations = self._generate(model, mine, block_length) if mine else []
         totals = answer_sums(mine, generations).to(self._world.device)
         self._world.sum(totals)
         return answer_measures(totals, causal=model.causal)

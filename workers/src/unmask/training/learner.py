@@ -1,12 +1,13 @@
 """What is learnt, and what learns it: weights, gradient and optimiser, as one thing to save and restore."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from unmask.models.base import LanguageModel
-from unmask.models.conversion import to_diffusion
+from unmask.training.boxes import Box
 from unmask.training.checkpoints import Checkpoint
 from unmask.training.optimizer import Optimizer, balance_experts
 from unmask.training.steps import Totals
@@ -19,10 +20,12 @@ __all__ = ["Learner"]
 class Learner:
     """A model and the optimiser that changes it."""
 
-    def __init__(self, model: LanguageModel, spec: TrainSpec) -> None:
-        """Take ``model``, in float32, over."""
+    def __init__(self, weights: Weights | LanguageModel, spec: TrainSpec) -> None:
+        """Take ``weights`` over; a model in float32 becomes weights that this process holds all of."""
         self._spec = spec
-        self.weights = Weights(model, precision=spec.precision)
+        if isinstance(weights, LanguageModel):
+            weights = Weights(weights, precision=spec.precision)
+        self.weights = weights
         self._optimizer = Optimizer(self.weights, spec.optimizer)
 
     @property
@@ -52,16 +55,24 @@ class Learner:
         Raises:
             ModelError: The model cannot become that.
         """
-        learner = Learner(to_diffusion(self.model, architecture, mask_token_id=mask_token_id), self._spec)
+        learner = Learner(self.weights.converted(architecture, mask_token_id=mask_token_id), self._spec)
         learner._optimizer.copy_from(dict(self._optimizer.tensors()))
         return learner
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that the next step depends on, by name; the tensors are the live ones."""
-        for name, tensor in self.model.state_dict().items():
-            yield f"model.{name}", tensor
+        """What this process holds of all that the next step depends on; the tensors are the live ones."""
+        for name, box in self.boxes():
+            yield name, box.tensor
+
+    def boxes(self) -> Iterator[tuple[str, Box]]:
+        """The same, and which part of the whole each tensor is."""
+        parts = dict(self.weights.boxes())
+        for name, box in parts.items():
+            yield f"model.{name}", box
         for name, tensor in self._optimizer.tensors():
-            yield f"optimizer.{name}", tensor
+            parameter, _, kind = name.rpartition(".")
+            own = Box.whole(tensor, kept=self.weights.leads)
+            yield f"optimizer.{name}", own if kind == "step" else replace(parts[parameter], tensor=tensor)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over the tensors of ``checkpoint``.
@@ -69,7 +80,7 @@ class Learner:
         Raises:
             ModelError: They are not those of this model.
         """
-        checkpoint.read_into(dict(self.tensors()))
+        checkpoint.read_into(dict(self.boxes()))
         self.weights.changed()
 
     def config(self) -> dict[str, Any]:

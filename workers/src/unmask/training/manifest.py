@@ -16,6 +16,7 @@ __all__ = [
     "FORMAT",
     "CheckpointFile",
     "CheckpointManifest",
+    "Dtype",
     "Part",
     "StoredTensor",
     "TrainingState",

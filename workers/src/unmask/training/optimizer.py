@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unmask.models.moe import Router
 from unmask.training.weights import Weights
@@ -26,7 +26,7 @@ class Optimizer:
         """Optimise ``weights``."""
         self._weights = weights
         self._clip_norm = float(spec.clip_norm)
-        self._named = dict(weights.model.named_parameters())
+        self._named = weights.named
         decay, plain = _by_decay(self._named.values())
         self._adamw = torch.optim.AdamW(
             [
@@ -40,9 +40,8 @@ class Optimizer:
 
     def gradient_norm(self, normaliser: float) -> float:
         """Divide the summed gradient by ``normaliser``, clip it, and return its norm before clipping."""
-        gradient = self._weights.gradient
-        norm = float(torch.linalg.vector_norm(gradient)) / normaliser
-        gradient.mul_(min(1.0, self._clip_norm / (norm + 1e-6)) / normaliser)
+        norm = self._weights.norm() / normaliser
+        self._weights.gradient.mul_(min(1.0, self._clip_norm / (norm + 1e-6)) / normaliser)
         return norm
 
     def step(self, rate: float) -> None:
@@ -75,7 +74,7 @@ class Optimizer:
         return state
 
 
-def _by_decay(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+def _by_decay(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     decay: list[Tensor] = []
     plain: list[Tensor] = []
     for parameter in parameters:

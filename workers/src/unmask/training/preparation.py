@@ -22,6 +22,7 @@ from unmask.training.distributed import World
 from unmask.training.evaluation import Evaluator
 from unmask.training.identity import identity
 from unmask.training.plan import StagePlan, plan_stages
+from unmask.training.sharding.plan import check_parallelism
 from unmask.training.stream import DocumentStream
 from unmask_api.train_job import TrainSpec
 
@@ -56,6 +57,7 @@ def prepare(spec: TrainSpec, world: World) -> Preparation:
         UsageError, DataError, ModelError: Naming the field or file.
     """
     config = _config(spec)
+    check_parallelism(spec.parallelism, config, processes=world.size)
     tokenizer = _tokenizer(spec, config)
     plans = plan_stages(spec, config, tokenizer)
     library = Library(tokenizer, eos_token_id=config.eos_token_id)

@@ -93,7 +93,8 @@ def gradient_step(
         totals[0] += loss.detach()
         totals[1] += inputs.normaliser
     counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
-    world.sum(totals, weights.gradient, *counts)
+    world.sum(totals, *counts)
+    weights.sum_gradient(world)
     for router in model.routers():
         router.tokens_per_expert.zero_()
     loss_sum, normaliser, stops = totals.tolist()

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from unmask.errors import DivergedError, UsageError
-from unmask.models import loading
-from unmask.models.loading import build
 from unmask.models.registry import parse_config
+from unmask.training.arrangement import blank_weights, first_weights
 from unmask.training.checkpoints import Checkpoint, CheckpointStore
 from unmask.training.distributed import World
 from unmask.training.identity import refuse_other_job
@@ -29,7 +28,7 @@ from unmask.training.manifest import TrainingState
 from unmask.training.metrics_log import MetricsLog
 from unmask.training.packing import make_rows
 from unmask.training.plan import StagePlan, stage_after
-from unmask.training.preparation import Preparation, PreparedStage, first_model
+from unmask.training.preparation import Preparation, PreparedStage
 from unmask.training.run_folder import RunFolder
 from unmask.training.steps import Totals, gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key
@@ -106,7 +105,7 @@ class Trainer:
             DivergedError: A loss or gradient is not finite.
         """
         if self._at.step == self._total_steps:
-            removed = self._world.leads and not self._folder.model.exists()
+            removed = self._world.from_leader(int(not self._folder.model.exists()))
             self._write_models(self._plans[-1], [self._folder.model] if removed else [])
             return Ending.ALREADY_COMPLETE
         if self._world.leads:
@@ -152,12 +151,9 @@ class Trainer:
 
     def _first_learner(self) -> Learner:
         if self.checkpoint is None:
-            return Learner(first_model(self._spec, self._prepared.config, self._world.device), self._spec)
+            return Learner(first_weights(self._spec, self._prepared.config, self._world), self._spec)
         config = parse_config(self.checkpoint.manifest.config, source=f"{self.checkpoint.path}: config")
-        model = build(config, device="meta").to_empty(device=self._world.device)
-        for buffer in model.buffers():
-            buffer.zero_()
-        learner = Learner(model, self._spec)
+        learner = Learner(blank_weights(self._spec, config, self._world), self._spec)
         learner.restore(self.checkpoint)
         return learner
 
@@ -255,7 +251,8 @@ class Trainer:
     def _measure(self, stage: PreparedStage) -> None:
         assert stage.evaluator is not None
         stage_step = self._at.step - stage.plan.first_step - 1
-        measured = stage.evaluator.measure(self._learner.weights.computing, stage_step=stage_step)
+        weights = self._learner.weights
+        measured = stage.evaluator.measure(weights.computing, stage_step=stage_step, unequal=weights.unequal)
         self._write({"kind": "eval", "step": self._at.step, "stage": stage.plan.name, **measured})
 
     def _close(self, plan: StagePlan) -> None:
@@ -271,8 +268,8 @@ class Trainer:
     def _write_models(self, plan: StagePlan, targets: Sequence[Path]) -> None:
         """Write the model as it is at the end of ``plan`` to each folder of ``targets``."""
         with self._world.together():
-            for path in targets if self._world.leads else []:
-                loading.save(self._learner.model, path, companions=self._companions(plan))
+            for path in targets:
+                self._learner.weights.export(path, companions=self._companions(plan))
 
     def _companions(self, plan: StagePlan) -> dict[str, bytes]:
         """The tokenizer's files, and how the model is to be decoded."""
@@ -291,6 +288,9 @@ class Trainer:
 
     def _save(self, plan: StagePlan) -> None:
         """Commit a checkpoint; all processes wait for it."""
+        if self._learner.weights.shared_out:
+            self._save_shares(plan)
+            return
         with self._world.together():
             if self._world.leads:
                 self._metrics.sync()
@@ -306,6 +306,26 @@ class Trainer:
                     config=self._learner.config(),
                     tensors=self._learner.tensors(),
                 )
+
+    def _save_shares(self, plan: StagePlan) -> None:
+        """The same, where every process writes the part that it holds."""
+        with self._world.together():
+            if self._world.leads:
+                self._metrics.sync()
+        saved = self._store.save_shares(
+            self._world,
+            step=self._at.step,
+            state=TrainingState(
+                stage=plan.index,
+                stage_step=self._at.step - plan.first_step,
+                cursor=self._at.cursor,
+                stage_seconds=self._stage_seconds(),
+            ),
+            job=self._prepared.identity,
+            config=self._learner.config(),
+            boxes=self._learner.boxes(),
+        )
+        self.checkpoint = saved or self.checkpoint
 
     def _stage_seconds(self) -> float:
         return self._at.stage_seconds + time.monotonic() - self._stage_started

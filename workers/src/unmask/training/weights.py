@@ -10,24 +10,52 @@ order of every sum, and with it every bit of the result, is the same before and 
 restart whatever the number of ranks.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from unmask.models import loading
 from unmask.models.base import LanguageModel
+from unmask.models.conversion import to_diffusion
 from unmask.models.loading import build
+from unmask.training.boxes import Box
+from unmask.training.distributed import World
+from unmask.training.sharding.recomputation import recompute_layers
 
 __all__ = ["Weights"]
 
 
 class Weights:
-    """Parameters, their gradient, and the model to compute with."""
+    """Parameters, their gradient, and the model to compute with; every process holds all of it."""
 
-    def __init__(self, model: LanguageModel, *, precision: str) -> None:
-        """Take ``model``, in float32, over."""
+    shared_out: bool = False
+    """Whether a process holds a part only."""
+    named: Mapping[str, Tensor]
+    """What this process holds of each parameter; its ``grad`` is a view of :attr:`gradient`."""
+    leads: bool
+
+    def __init__(
+        self, model: LanguageModel, *, precision: str, leads: bool = True, recompute: bool = False
+    ) -> None:
+        """Take ``model``, in float32, over.
+
+        Args:
+            model: The model.
+            precision: ``fp32`` or ``bf16``, of forward and backward passes.
+            leads: Whether this process is the one that stores what all hold.
+            recompute: Whether backward passes compute layers again.
+        """
+        self.leads, self._precision, self._recompute = leads, precision, recompute
         self.model = model.train()
         """The float32 weights."""
+        self.named = dict(model.named_parameters())
         self.computing = model if precision == "fp32" else _copy_in(torch.bfloat16, model)
         """The model that forward passes run on."""
+        if recompute:
+            recompute_layers(self.computing)
         parameters = list(model.parameters())
         self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=model.device)
         """float32 (number of parameters,); add up with :meth:`collect` after each backward pass."""
@@ -44,6 +72,40 @@ class Weights:
             if source.grad is not None:
                 parameter.grad.add_(source.grad)
                 source.grad = None
+
+    def sum_gradient(self, world: World) -> None:
+        """Add up :attr:`gradient` over all processes, after the last backward pass of a step."""
+        world.sum(self.gradient)
+
+    def norm(self) -> float:
+        """The norm of the whole gradient."""
+        return float(torch.linalg.vector_norm(self.gradient))
+
+    def boxes(self) -> Iterator[tuple[str, Box]]:
+        """What this process holds of each parameter and buffer that is saved, by name."""
+        for name, tensor in self.model.state_dict().items():
+            yield name, Box.whole(tensor, kept=self.leads)
+
+    def converted(self, architecture: str, *, mask_token_id: int | None) -> "Weights":
+        """The same weights under another architecture.
+
+        Raises:
+            ModelError: The model cannot become that.
+        """
+        model = to_diffusion(self.model, architecture, mask_token_id=mask_token_id)
+        return Weights(model, precision=self._precision, leads=self.leads, recompute=self._recompute)
+
+    def export(self, path: Path, *, companions: Mapping[str, bytes]) -> None:
+        """Write the float32 model to the folder ``path`` as it is published; all processes call this."""
+        if self.leads:
+            loading.save(self.model, path, companions=companions)
+
+    def unequal(self) -> AbstractContextManager[None]:
+        """A block in which processes may run different numbers of forward passes, without gradients.
+
+        All processes enter it, and nothing else in it may need the others.
+        """
+        return nullcontext()
 
     @torch.no_grad()
     def changed(self) -> None:

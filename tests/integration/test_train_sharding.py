@@ -1,0 +1,210 @@
+"""Training shared out over ranks computes what one process computes, and its checkpoints fit all."""
+
+import itertools
+
+import pytest
+import torch
+
+from support.models import TINY
+from support.ranks import train_to_the_end
+from support.sharding import ARRANGEMENTS, block_job, first_gradient, stop_after
+from support.training import metrics, training_job
+from unmask.models.loading import build, load
+from unmask.models.registry import parse_config
+from unmask.training.checkpoints import CheckpointStore
+
+SLOW = pytest.mark.slow
+FIRST = ("full x2", "experts 2 x2")
+NAMES = [name if name in FIRST else pytest.param(name, marks=SLOW) for name in ARRANGEMENTS]
+SHARED_OUT = [name for name in NAMES if name != NAMES[0]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    """The gradient of the first step, the log of ten steps, and the run folder, of one process."""
+    job = block_job(folder, "one", {})
+    gradient = first_gradient(block_job(folder, "one-gradient", {}), ranks=1)
+    train_to_the_end(job)
+    return gradient, metrics(folder / "one")
+
+
+def losses(lines):
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_one_process_expert_by_expert(folder, one_process, name, record_measurement):
+    ranks, parallelism = ARRANGEMENTS[name]
+    (expected, reference), _ = one_process
+    found, figures = first_gradient(block_job(folder, f"gradient {name}", parallelism), ranks=ranks)
+    assert figures["loss"] == pytest.approx(reference["loss"], abs=5e-7)
+    exact = float(sum(tensor.double().square().sum() for tensor in expected.values())) ** 0.5
+    assert figures["norm"] == pytest.approx(exact, rel=5e-6)
+    assert figures["tokens"] == reference["tokens"]
+    worst = 0.0
+    for key, theirs in expected.items():
+        experts = zip(theirs, found[key], strict=True) if ".experts." in key else [(theirs, found[key])]
+        for one, other in experts:
+            worst = max(worst, float((one - other).abs().max()))
+            assert torch.allclose(one, other, rtol=0, atol=1e-6), key
+    assert max(float(theirs.abs().max()) for theirs in expected.values()) > 1e-2, (
+        "there is something to compare"
+    )
+    record_measurement(f"largest difference of a gradient from one process's, {name}", worst)
+    if parallelism.get("shard"):
+        whole = sum(theirs.numel() for theirs in expected.values())
+        assert max(figures["held"]) < 1.1 * whole * parallelism.get("replicas", 1) / ranks
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_ten_steps_have_the_losses_of_one_process(folder, one_process, name, record_measurement):
+    ranks, parallelism = ARRANGEMENTS[name]
+    train_to_the_end(block_job(folder, name, parallelism), ranks=ranks)
+    pairs = list(zip(losses(one_process[1]), losses(metrics(folder / name)), strict=True))
+    assert len(pairs) == 10
+    worst = max(abs(one - other) for one, other in pairs)
+    record_measurement(f"largest difference of a loss from one process's in ten steps, {name}", worst)
+    assert worst <= 5e-7
+    assert len({one for one, _ in pairs}) == 10, "the weights change"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "replicated x2",
+        "experts 2 x2",
+        *(pytest.param(name, marks=SLOW) for name in ("full x2", "experts 4 x4")),
+    ],
+)
+def test_computing_layers_again_changes_no_bit(folder, name):
+    ranks, parallelism = ARRANGEMENTS[name]
+    for run, extra in (("kept", {}), ("again", {"activationCheckpointing": "Full"})):
+        train_to_the_end(block_job(folder, f"{name} {run}", parallelism | extra, steps=5), ranks=ranks)
+    assert metrics(folder / f"{name} kept") == metrics(folder / f"{name} again")
+    one, other = (load(folder / f"{name} {run}" / "model").state_dict() for run in ("kept", "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def whole_checkpoint(run):
+    """The newest checkpoint's model as one process would read it, and the checkpoint."""
+    checkpoint = CheckpointStore(run / "checkpoints", keep_last=1).newest()
+    model = build(parse_config(checkpoint.manifest.config))
+    targets = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, entry in checkpoint.manifest.tensors.items():
+        if name not in targets:
+            targets[name] = torch.full(entry.shape, torch.nan)
+    checkpoint.read_into(targets)
+    return targets, checkpoint
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_every_rank_writes_its_part_and_the_model_written_is_the_checkpoint_bit_for_bit(folder, name):
+    ranks, parallelism = ARRANGEMENTS[name]
+    train_to_the_end(block_job(folder, f"saved {name}", parallelism, steps=2), ranks=ranks)
+    targets, checkpoint = whole_checkpoint(folder / f"saved {name}")
+    model = load(folder / f"saved {name}" / "model")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(targets[f"model.{key}"].view(torch.int32), tensor.view(torch.int32)), key
+    assert not any(tensor.isnan().any() for tensor in targets.values())
+    writers = {name.split("-shard-")[0] for name in checkpoint.manifest.files}
+    replicas = parallelism.get("replicas", 1)
+    assert len(writers) == ranks // replicas
+    experts = [
+        entry
+        for key, entry in checkpoint.manifest.tensors.items()
+        if key.endswith("experts.gate_up_proj.exp_avg")
+    ]
+    assert len(experts) == TINY["num_hidden_layers"] - 1
+    for entry in experts:
+        held = [range(part.offsets[0], part.offsets[0] + part.shape[0]) for part in entry.parts]
+        assert set(itertools.chain(*held)) == set(range(TINY["num_experts"]))
+        assert len(entry.parts) == ranks // replicas
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ("full x2", (("one", 1, {}), ("experts 2 x2", 2, {}), ("one", 1, {}))),
+        pytest.param("full x2", (("one", 1, {}), ("full x4", 4, {})), marks=SLOW),
+        pytest.param(
+            "replicated x2", (("hybrid, experts 2 x4", 4, {}), ("replicated x2", 2, {})), marks=SLOW
+        ),
+        pytest.param("experts 4 x4", (("one", 1, {}), ("experts 2 x4", 4, {})), marks=SLOW),
+    ],
+    ids=["2-1-experts-1", "2-1-4", "replicated-hybrid-replicated", "experts 4-1-experts 2"],
+)
+def test_a_run_goes_on_with_other_ranks_and_another_arrangement(folder, first, others, record_measurement):
+    steps = 12 * (1 + len(others))
+    whole = folder / f"undisturbed-{steps}"
+    if not whole.exists():
+        train_to_the_end(block_job(folder, whole.name, {}, steps=steps))
+    name = f"resized {first} {'-'.join(one for one, _, _ in others)}"
+    ranks, parallelism = ARRANGEMENTS[first]
+    stop_after(block_job(folder, name, parallelism, steps=steps), 11, ranks=ranks)
+    for number, (other, _, _) in enumerate(others, start=2):
+        ranks, parallelism = ARRANGEMENTS.get(other, (1, {}))
+        job = block_job(folder, name, parallelism, steps=steps)
+        if number <= len(others):
+            stop_after(job, 12 * number - 1, ranks=ranks)
+        else:
+            train_to_the_end(job, ranks=ranks)
+    undisturbed, resized = metrics(whole), metrics(folder / name)
+    worst = 0.0
+    for theirs, ours in zip(undisturbed, resized, strict=True):
+        assert (theirs["kind"], theirs["step"], theirs.get("tokens")) == (
+            ours["kind"],
+            ours["step"],
+            ours.get("tokens"),
+        )
+        if theirs["kind"] == "step":
+            worst = max(worst, abs(theirs["loss"] - ours["loss"]))
+    record_measurement(f"largest difference of a loss after changes of ranks, {name}", worst)
+    assert worst <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["experts 2 x2", *(pytest.param(one, marks=SLOW) for one in ("full x2", "hybrid, experts 2 x4"))]
+)
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+def test_all_objectives_and_a_conversion_stopped_and_started_again_bit_for_bit(folder, name):
+    ranks, parallelism = ARRANGEMENTS[name]
+
+    def job(run, parallelism):
+        values = {
+            "spec.checkpoint.uri": str(folder / run),
+            "spec.parallelism": {"microBatchRows": 1} | parallelism,
+        }
+        return training_job(folder, values)
+
+    if not (folder / "all").exists():
+        train_to_the_end(job("all", {}))
+    whole, stopped = f"all {name}", f"all stopped {name}"
+    train_to_the_end(job(whole, parallelism), ranks=ranks)
+    stop_after(job(stopped, parallelism), 8, ranks=ranks)
+    train_to_the_end(job(stopped, parallelism), ranks=ranks)
+    assert metrics(folder / stopped) == metrics(folder / whole)
+    for model in ("model", "exports/blocks"):
+        one, other = (folder / run / model / "model.safetensors" for run in (stopped, whole))
+        assert one.read_bytes() == other.read_bytes()
+    for theirs, ours in zip(metrics(folder / "all"), metrics(folder / whole), strict=True):
+        assert theirs["kind"] == ours["kind"]
+        if "loss" in theirs:
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_in_bf16_routers_stay_in_float32_and_losses_are_those_of_replicated_bf16(folder):
+    runs = {"plain": (1, {}), "shared": ARRANGEMENTS["experts 2 x2"]}
+    for run, (ranks, parallelism) in runs.items():
+        job = block_job(folder, f"bf16 {run}", parallelism, steps=4, precision="bf16")
+        train_to_the_end(job, ranks=ranks)
+    plain, shared = (losses(metrics(folder / f"bf16 {run}")) for run in runs)
+    assert shared == pytest.approx(plain, rel=5e-3)
+    assert {str(tensor.dtype) for tensor in load(folder / "bf16 shared" / "model").parameters()} == {
+        "torch.float32"
+    }

@@ -1,0 +1,154 @@
+"""What ranks do in tests of sharded training, and how their shares are put together again."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from support.models import TINY
+from support.ranks import join, start, start_ranks
+from support.training import training_job
+from unmask_api.train_job import DiffusionTrainJob
+
+Json = dict[str, Any]
+
+ARRANGEMENTS: dict[str, tuple[int, Json]] = {
+    "replicated x2": (2, {}),
+    "full x2": (2, {"shard": "Full"}),
+    "experts 2 x2": (2, {"shard": "Full", "expertParallel": 2}),
+    "full x4": (4, {"shard": "Full"}),
+    "hybrid x4": (4, {"shard": "Hybrid", "replicas": 2}),
+    "experts 2 x4": (4, {"shard": "Full", "expertParallel": 2}),
+    "experts 4 x4": (4, {"shard": "Full", "expertParallel": 4}),
+    "hybrid, experts 2 x4": (4, {"shard": "Hybrid", "replicas": 2, "expertParallel": 2}),
+}
+"""By name: number of ranks, and the fields of ``parallelism``."""
+
+
+def block_job(
+    folder: Path, name: str, parallelism: Json, *, steps: int = 10, **values: Any
+) -> DiffusionTrainJob:
+    """A job of one block diffusion stage from random weights, with the run folder ``folder/name``."""
+    stage = {
+        "name": "blocks",
+        "objective": "bdlm",
+        "blockSizes": [4],
+        "steps": steps,
+        "length": 32,
+        "rowsPerStep": 4,
+        "learningRate": {"peak": "1e-3"},
+    }
+    return training_job(
+        folder,
+        {
+            "spec.model.init.config": TINY,
+            "spec.stages": [stage],
+            "spec.parallelism": {"microBatchRows": 1} | parallelism,
+            "spec.checkpoint": {"uri": str(folder / name), "everySteps": 1000},
+            **{f"spec.{field}": value for field, value in values.items()},
+        },
+    )
+
+
+def stop_after(job: DiffusionTrainJob, step: int, *, ranks: int) -> int:
+    """Run until SIGTERM after ``step``, wait until all ranks have saved, and return the step they saved."""
+    run = Path(job.spec.checkpoint.uri)
+    go = Path(f"{run}.go")
+    go.unlink(missing_ok=True)
+    processes = start_ranks(job, ranks=ranks, pause_after=step)
+    deadline = time.monotonic() + 60
+    while not any(line["step"] == step for line in _lines(run)):
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.01)
+    os.kill(processes[-1].pid or 0, signal.SIGTERM)
+    time.sleep(0.1)
+    go.touch()
+    assert join(processes) == [75] * ranks
+    report: Json = json.loads((run / "termination.json").read_text())
+    return int(report["step"])
+
+
+def _lines(run: Path) -> list[Json]:
+    log = run / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
+
+
+def first_gradient(job: DiffusionTrainJob, *, ranks: int) -> tuple[dict[str, Tensor], Json]:
+    """The gradient of the first step, whole, divided by the normaliser; and what else the ranks found."""
+    run = job.spec.checkpoint.uri
+    Path(run).mkdir(parents=True, exist_ok=True)
+    text = job.model_dump_json(by_alias=True, exclude_none=True)
+    assert join(start(_write_gradient, text, run, ranks=ranks)) == [0] * ranks
+    found: Json = json.loads(Path(run, "found.json").read_text())
+    whole = {name: torch.full(shape, torch.nan) for name, shape in found["shapes"].items()}
+    for rank in range(ranks):
+        with safe_open(Path(run, f"gradient-{rank}.safetensors"), "pt") as file:
+            for key in file.keys():
+                name, offsets = key.split("|")
+                part = file.get_tensor(key)
+                box = whole[name]
+                for axis, offset in enumerate(json.loads(offsets)):
+                    box = box.narrow(axis, offset, part.shape[axis])
+                assert box.isnan().all(), "no part is kept twice"
+                box.copy_(part)
+    assert not any(tensor.isnan().any() for tensor in whole.values()), "no part is missing"
+    return {name: tensor / found["normaliser"] for name, tensor in whole.items()}, found
+
+
+def _write_gradient(text: str, run: str) -> None:
+    from unmask.training.arrangement import first_weights
+    from unmask.training.distributed import joined_world
+    from unmask.training.packing import make_rows
+    from unmask.training.preparation import prepare
+    from unmask.training.steps import gradient_step, micro_batches, model_inputs
+    from unmask.training.stream import Purpose, philox_key
+
+    spec = DiffusionTrainJob.from_json(text).spec
+    with joined_world() as world:
+        preparation = prepare(spec, world)
+        weights = first_weights(spec, preparation.config, world)
+        stage = preparation.stages[0]
+        plan, config = stage.plan, preparation.config
+        layout = stage.stream.step(0, rows=plan.rows, length=plan.length, multiple=plan.multiple(0))
+        rows = make_rows(
+            layout,
+            stage.stream.corpus,
+            rank=world.rank,
+            world=world.size,
+            responses_only=plan.responses_only,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        key = philox_key(spec.data.seed, Purpose.NOISE, plan.index)
+        batches = (
+            model_inputs(batch, plan, weights.model, block_length=plan.block_length(0), noise_key=key)
+            for batch in micro_batches(rows, spec.parallelism.micro_batch_rows)
+        )
+        totals = gradient_step(weights, batches, world, stop=False)
+        boxes = {name: box for name, box in weights.boxes() if name in weights.named}
+        parts = {
+            f"{name}|{json.dumps(box.offsets)}": weights.named[name].grad.contiguous()
+            for name, box in boxes.items()
+            if box.kept and box.tensor.numel()
+        }
+        save_file(parts, Path(run, f"gradient-{world.rank}.safetensors"))
+        norm = weights.norm()
+        held = sum(tensor.numel() for tensor in weights.named.values())
+        every = [int(one) for one in world.all_bytes(str(held).encode())]
+        if world.leads:
+            found = {
+                "loss": totals.loss,
+                "normaliser": totals.normaliser,
+                "norm": norm / totals.normaliser,
+                "tokens": [counts.tolist() for counts in totals.expert_tokens],
+                "shapes": {name: list(box.shape) for name, box in boxes.items()},
+                "held": every,
+            }
+            Path(run, "found.json").write_text(json.dumps(found))

@@ -31,8 +31,10 @@ __all__ = [
     "Optimizer",
     "Parallelism",
     "RunPolicy",
+    "Stability",
     "Stage",
     "StageData",
+    "Telemetry",
     "Tokenizer",
     "TrainSpec",
 ]
@@ -403,6 +405,54 @@ class Checkpoint(ApiModel):
     """Checkpoints to keep."""
     resume: Literal["Auto", "Never"] = "Auto"
     """Go on from the newest committed checkpoint, or refuse to start in a run folder that holds one."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written: it is copied to memory first, which needs as much again.
+
+    At most one is being written. If that fails, the run ends after the step at hand.
+    """
+
+
+class Stability(ApiModel):
+    """What to do about a step whose loss or gradient is not finite, or far above what went before.
+
+    Such a step is skipped: its documents count as seen, the weights stay. After ``maxSkips`` in a row the
+    run goes back to the newest checkpoint and leaves out all documents that it has seen since.
+    """
+
+    rules: ClassVar = (
+        Rule(
+            rule="double(self.spikeDeviations) >= 1.0",
+            message="spikeDeviations must be at least 1: lower values skip ordinary steps",
+            field_path=".spikeDeviations",
+        ),
+    )
+
+    window: Annotated[int, Field(ge=8, le=1024)] = 128
+    """Steps of the stage that a spike is measured against, skipped ones not counted.
+
+    Until a stage has taken as many, only what is not finite is skipped.
+    """
+    spike_deviations: DecimalString = "20"
+    """A step is a spike if its loss or gradient norm exceeds the window's median by so many deviations.
+
+    A deviation is 1.4826 times the median distance from the median, and at least a hundredth of the median.
+    """
+    max_skips: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Steps skipped in a row before the run goes back to a checkpoint."""
+    max_rollbacks: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Times that the run may go back; the next time it fails as diverged."""
+
+
+class Telemetry(ApiModel):
+    """What the run tells of itself besides its log."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the first process at which ``/metrics`` answers Prometheus; left out, there is none."""
+    peak_flops: DecimalString | None = None
+    """Floating-point operations a second that one device can do at ``precision``, such as "989e12".
+
+    Left out, the share of it that is used (MFU) is not reported.
+    """
 
 
 class RunPolicy(ApiModel):
@@ -410,6 +460,12 @@ class RunPolicy(ApiModel):
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Restarts before the job fails; what a restart cannot mend fails it at once."""
+    hang_timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] | None = None
+    """Longest time without progress before a process ends itself with exit code 70, so that it is restarted.
+
+    Progress is a step, a measurement, an export or a checkpoint that is done: allow for the slowest of them.
+    Left out, only the limits of the collectives hold.
+    """
 
 
 def _immutable(field: str) -> Rule:
@@ -459,6 +515,12 @@ class TrainSpec(ApiModel):
             " completion or messages",
             field_path=".stages",
         ),
+        Rule(
+            rule="!self.checkpoint.asynchronous || self.parallelism.shard == 'None'",
+            message="checkpoint.asynchronous is for parallelism.shard None: parts of a model are written"
+            " together; set it to false, or shard to None",
+            field_path=".checkpoint",
+        ),
         _immutable("model"),
         _immutable("data"),
         _immutable("stages"),
@@ -482,6 +544,10 @@ class TrainSpec(ApiModel):
     """Measurements while training; left out, none."""
     checkpoint: Checkpoint
     """The run folder, and how often it is saved."""
+    stability: Stability | None = None
+    """What to do about bad steps; left out, the first whose loss or gradient is not finite ends the run."""
+    telemetry: Telemetry = Telemetry()
+    """What the run tells of itself besides its log."""
     run_policy: RunPolicy = RunPolicy()
     """What happens when a process fails."""
 

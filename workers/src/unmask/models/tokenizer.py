@@ -107,6 +107,7 @@ class Tokenizer:
 
         Raises:
             UsageError: The text is not valid Unicode (a lone surrogate, as JSON escapes can make).
+            ModelError: The tokenizer's own parts contradict each other, so that it cannot encode the text.
         """
         try:
             text.encode("utf-8")
@@ -114,7 +115,13 @@ class Tokenizer:
             raise UsageError(
                 f"the text has a lone surrogate at character {error.start}: remove it"
             ) from error
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the backend raises bare Exception, and only when a text meets the flaw
+            raise ModelError(
+                f"the tokenizer cannot encode {text[:40]!r}: {error}; repair tokenizer.json, "
+                f"or take it again from the checkpoint it came with"
+            ) from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence shows as U+FFFD."""

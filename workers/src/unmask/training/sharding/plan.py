@@ -1,5 +1,6 @@
 """How many processes hold one model, and whether a model can be shared out that way."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unmask.errors import UsageError
@@ -8,7 +9,7 @@ from unmask.models.loading import build
 from unmask.models.moe import Experts
 from unmask_api.train_job import Parallelism
 
-__all__ = ["ShardingPlan", "check_parallelism", "expert_dimension", "sharding_plan"]
+__all__ = ["ShardingPlan", "check_experts", "check_parallelism", "expert_dimension", "sharding_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +54,32 @@ def check_parallelism(parallelism: Parallelism, config: ModelConfig, *, processe
     plan = sharding_plan(parallelism, processes=processes)
     if plan is None or plan.experts == 1:
         return
-    at = "spec.parallelism.expertParallel"
     layers = [module for module in build(config, device="meta").modules() if isinstance(module, Experts)]
+    check_experts(plan, [[tuple(parameter.shape) for parameter in layer.parameters()] for layer in layers])
+
+
+def check_experts(plan: ShardingPlan, layers: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    """Refuse experts that ``plan`` cannot share out.
+
+    Args:
+        plan: With more than one process for the experts of a layer.
+        layers: For each layer with experts, the shapes (E, O, I) of its stacked parameters.
+
+    Raises:
+        UsageError: Naming the field and what it may be.
+    """
+    at = "spec.parallelism.expertParallel"
     if not layers:
         raise UsageError(f"{at}: got {plan.experts}, but the model has no experts; leave it at 1")
-    for layer in layers:
-        number = len(layer.gate_up_proj)
+    for shapes in layers:
+        number = shapes[0][0]
         if number % plan.experts:
             allowed = ", ".join(str(one) for one in range(1, number + 1) if number % one == 0)
             raise UsageError(
                 f"{at}: got {plan.experts}, which does not divide the {number} experts; use one of {allowed}"
             )
-        for parameter in layer.parameters():
-            expert_dimension(tuple(parameter.shape), plan.parts)
+        for shape in shapes:
+            expert_dimension(shape, plan.parts)
 
 
 def expert_dimension(shape: tuple[int, ...], parts: int) -> int:

@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unmask.diffusion.schedule import BlockSchedule
-from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import converted_config
 from unmask.models.inspection import parameter_counts
 from unmask.training.plan import check_fit
+from unmask.training.sharding.plan import ShardingPlan, check_experts, sharding_plan
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.flops import Flops, flops_of
-from unmask.training.sizing.memory import Memory, memory_of, split_of, states_of
+from unmask.training.sizing.memory import Memory, memory_of, states_of
 from unmask.training.sizing.shape import ModelShape, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask_api.train_job import Parallelism, Stage, TrainSpec
@@ -21,9 +21,9 @@ __all__ = [
     "Assumptions",
     "JobEstimate",
     "StageEstimate",
-    "check_split",
     "conversion_bytes",
     "estimate",
+    "plan_of",
     "stage_configs",
     "stage_memory",
 ]
@@ -129,7 +129,7 @@ def estimate(
     Raises:
         UsageError: The documents assumed do not fit a stage's rows, or experts cannot be shared out so.
     """
-    check_split(spec.parallelism, [shape_of(config) for config in configs])
+    plan_of(spec.parallelism, [shape_of(config) for config in configs])
     stages = tuple(
         _stage(stage, config, spec, device, assumptions)
         for stage, config in zip(spec.stages, configs, strict=True)
@@ -137,26 +137,17 @@ def estimate(
     return JobEstimate(device=device, gpus=spec.parallelism.processes, assumptions=assumptions, stages=stages)
 
 
-def check_split(parallelism: Parallelism, shapes: Sequence[ModelShape]) -> None:
-    """Refuse experts that ``parallelism`` cannot share out.
+def plan_of(parallelism: Parallelism, shapes: Sequence[ModelShape]) -> ShardingPlan | None:
+    """How ``parallelism`` shares the weights of models of ``shapes`` out; None: each process holds all.
 
     Raises:
-        UsageError: Naming the field.
+        UsageError: It cannot be done; names the field.
     """
-    split = split_of(parallelism)
-    if split is None or split.experts == 1:
-        return
-    for layer in (layer for shape in shapes for layer in shape.layers if layer.experts):
-        if layer.num_experts % split.experts:
-            raise UsageError(
-                f"spec.parallelism.expertParallel: got {split.experts}, which does not divide the "
-                f"{layer.num_experts} experts; use a number that does"
-            )
-    if not any(layer.experts for shape in shapes for layer in shape.layers):
-        raise UsageError(
-            f"spec.parallelism.expertParallel: got {split.experts}, but the model has no experts; "
-            "leave it at 1"
-        )
+    plan = sharding_plan(parallelism, processes=parallelism.processes)
+    if plan is not None and plan.experts > 1:
+        layers = (layer for shape in shapes for layer in shape.layers if layer.experts)
+        check_experts(plan, [layer.stacks for layer in layers])
+    return plan
 
 
 def stage_configs(spec: TrainSpec, config: ModelConfig) -> list[ModelConfig]:
@@ -183,7 +174,7 @@ def stage_memory(
 ) -> tuple[Memory, int]:
     """Bytes of one process in ``stage``, with the block size that needs most, and while it is converted."""
     parallelism = spec.parallelism
-    split = split_of(parallelism)
+    plan = plan_of(parallelism, [shape])
     rows = min(parallelism.micro_batch_rows, stage.rows_per_step // parallelism.processes)
     works = [work.times(rows) for work, _ in _works(stage, documents)]
     memory = max(
@@ -194,7 +185,7 @@ def stage_memory(
                 positions=work.positions,
                 predictions=work.predictions,
                 recompute=parallelism.activation_checkpointing == "Full",
-                split=split,
+                plan=plan,
             )
             for work in works
         ),
@@ -208,9 +199,9 @@ def conversion_bytes(shape: ModelShape, spec: TrainSpec) -> int:
 
     Where each process holds all weights, the two share the float32 ones; where they are shared out, nothing.
     """
-    split = split_of(spec.parallelism)
-    weights, gradients, optimizer = states_of(shape, spec.precision, split)
-    if split:
+    plan = plan_of(spec.parallelism, [shape])
+    weights, gradients, optimizer = states_of(shape, spec.precision, plan)
+    if plan:
         return 2 * (weights + gradients + optimizer)
     master = gradient = 4 * shape.parameters
     return master + 2 * (weights - master + gradient + optimizer)

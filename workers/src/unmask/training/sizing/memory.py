@@ -18,10 +18,10 @@ per token, E experts, V vocabulary; b bytes of a number in the forward.
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from unmask.training.sharding.plan import ShardingPlan
 from unmask.training.sizing.shape import LayerShape, ModelShape, Stored
-from unmask_api.train_job import Parallelism
 
-__all__ = ["CHUNK_BYTES", "Memory", "Precision", "Split", "activations_of_layer", "memory_of", "states_of"]
+__all__ = ["CHUNK_BYTES", "Memory", "Precision", "activations_of_layer", "memory_of", "piece", "states_of"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -59,46 +59,31 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How a model is cut: into ``parts`` x ``experts`` pieces; experts are dealt out over the latter."""
-
-    parts: int
-    """Pieces of each expert; with ``experts`` 1, of a layer's stack of them."""
-    experts: int
-    """Processes that share out the experts of a layer."""
-
-    def piece(self, stored: Stored) -> int:
-        """Weights of the largest piece of a parameter."""
-        if stored.expert and self.experts > 1:
-            return -(-stored.count // (self.parts * self.experts))
-        rows = -(-stored.rows // (self.parts * self.experts))
-        return rows * (stored.count // stored.rows)
+def piece(stored: Stored, plan: ShardingPlan) -> int:
+    """Weights of the largest piece of a parameter under ``plan``: the first process's."""
+    pieces = plan.parts * plan.experts
+    if stored.expert and plan.experts > 1:  # experts are dealt out, and each is cut evenly
+        return stored.count // pieces
+    return -(-stored.rows // pieces) * (stored.count // stored.rows)
 
 
-def split_of(parallelism: Parallelism) -> Split | None:
-    """How ``parallelism`` cuts a model; None where each process holds all of it."""
-    if parallelism.shard == "None" or parallelism.processes == 1:
-        return None
-    each = parallelism.processes // (parallelism.replicas or 1)
-    return Split(parts=each // parallelism.expert_parallel, experts=parallelism.expert_parallel)
-
-
-def states_of(shape: ModelShape, precision: Precision, split: Split | None = None) -> tuple[int, int, int]:
+def states_of(
+    shape: ModelShape, precision: Precision, plan: ShardingPlan | None = None
+) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimiser state in one process."""
-    count = sum(split.piece(one) for one in shape.stored) if split else shape.parameters
+    count = sum(piece(one, plan) for one in shape.stored) if plan else shape.parameters
     optimizer = 8 * count + 4 * len(shape.stored)
-    if precision == "fp32" or split:
+    if precision == "fp32" or plan:
         return 4 * count, 4 * count, optimizer
     copy = 2 * (count - shape.routers) + 4 * shape.routers
     return 4 * count + copy, 4 * count + copy, optimizer
 
 
-def _gathered(shape: ModelShape, b: int, split: Split) -> int:
+def _gathered(shape: ModelShape, b: int, plan: ShardingPlan) -> int:
     """Bytes of what is whole for a moment."""
 
     def whole(layer: LayerShape) -> int:
-        return layer.shared_by_all + layer.experts // split.experts
+        return layer.shared_by_all + layer.experts // plan.experts
 
     layer = max(whole(one) for one in shape.layers)
     weights = (shape.ends + 2 * layer) * b
@@ -151,7 +136,7 @@ def memory_of(
     positions: int,
     predictions: float,
     recompute: bool = False,
-    split: Split | None = None,
+    plan: ShardingPlan | None = None,
 ) -> Memory:
     """Bytes of one process.
 
@@ -161,9 +146,9 @@ def memory_of(
         positions: Of one micro-batch.
         predictions: Of one micro-batch.
         recompute: Whether layers keep only their input and compute the rest again in backward.
-        split: How the model is cut; None: it is not.
+        plan: How weights are shared out; None: they are not.
     """
-    weights, gradients, optimizer = states_of(shape, precision, split)
+    weights, gradients, optimizer = states_of(shape, precision, plan)
     b = _bytes(precision)
     layers = [activations_of_layer(shape, layer, precision) for layer in shape.layers]
     kept = sum(layers)
@@ -173,15 +158,15 @@ def memory_of(
     most = min(predictions, max(1, CHUNK_BYTES // 4 // shape.vocabulary))
     per_logit = 3 * 4 + (2 * b if b < 4 else 0)  # scores, log-softmax, gradient; also in bfloat16
     routers = sum(layer.num_experts * (8 + 4 * layer.biased) for layer in shape.layers)
-    copies = 1 if precision == "fp32" or split else 2
-    transient = 4 * max(one.count for one in shape.stored) if precision == "fp32" and not split else 0
+    copies = 1 if precision == "fp32" or plan else 2
+    transient = 4 * max(one.count for one in shape.stored) if precision == "fp32" and not plan else 0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=round((kept + ends) * positions + shape.hidden * b * predictions),
         logits=round(most * shape.vocabulary * per_logit),
-        gathered=_gathered(shape, b, split) if split else 0,
+        gathered=_gathered(shape, b, plan) if plan else 0,
         buffers=copies * routers + transient,
     )
 

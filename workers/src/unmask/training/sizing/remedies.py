@@ -12,7 +12,7 @@ from itertools import product
 from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.training.sizing.devices import Device
-from unmask.training.sizing.estimate import Assumptions, JobEstimate, check_split, estimate, stage_memory
+from unmask.training.sizing.estimate import Assumptions, JobEstimate, estimate, plan_of, stage_memory
 from unmask.training.sizing.shape import ModelShape, shape_of
 from unmask_api.train_job import Parallelism, TrainSpec
 
@@ -105,10 +105,8 @@ def _candidates(spec: TrainSpec, shapes: Sequence[ModelShape], nodes: int) -> It
     for arrangement, micro, kept in product(arrangements, rows, checkpointing):
         changes = {"nodes": nodes, "micro_batch_rows": micro, "activation_checkpointing": kept}
         candidate = own.model_copy(update=arrangement | changes)
-        if processes % ((candidate.replicas or 1) * candidate.expert_parallel):
-            continue
         try:
-            check_split(candidate, shapes)
+            plan_of(candidate, shapes)
         except UsageError:
             continue
         yield candidate

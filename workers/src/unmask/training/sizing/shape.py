@@ -6,6 +6,7 @@ They are read off the list of its weights, which every family has, so a new fami
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 from unmask.models.checkpoint_files import slots_of
@@ -47,6 +48,8 @@ class LayerShape:
     biased: bool
     """Whether the router has a bias, which is no weight."""
     query_key_norm: bool
+    stacks: tuple[tuple[int, int, int], ...]
+    """Shapes of the stacked experts: gate and up, and down; none in a dense layer."""
 
     @property
     def parameters(self) -> int:
@@ -98,6 +101,7 @@ class ModelShape:
         return sum(layer.router for layer in self.layers)
 
 
+@lru_cache(maxsize=64)  # a large model is tens of thousands of tensors on disk
 def shape_of(config: ModelConfig) -> ModelShape:
     """Sum ``config`` up.
 
@@ -153,8 +157,15 @@ def _layer(slots: list[Slot], num_experts: int, chosen: int) -> LayerShape:
         num_experts=num_experts if experts else 0,
         chosen=chosen if experts else 0,
         biased=any(_is_bias(name) for name, _ in parts),
+        stacks=_stacks(experts[0], num_experts) if experts else (),
         query_key_norm=any("query_norm" in name for name, _ in parts),
     )
+
+
+def _stacks(gate: Slot, number: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """From the gate of one expert, (I, D)."""
+    width, hidden = gate.shape
+    return (number, 2 * width, hidden), (number, hidden, width)
 
 
 def _end(slot: Slot) -> int:

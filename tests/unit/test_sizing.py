@@ -232,6 +232,10 @@ def test_published_shapes_are_those_of_the_published_files(name, file):
         ("llada2-flash", 102_889_705_216),
         ("ling-flash", 102_889_705_216),
         ("llada-moe-7b-a1b", 7_356_880_896),
+        ("smollm2-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("olmoe-1b-7b", 6_919_161_856),
     ],
 )
 def test_published_models_have_their_size(name, parameters):

@@ -27,7 +27,8 @@ _GIB = 2**30
     "model",
     metavar="CONFIG",
     help="The model that the job starts from: a config.json, or the name of a published model (llada2-mini, "
-    "llada2-flash, ling-mini, ling-flash, llada-moe-7b-a1b).  [default: what the manifest names]",
+    "llada2-flash, ling-mini, ling-flash, llada-moe-7b-a1b, smollm2-135m, qwen3-0.6b, qwen3-30b-a3b, "
+    "olmoe-1b-7b).  [default: what the manifest names]",
 )
 @click.option("--gpu", help="a100-40g, a100-80g, l40s-48g, h100-80g or h200-141g.  [default: h100-80g]")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="GiB of a GPU of your own.")

@@ -1,8 +1,9 @@
 """Run a program that a model wrote: in a process of its own, with little time, memory and disk.
 
 These limits keep a program from hanging the evaluation or filling the machine. They are no wall against
-one that means harm: it runs as the same user and can read files and reach the network. Where that
-matters, evaluate in a container without network and without anything worth reading.
+one that means harm: it runs as the same user, can read files, reach the network, and leave a process
+behind in a session of its own. Where that matters, evaluate in a container without network and without
+anything worth reading.
 """
 
 import os
@@ -61,7 +62,7 @@ def run_program(source: str, limits: Limits | None = None) -> Verdict:
     """Whether the program ``source`` comes to its end without an error.
 
     It runs in an isolated interpreter (the standard library alone) in an empty folder, with no
-    environment and no input; what it prints is thrown away, and what it started is killed.
+    environment and no input; what it prints is thrown away, and what it started in its session is killed.
     """
     limits = limits or Limits()
     token = secrets.token_hex(16)

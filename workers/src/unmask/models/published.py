@@ -2,7 +2,8 @@
 
 Only what a shape follows from is given; for anything else read the model's own ``config.json``.
 Sources: ``config.json`` of LLaDA2.0-mini and -flash (arXiv 2512.15745), which have the bodies of the
-Ling 2.0 models that they were made from, and of LLaDA-MoE-7B-A1B (arXiv 2509.24389).
+Ling 2.0 models that they were made from, of LLaDA-MoE-7B-A1B (arXiv 2509.24389), SmolLM2-135M, Qwen3-0.6B
+and -30B-A3B, and OLMoE-1B-7B-0924.
 """
 
 from collections.abc import Mapping
@@ -44,6 +45,12 @@ _FLASH: Mapping[str, Any] = {
     "moe_intermediate_size": 1024,
     "max_position_embeddings": 16384,
 }
+_QWEN3: Mapping[str, Any] = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "eos_token_id": 151645,
+}
 _LING: Mapping[str, Any] = {"architectures": ["BailingMoeV2ForCausalLM"]}
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -62,6 +69,54 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_experts": 64,
             "num_experts_per_tok": 8,
             "max_position_embeddings": 8192,
+        },
+        "smollm2-135m": {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "eos_token_id": 0,
+        },
+        "qwen3-0.6b": {
+            **_QWEN3,
+            "architectures": ["Qwen3ForCausalLM"],
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 3072,
+            "tie_word_embeddings": True,
+        },
+        "qwen3-30b-a3b": {
+            **_QWEN3,
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+        "olmoe-1b-7b": {
+            "architectures": ["OlmoeForCausalLM"],
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "max_position_embeddings": 4096,
+            "eos_token_id": 50279,
         },
     }
 )

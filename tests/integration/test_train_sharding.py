@@ -1,13 +1,23 @@
 """Training shared out over ranks computes what one process computes, and its checkpoints fit all."""
 
 import itertools
+import random
+import shutil
 
 import pytest
 import torch
 
+from support import counts
 from support.models import TINY
 from support.ranks import train_to_the_end
-from support.sharding import ARRANGEMENTS, block_job, first_gradient, stop_after
+from support.sharding import (
+    ARRANGEMENTS,
+    block_job,
+    first_gradient,
+    kill_at_a_random_moment,
+    save_twice,
+    stop_after,
+)
 from support.training import metrics, training_job
 from unmask.models.loading import build, load
 from unmask.models.registry import parse_config
@@ -27,7 +37,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(folder):
     """The gradient of the first step, the log of ten steps, and the run folder, of one process."""
-    job = block_job(folder, "one", {})
+    job = block_job(folder, "one", {}, steady=True)
     gradient = first_gradient(block_job(folder, "one-gradient", {}), ranks=1)
     train_to_the_end(job)
     return gradient, metrics(folder / "one")
@@ -64,7 +74,7 @@ def test_gradients_are_those_of_one_process_expert_by_expert(folder, one_process
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_ten_steps_have_the_losses_of_one_process(folder, one_process, name, record_measurement):
     ranks, parallelism = ARRANGEMENTS[name]
-    train_to_the_end(block_job(folder, name, parallelism), ranks=ranks)
+    train_to_the_end(block_job(folder, name, parallelism, steady=True), ranks=ranks)
     pairs = list(zip(losses(one_process[1]), losses(metrics(folder / name)), strict=True))
     assert len(pairs) == 10
     worst = max(abs(one - other) for one, other in pairs)
@@ -142,13 +152,13 @@ def test_a_run_goes_on_with_other_ranks_and_another_arrangement(folder, first, o
     steps = 12 * (1 + len(others))
     whole = folder / f"undisturbed-{steps}"
     if not whole.exists():
-        train_to_the_end(block_job(folder, whole.name, {}, steps=steps))
+        train_to_the_end(block_job(folder, whole.name, {}, steps=steps, steady=True))
     name = f"resized {first} {'-'.join(one for one, _, _ in others)}"
     ranks, parallelism = ARRANGEMENTS[first]
-    stop_after(block_job(folder, name, parallelism, steps=steps), 11, ranks=ranks)
+    stop_after(block_job(folder, name, parallelism, steps=steps, steady=True), 11, ranks=ranks)
     for number, (other, _, _) in enumerate(others, start=2):
         ranks, parallelism = ARRANGEMENTS.get(other, (1, {}))
-        job = block_job(folder, name, parallelism, steps=steps)
+        job = block_job(folder, name, parallelism, steps=steps, steady=True)
         if number <= len(others):
             stop_after(job, 12 * number - 1, ranks=ranks)
         else:
@@ -196,6 +206,40 @@ def test_all_objectives_and_a_conversion_stopped_and_started_again_bit_for_bit(f
         assert theirs["kind"] == ours["kind"]
         if "loss" in theirs:
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["experts 2 x2", "full x2"])
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_computes_what_an_undisturbed_run_does(
+    folder, name, record_measurement
+):
+    ranks, parallelism = ARRANGEMENTS[name]
+
+    def job(run):
+        checkpoint = {"uri": str(folder / run), "everySteps": 1, "keepLast": 2}
+        return block_job(folder, run, parallelism, steps=20, checkpoint=checkpoint)
+
+    train_to_the_end(job(f"quiet {name}"), ranks=ranks)
+    chance, kills = random.Random(ranks), 0
+    while kills < counts.of(sample=6, full=60):
+        shutil.rmtree(folder / f"killed {name}", ignore_errors=True)
+        while kill_at_a_random_moment(job(f"killed {name}"), chance, ranks=ranks):
+            kills += 1
+        assert metrics(folder / f"killed {name}") == metrics(folder / f"quiet {name}")
+        one, other = (folder / f"{run} {name}" / "model" / "model.safetensors" for run in ("quiet", "killed"))
+        assert one.read_bytes() == other.read_bytes()
+    record_measurement(f"kills of a run shared out, {name}", kills)
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_fails_in_all_and_the_one_before_stands(folder):
+    said = save_twice(folder / "room", ranks=2)
+    assert [one[0] for one in said] == ["saved", "saved"]
+    assert said[0][1] == said[1][1]
+    assert "no space left on device" in said[0][1]
+    assert [path.name for path in (folder / "room" / "checkpoints").iterdir()] == ["step-00000001"]
+    rows = torch.empty(4, 3)
+    CheckpointStore(folder / "room" / "checkpoints", keep_last=2).newest().read_into({"rows": rows})
+    assert rows[:, 0].tolist() == [1, 1, 2, 2]
 
 
 def test_in_bf16_routers_stay_in_float32_and_losses_are_those_of_replicated_bf16(folder):

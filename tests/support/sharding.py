@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -33,10 +34,14 @@ ARRANGEMENTS: dict[str, tuple[int, Json]] = {
 
 
 def block_job(
-    folder: Path, name: str, parallelism: Json, *, steps: int = 10, **values: Any
+    folder: Path, name: str, parallelism: Json, *, steps: int = 10, steady: bool = False, **values: Any
 ) -> DiffusionTrainJob:
-    """A job of one block diffusion stage from random weights, with the run folder ``folder/name``."""
-    stage = {
+    """A job of one block diffusion stage from random weights, with the run folder ``folder/name``.
+
+    Its logits are large, and so are the weights of some tokens. A ``steady`` one is for comparing losses to
+    their last digits: first weights of the usual size, and tokens that all weigh alike.
+    """
+    stage: Json = {
         "name": "blocks",
         "objective": "bdlm",
         "blockSizes": [4],
@@ -45,10 +50,14 @@ def block_job(
         "rowsPerStep": 4,
         "learningRate": {"peak": "1e-3"},
     }
+    config = TINY
+    if steady:
+        config = {key: value for key, value in TINY.items() if key != "initializer_range"}
+        stage["noise"] = {"low": "0.3", "high": "0.8", "scope": "Document", "weight": "Flat"}
     return training_job(
         folder,
         {
-            "spec.model.init.config": TINY,
+            "spec.model.init.config": config,
             "spec.stages": [stage],
             "spec.parallelism": {"microBatchRows": 1} | parallelism,
             "spec.checkpoint": {"uri": str(folder / name), "everySteps": 1000},
@@ -73,6 +82,54 @@ def stop_after(job: DiffusionTrainJob, step: int, *, ranks: int) -> int:
     assert join(processes) == [75] * ranks
     report: Json = json.loads((run / "termination.json").read_text())
     return int(report["step"])
+
+
+def kill_at_a_random_moment(job: DiffusionTrainJob, chance: random.Random, *, ranks: int) -> bool:
+    """Start an attempt and kill one rank after its first step; False if the attempt ended before that."""
+    run = Path(job.spec.checkpoint.uri)
+    before = len(_lines(run))
+    processes = start_ranks(job, ranks=ranks)
+    while processes[0].is_alive() and len(_lines(run)) <= before:
+        time.sleep(0.001)
+    time.sleep(chance.random() * 0.5)
+    chance.choice(processes).kill()
+    codes = join(processes)
+    assert -signal.SIGKILL in codes or codes == [0] * ranks, f"not by our doing: {codes}"
+    return -signal.SIGKILL in codes
+
+
+def save_twice(folder: Path, *, ranks: int) -> list[Json]:
+    """Save a tensor of which each rank holds two rows; the second time the last rank has no room."""
+    folder.mkdir(parents=True)
+    assert join(start(_save_twice, str(folder), ranks=ranks)) == [0] * ranks
+    return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _save_twice(folder: str) -> None:
+    from unmask.errors import UnmaskError
+    from unmask.training import checkpoints
+    from unmask.training.boxes import Box
+    from unmask.training.distributed import joined_world
+    from unmask.training.manifest import TrainingState
+
+    def no_room(*arguments: object) -> None:
+        raise OSError("no space left on device")
+
+    said = []
+    with joined_world() as world:
+        store = checkpoints.CheckpointStore(Path(folder, "checkpoints"), keep_last=2)
+        for step in (1, 2):
+            if step == 2 and world.rank == world.size - 1:
+                checkpoints.save_file = no_room
+            rows = torch.full((2, 3), float(world.rank + step))
+            box = Box(rows, (2 * world.size, 3), (2 * world.rank, 0))
+            state = TrainingState(stage=0, stage_step=step, cursor=step, stage_seconds=0.0)
+            try:
+                store.save_shares(world, step=step, state=state, job={}, config={}, boxes=[("rows", box)])
+                said.append("saved")
+            except UnmaskError as error:
+                said.append(str(error))
+        Path(folder, f"said-{world.rank}.json").write_text(json.dumps(said))
 
 
 def _lines(run: Path) -> list[Json]:

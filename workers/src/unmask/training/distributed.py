@@ -57,7 +57,8 @@ class World:
         dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
-        padded[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        if own:
+            padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         bodies = [torch.empty_like(padded, device=self.device) for _ in lengths]
         dist.all_gather(bodies, padded.to(self.device))
         return [body[:length].cpu().numpy().tobytes() for body, length in zip(bodies, lengths, strict=True)]

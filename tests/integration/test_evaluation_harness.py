@@ -11,6 +11,7 @@ import pytest
 from support.folders import add_tokenizer, served_folder
 from support.models import packed_row, tiny_canvas_model, tiny_model
 from support.training import write_lines
+from unmask.cli.eval import tables
 from unmask.errors import UsageError
 from unmask.evaluation.harness import HarnessModel, HarnessOptions, cut
 from unmask.evaluation.likelihood import exact_nll, nll_draws
@@ -113,8 +114,11 @@ def test_writing_stops_at_the_first_of_the_strings(subjects, kind):
     settings = [{"until": []}, {"until": [second]}, {"until": second, "max_gen_toks": 6}]
     found = model.generate_until([Request("w5 w6 w7", chosen) for chosen in settings])
     assert found == [text, text[: text.index(second)], text[: text.index(second)]]
-    (short,) = model.generate_until([Request("w5 w6 w7", {"until": [], "max_gen_toks": 1})])
-    assert len(short.split()) <= 1
+    short = Request("w5 w6 w7", {"until": [], "max_gen_toks": 1})
+    other = Request("w9", {"until": []})
+    together = model.generate_until([short, other, Request("w5 w6 w7", settings[0])])
+    assert together == [*model.generate_until([short]), *model.generate_until([other]), text]
+    assert len(together[0].split()) <= 1
 
 
 def test_text_is_cut_at_the_earliest_end():
@@ -204,13 +208,15 @@ def test_an_evaluation_on_local_files(tmp_path, folder, subjects):
     assert found["own_choices"]["acc,none"] == pytest.approx(right / len(prompts))
     assert 0 < right < len(prompts), "a choice that always comes out alike would show nothing"
 
-    table = evaluate(
-        folder, tmp_path, "--harness", "own_texts", "--limit", 2, *options[:4], "--max-tokens", 5
-    )
-    assert table.returncode == 0, table.stderr
-    lines = [line.split() for line in table.stdout.splitlines()]
-    assert lines[0] == ["task", "metric", "value"]
-    assert ["own_texts", "exact_match,none", "0.5000"] in lines
+
+def test_results_become_a_table():
+    measured = {"name": "t", "alias": "t", "exact_match,none": 0.5, "exact_match_stderr,none": "N/A"}
+    lines = ["\n".join(table) for table in tables({"harness": {"results": {"t": measured}}})]
+    assert [line.split() for line in lines[0].splitlines()] == [
+        ["task", "metric", "value"],
+        ["t", "exact_match,none", "0.5000"],
+        ["t", "exact_match_stderr,none", "N/A"],
+    ]
 
 
 @pytest.mark.slow

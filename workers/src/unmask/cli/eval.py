@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unmask.evaluation.subject import Subject
     from unmask.training.corpus import Source
 
-__all__ = ["command"]
+__all__ = ["command", "tables"]
 
 
 def _numbers(context: click.Context, option: click.Parameter, value: str) -> tuple[float, ...]:
@@ -152,7 +152,7 @@ def command(
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
-        click.echo("\n\n".join("\n".join(lines) for lines in _tables(results)))
+        click.echo("\n\n".join("\n".join(lines) for lines in tables(results)))
 
 
 def _perplexity(
@@ -277,7 +277,7 @@ def _source(path: Path, data_format: Literal["text", "messages", "completion"]) 
     return Source(path, data_format)
 
 
-def _tables(results: Mapping[str, Any]) -> Iterator[list[str]]:
+def tables(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """The results for people: one table each."""
     if found := results.get("perplexity"):
         kind = {

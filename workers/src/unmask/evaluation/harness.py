@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from unmask.diffusion.generation import Generation
 from unmask.diffusion.rows import PackedRows
 from unmask.errors import UsageError
 from unmask.evaluation.likelihood import exact_nll, nll_draws
@@ -71,9 +72,10 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is optional, and ty
         """Minus the bound of each continuation, and whether the model itself would write it."""
         pairs = [self._pair(*request.args) for request in requests]
         bounds = self._bounds([(context + continuation, len(context)) for context, continuation in pairs])
+        written = self._answers([(context, len(continuation)) for context, continuation in pairs])
         return [
-            (-bound, self._would_write(context, continuation))
-            for bound, (context, continuation) in zip(bounds, pairs, strict=True)
+            (-bound, answer.token_ids == continuation)
+            for bound, answer, (_, continuation) in zip(bounds, written, pairs, strict=True)
         ]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -92,21 +94,31 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is optional, and ty
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes, up to the first of the strings that end it."""
-        texts = []
+        asked = []
         for request in requests:
             context, settings = request.args
             most = int(settings.get("max_gen_toks", self._options.max_new_tokens))
+            ids = self._subject.tokenizer.encode(context) or [self._eos]
+            asked.append((ids[-max(1, self._subject.context - most) :], most))  # as the harness's models do
+        texts = []
+        for request, answer in zip(requests, self._answers(asked), strict=True):
+            ends = request.args[1].get("until") or []
+            texts.append(cut(self._subject.text_of(answer), [ends] if isinstance(ends, str) else ends))
+        return texts
+
+    def _answers(self, asked: Sequence[tuple[list[int], int]]) -> list[Generation]:
+        """What the model writes behind each prompt, up to so many tokens; those of one limit side by side."""
+        found: dict[int, Generation] = {}
+        for most in sorted({most for _, most in asked}):
+            places = [place for place, (_, limit) in enumerate(asked) if limit == most]
             params = self._subject.params(
                 max_new_tokens=most,
                 threshold=self._options.threshold,
                 block_length=self._options.block_length,
             )
-            ids = self._subject.tokenizer.encode(context) or [self._eos]
-            ids = ids[-max(1, self._subject.context - most) :]  # as the harness's own models cut them
-            (answer,) = self._subject.answer([ids], params)
-            ends = settings.get("until") or []
-            texts.append(cut(self._subject.text_of(answer), [ends] if isinstance(ends, str) else ends))
-        return texts
+            answers = self._subject.answer([asked[place][0] for place in places], params)
+            found |= dict(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(asked))]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids; a space between the two belongs to the continuation, as words are tokenised with it."""
@@ -148,15 +160,6 @@ class HarnessModel(LM):  # type: ignore[misc]  # the harness is optional, and ty
             )
             found.append(float(draws[:, 0].mean()))
         return found
-
-    def _would_write(self, context: list[int], continuation: list[int]) -> bool:
-        params = self._subject.params(
-            max_new_tokens=len(continuation),
-            threshold=self._options.threshold,
-            block_length=self._options.block_length,
-        )
-        (answer,) = self._subject.answer([context], params)
-        return answer.token_ids == continuation
 
 
 def run_harness(

@@ -13,6 +13,7 @@ from support.ranks import train_to_the_end
 from support.sharding import (
     ARRANGEMENTS,
     block_job,
+    export_sizes,
     first_gradient,
     kill_at_a_random_moment,
     save_twice,
@@ -110,6 +111,51 @@ def whole_checkpoint(run):
             targets[name] = torch.full(entry.shape, torch.nan)
     checkpoint.read_into(targets)
     return targets, checkpoint
+
+
+def assert_same_gradient(one, other):
+    for key, theirs in one[0].items():
+        assert torch.allclose(theirs, other[0][key], rtol=0, atol=1e-6), key
+    assert one[1]["loss"] == pytest.approx(other[1]["loss"], abs=5e-7)
+
+
+def test_a_model_that_is_loaded_is_the_same_shared_out(folder):
+    config = TINY | {"initializer_range": 0.2}
+    source = folder / "source"
+    train_to_the_end(block_job(folder, "source", {}, steps=1, **{"model.init.config": config}))
+    model = {"init": {"uri": str(source / "model")}}
+    one, other = (
+        first_gradient(block_job(folder, f"loaded {ranks}", parallelism, model=model), ranks=ranks)
+        for ranks, parallelism in ((1, {}), ARRANGEMENTS["experts 2 x2"])
+    )
+    assert_same_gradient(one, other)
+    assert one[1]["loss"] != first_gradient(block_job(folder, "not loaded", {}), ranks=1)[1]["loss"]
+
+
+def test_a_dense_model_whose_output_layer_is_its_embedding_is_the_same_shared_out(folder):
+    config = {key: value for key, value in TINY.items() if "expert" not in key and "group" not in key} | {
+        "architectures": ["SDARForCausalLM"],
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+    one, other = (
+        first_gradient(
+            block_job(folder, f"tied {ranks}", parallelism, **{"model.init.config": config}), ranks=ranks
+        )
+        for ranks, parallelism in ((1, {}), ARRANGEMENTS["full x2"])
+    )
+    assert "head.weight" not in one[0]
+    assert_same_gradient(one, other)
+
+
+def test_a_model_is_written_one_published_tensor_at_a_time(folder):
+    ranks, parallelism = ARRANGEMENTS["experts 2 x2"]
+    sizes = export_sizes(block_job(folder, "exported", parallelism), ranks=ranks)
+    assert sizes["summed"] == sizes["slots"]
+    written = load(folder / "exported" / "model")
+    whole = build(parse_config(TINY), seed=7)
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(written.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("name", SHARED_OUT)

@@ -98,6 +98,43 @@ def kill_at_a_random_moment(job: DiffusionTrainJob, chance: random.Random, *, ra
     return -signal.SIGKILL in codes
 
 
+def export_sizes(job: DiffusionTrainJob, *, ranks: int) -> Json:
+    """How many elements ranks add up at a time while they write the first model, and those of each slot."""
+    run = Path(job.spec.checkpoint.uri)
+    run.mkdir(parents=True, exist_ok=True)
+    text = job.model_dump_json(by_alias=True, exclude_none=True)
+    assert join(start(_export, text, str(run), ranks=ranks)) == [0] * ranks
+    sizes: Json = json.loads((run / "sizes.json").read_text())
+    return sizes
+
+
+def _export(text: str, run: str) -> None:
+    import torch.distributed as dist
+
+    from unmask.models.loading import slots_of
+    from unmask.training.arrangement import first_weights
+    from unmask.training.distributed import joined_world
+    from unmask.training.preparation import prepare
+
+    spec = DiffusionTrainJob.from_json(text).spec
+    with joined_world() as world:
+        config = prepare(spec, world).config
+        weights = first_weights(spec, config, world)
+        seen: list[int] = []
+        plain = dist.all_reduce
+
+        def noting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            seen.append(tensor.numel())
+            return plain(tensor, *arguments, **options)
+
+        dist.all_reduce = noting
+        weights.export(Path(run, "model"), companions={})
+        dist.all_reduce = plain
+        if world.leads:
+            slots = [torch.Size(slot.shape).numel() for slot in slots_of(config)]
+            Path(run, "sizes.json").write_text(json.dumps({"summed": seen, "slots": slots}))
+
+
 def save_twice(folder: Path, *, ranks: int) -> list[Json]:
     """Save a tensor of which each rank holds two rows; the second time the last rank has no room."""
     folder.mkdir(parents=True)

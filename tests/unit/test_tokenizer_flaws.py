@@ -17,6 +17,7 @@ def test_a_text_that_meets_a_flaw_of_the_tokenizer_is_refused_in_a_line(tmp_path
     content["added_tokens"] = []
     content["post_processor"] = None
     file.write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     tokenizer = Tokenizer.load(tmp_path)
     with pytest.raises(ModelError, match=r"cannot encode 'unheard-of'.*repair tokenizer\.json"):
         tokenizer.encode("unheard-of")

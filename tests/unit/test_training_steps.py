@@ -1,5 +1,8 @@
 """The gradient of a step depends on its rows alone: not on micro-batches, nor on ranks."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -100,3 +103,33 @@ def test_bf16_gives_nearly_the_gradient_of_fp32(preparation):
     assert rough_loss != loss
     similarity = torch.cosine_similarity(gradient, rough_gradient, dim=0)
     assert similarity > 0.98
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_without_the_document_mask_a_row_is_one_document_with_the_same_noise(preparation, name):
+    stage = preparation.stages[STAGES[name]]
+    plan, model = stage.plan, tiny_model(dtype=torch.float32)
+    layout = stage.stream.step(0, rows=plan.rows, length=plan.length, multiple=plan.multiple(3))
+    rows = make_rows(
+        layout, stage.stream.corpus, rank=0, world=1, responses_only=False, eos_token_id=62, pad_token_id=62
+    )
+    assert rows.document.max() > 0
+    one = replace(
+        rows,
+        document=np.minimum(rows.document, 0),
+        position=np.where(rows.document < 0, 0, np.arange(plan.length)),
+    )
+
+    def inputs(rows, mask):
+        settings = replace(plan, document_mask=mask)
+        return model_inputs(rows, settings, model, block_length=plan.block_length(3), noise_key=5)
+
+    apart, together = inputs(rows, True), inputs(rows, False)
+    if plan.objective in ("ar", "mdlm"):  # whose noise does not count positions
+        expected = inputs(one, True)
+        assert together.metadata.document.equal(expected.metadata.document)
+        assert together.metadata.position.equal(expected.metadata.position)
+    assert together.metadata.document.unique().tolist() in ([0], [-1, 0])
+    if plan.objective != "ar":
+        assert together.targets.equal(apart.targets)
+        assert together.weights.equal(apart.weights)

@@ -271,6 +271,12 @@ class Stage(ApiModel):
     """
     confidence_weight: DecimalString = "0"
     """Weight of the entropy where the prediction is right (CAP): above 0, decoding fills more at a time."""
+    document_mask: bool = True
+    """Whether a document sees itself alone. False: the documents packed into a row see each other.
+
+    For comparison: LLaDA2.0 keeps documents apart (equation 3), and so do all objectives here by default.
+    Validation keeps them apart in either case.
+    """
     data: StageData | None = None
     """The stage's own data; left out, ``spec.data``."""
     export: bool = False

@@ -4,7 +4,8 @@ All numpy: rows are made and corrupted on the host, before any tensor exists. Sh
 letters: B rows, L tokens of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,15 @@ class PackedRows:
         """(rows B, tokens L)."""
         rows, length = self.ids.shape
         return rows, length
+
+    def joined(self) -> Self:
+        """The same rows with one document each, counted through from the row's start.
+
+        What attention sees where no mask keeps packed documents apart.
+        """
+        real = self.document >= 0
+        place = np.broadcast_to(np.arange(self.shape[1]), self.shape)
+        return replace(self, document=np.where(real, 0, -1), position=np.where(real, place, 0))
 
 
 def uniform(seed: int, stream: int, ordinal: int, view: int, count: int) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ Processes share the work by rows and prompts; sums are added up over all.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class Evaluator:
         micro_batch_rows: int,
     ) -> None:
         """Read the stage's validation data, which must be there."""
-        self._spec, self._stage, self._world = spec, stage, world
+        # Whatever a stage learns from, it is measured on documents that see themselves alone.
+        self._spec, self._stage, self._world = spec, replace(stage, document_mask=True), world
         self.every_steps = spec.every_steps
         self._corpus = library.corpus(stage.validation, length=stage.length, overlong=overlong)
         samples = spec.generation.samples if spec.generation else 0

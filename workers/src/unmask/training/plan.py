@@ -71,6 +71,8 @@ class StagePlan:
     responses_only: bool
     noise: NoiseConfig | None
     confidence_weight: float
+    document_mask: bool
+    """Whether a document sees itself alone."""
     rate: RateSchedule
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
@@ -126,6 +128,7 @@ def plan_stages(
                 responses_only=stage.supervise == "Response",
                 noise=_noise(stage.noise) if stage.noise else None,
                 confidence_weight=float(stage.confidence_weight),
+                document_mask=stage.document_mask,
                 rate=_rate(stage.learning_rate, stage.steps),
                 train=_sources(data.train),
                 validation=_sources(data.validation),

@@ -40,14 +40,16 @@ def model_inputs(
     rows: PackedRows, stage: StagePlan, model: LanguageModel, *, block_length: int, noise_key: int
 ) -> ModelInputs:
     """What the objective of ``stage`` runs ``model`` on."""
+    seen = rows if stage.document_mask else rows.joined()
     if stage.noise is None:
-        return layout.causal(rows)
-    flat = stage.noise.weight == "flat"
+        return layout.causal(seen)
+    # Noise belongs to the documents, whatever they see.
     corruption = noise.corrupt(rows, stage.noise, seed=noise_key, block_length=block_length)
+    flat = stage.noise.weight == "flat"
     if stage.objective == "mdlm":
-        return layout.full_sequence(rows, corruption, mask_token_id=model.mask_token_id, flat=flat)
+        return layout.full_sequence(seen, corruption, mask_token_id=model.mask_token_id, flat=flat)
     return layout.two_copy(
-        rows, corruption, block_length=block_length, mask_token_id=model.mask_token_id, flat=flat
+        seen, corruption, block_length=block_length, mask_token_id=model.mask_token_id, flat=flat
     )
 
 

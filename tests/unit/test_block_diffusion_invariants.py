@@ -121,7 +121,8 @@ def test_a_clean_block_never_reaches_noisy_blocks_that_are_not_later(model, chan
         return logits_of(model, layout.two_copy(rows, noise, block_length=4, mask_token_id=MASK))[:16]
 
     difference = (noisy(tokens) - noisy(other)).abs().amax(-1)
-    assert difference[: (changed_block + 1) * 4].max() == 0
+    # Other experts get other tokens, and sums of another length round otherwise in the last bit.
+    assert difference[: (changed_block + 1) * 4].max() < 1e-13
     if changed_block < 3:
         assert difference[(changed_block + 1) * 4 :].min() > 1e-6
 
@@ -217,6 +218,7 @@ def test_the_loss_does_not_depend_on_how_rows_are_split_into_micro_batches(split
                 **{
                     name: np.concatenate([getattr(row, name) for row in group])
                     for name in layout.PackedRows.__slots__
+                    if getattr(group[0], name) is not None
                 }
             )
             noise = corrupted(batch, weight=weight)

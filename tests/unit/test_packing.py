@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unmask.diffusion.rows import uniform
 from unmask.training.corpus import Corpus
 from unmask.training.packing import lay_out, make_rows
 from unmask.training.stream import DocumentStream, Purpose, philox_key
@@ -141,3 +142,67 @@ def test_every_purpose_and_stage_has_a_key_of_its_own(seed):
     assert len(keys) == len(Purpose) * 64
     assert not keys & {philox_key(seed ^ 1, purpose, stage) for purpose in Purpose for stage in range(64)}
     assert max(keys) < 2**128
+
+
+def cut(corpus, cursor, count, *, multiple, share=0.3, seed=3):
+    stream = DocumentStream(corpus, seed=seed, stage=0)
+    document = stream.documents(cursor, count)
+    used = stream.cut(document, cursor, length=LENGTH, multiple=multiple, share=share)
+    return corpus.lengths[document], used
+
+
+@given(corpus=corpora, cursor=st.integers(0, 100), count=st.integers(1, 40), multiple=steps["multiple"])
+def test_documents_cut_to_a_random_length_are_whole_blocks_and_the_others_whole(
+    corpus, cursor, count, multiple
+):
+    lengths, used = cut(corpus, cursor, count, multiple=multiple)
+    shorter = used < lengths
+    assert (used > 0).all()
+    assert (used[shorter] % multiple == 0).all()
+    assert (used[~shorter] == lengths[~shorter]).all()
+
+
+@given(corpus=corpora, cursor=st.integers(0, 100), ahead=st.integers(0, 30))
+def test_how_a_document_is_cut_follows_from_its_number_alone(corpus, cursor, ahead):
+    """So it does not depend on where a step, or an attempt, began."""
+    lengths, used = cut(corpus, cursor, ahead + 10, multiple=1)
+    assert (used[ahead:] == cut(corpus, cursor + ahead, 10, multiple=1)[1]).all()
+    assert (lengths == cut(corpus, cursor, ahead + 10, multiple=1, share=0.0)[1]).all()
+
+
+def test_the_share_that_is_cut_and_the_lengths_that_are_left_are_uniform():
+    corpus = corpus_of([LENGTH] * 20)
+    _, used = cut(corpus, 0, 40_000, multiple=1, share=0.25)
+    assert np.mean(used < LENGTH) == pytest.approx(0.25 * (1 - 1 / LENGTH), abs=0.01)
+    counts = np.bincount(used[used < LENGTH], minlength=LENGTH)[1:]
+    assert counts.min() > 0.8 * counts.mean()
+    assert counts.max() < 1.2 * counts.mean()
+
+
+@given(corpus=corpora, cursor=st.integers(0, 50), rows=st.integers(1, 4), multiple=steps["multiple"])
+def test_rows_are_full_though_documents_are_cut(corpus, cursor, rows, multiple):
+    """Next-fit over many more documents than are needed gives the same rows."""
+    stream = DocumentStream(corpus, seed=3, stage=0)
+    layout = stream.step(cursor, rows=rows, length=LENGTH, multiple=multiple, random_length=0.5)
+    document = stream.documents(cursor, rows * LENGTH + 1)
+    used = stream.cut(document, cursor, length=LENGTH, multiple=multiple, share=0.5)
+    whole = lay_out(document, used, first_ordinal=cursor, rows=rows, length=LENGTH, multiple=multiple)
+    for name in ("document", "row", "start", "width", "tokens_used"):
+        assert np.array_equal(getattr(layout, name), getattr(whole, name))
+
+
+def test_a_document_that_is_cut_ends_in_the_middle_and_not_with_the_end_of_text():
+    corpus = corpus_of([20])
+    layout = DocumentStream(corpus, seed=0, stage=0).step(
+        0, rows=40, length=LENGTH, multiple=4, random_length=1.0
+    )
+    rows = rows_of(layout, corpus)
+    assert {int(width) for width in layout.width} > {4, 8, 12, 16}
+    real = rows.document >= 0
+    assert np.array_equal(rows.ids[real], 10 + rows.position[real])
+
+
+@given(first=st.integers(0, 50), count=st.integers(0, 20))
+def test_random_numbers_can_be_had_from_any_number_on(first, count):
+    whole = uniform(5, 1, 2, 3, first + count)
+    assert np.array_equal(uniform(5, 1, 2, 3, count, first=first), whole[first:])

@@ -17,6 +17,7 @@ from unmask.attention import may_attend
 from unmask.diffusion import layout, noise
 from unmask.diffusion.schedule import BlockSchedule
 from unmask.errors import UsageError
+from unmask.models.conversion import converted_config
 from unmask.models.inspection import inspect_checkpoint, parameter_counts
 from unmask.models.loading import build
 from unmask.models.published import PUBLISHED, published_config
@@ -174,7 +175,7 @@ def test_weights_gradients_and_optimiser_take_the_bytes_that_are_planned(config,
 def test_a_conversion_holds_two_optimisers_and_one_set_of_weights(precision):
     spec = spec_of(precision=precision)
     first = Learner(build(parse_config(TINY_CONFIG)), spec)
-    second = first.converted("LLaDA2MoeModelLM")
+    second = first.recast(converted_config(first.model.config, "LLaDA2MoeModelLM"))
     tensors = [tensor for learner in (first, second) for tensor in parts(learner)]
     assert held(tensors) == conversion_bytes(shape_of(first.model.config), spec)
 

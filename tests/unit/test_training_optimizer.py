@@ -5,6 +5,7 @@ import torch
 
 from support.models import tiny_model
 from support.training import training_job
+from unmask.models.conversion import converted_config, extended_config
 from unmask.models.moe import Router
 from unmask.training.learner import Learner
 from unmask.training.optimizer import Optimizer, balance_experts
@@ -90,13 +91,41 @@ def test_a_conversion_keeps_weights_moments_and_biases(tmp_path):
     one, other = learner(tmp_path), learner(tmp_path)
     take_step(one, 1)
     take_step(other, 1)
-    converted = one.converted("LLaDA2MoeModelLM")
+    converted = one.recast(converted_config(one.model.config, "LLaDA2MoeModelLM"))
     assert not converted.model.causal
     take_step(converted, 2)
     take_step(other, 2)
     ours, theirs = dict(converted.tensors()), dict(other.tensors())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_frozen_bias_stays_as_it_is_and_everything_else_is_learnt(tmp_path):
+    one = learner(tmp_path)
+    before = [router.expert_bias.clone() for router in one.model.routers()]
+    weights = [parameter.clone() for parameter in one.model.parameters()]
+    fill_gradient(one.weights, 1)
+    counts = tuple(torch.arange(len(bias)) for bias in before)
+    totals = Totals(loss=0.0, normaliser=1.0, stop=False, expert_tokens=counts)
+    one.step(totals, 0.01, freeze_router_bias=True)
+    assert all(torch.equal(r.expert_bias, b) for r, b in zip(one.model.routers(), before, strict=True))
+    assert not any(torch.equal(p, w) for p, w in zip(one.model.parameters(), weights, strict=True))
+    one.step(totals, 0.01)
+    assert not any(torch.equal(r.expert_bias, b) for r, b in zip(one.model.routers(), before, strict=True))
+
+
+def test_another_context_keeps_weights_and_moments(tmp_path):
+    one = learner(tmp_path)
+    take_step(one, 1)
+    kept = {name: tensor.clone() for name, tensor in one.tensors()}
+    other = one.recast(extended_config(one.model.config, rope_theta=5e4, context=512))
+    assert other.config() | {"rope_theta": 1.0, "max_position_embeddings": 1} == one.config() | {
+        "rope_theta": 1.0,
+        "max_position_embeddings": 1,
+    }
+    assert (other.config()["rope_theta"], other.config()["max_position_embeddings"]) == (5e4, 512)
+    assert other.model.rotary.theta == 5e4
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in other.tensors())
 
 
 def test_after_a_step_the_gradient_starts_from_zero(tmp_path):

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,11 @@ from support.manifests import TINY_CONFIG
 from support.training import training_job
 from unmask.errors import ModelError, UsageError
 from unmask.models.registry import parse_config
+from unmask.training.distributed import World
 from unmask.training.plan import RateSchedule, plan_stages, stage_after
+from unmask.training.preparation import prepare
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def stages(folder, values=None):
@@ -136,3 +141,31 @@ def test_a_model_that_attends_to_its_whole_canvas_is_not_trained_by_blocks(tmp_p
 
 def test_the_tiny_config_is_autoregressive():
     assert TINY_CONFIG["architectures"] == ["BailingMoeV2ForCausalLM"]
+
+
+def test_the_context_changes_at_its_stage_and_stays_changed(tmp_path):
+    values = {
+        "spec.stages[2].ropeTheta": "50000",
+        "spec.stages[2].contextLength": 512,
+        "spec.stages[3].length": 512,
+    }
+    configs = [plan.config for plan in stages(tmp_path, values)]
+    assert [config.rope_theta for config in configs] == [600_000.0, 600_000.0, 50_000.0, 50_000.0]
+    assert [config.max_position_embeddings for config in configs] == [256, 256, 512, 512]
+    assert configs[1].to_json_dict() | {"rope_theta": 5e4, "max_position_embeddings": 512} == (
+        configs[2].to_json_dict()
+    )
+
+
+def test_noise_on_embeddings_falls_evenly_to_nothing(tmp_path):
+    plan = stages(tmp_path, {"spec.stages[1].embeddingNoise": {"std": "0.5", "steps": 4}})[1]
+    assert [plan.disturbance(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    assert stages(tmp_path)[1].disturbance(0) == 0.0
+
+
+def test_what_a_job_is_does_not_change_with_fields_that_it_does_not_use(tmp_path):
+    """A checkpoint from before there were such fields is still the job's."""
+    job = training_job(tmp_path, {"spec.stages[1].randomLength": "0.01"})
+    first, second = prepare(job.spec, ALONE).identity["stages"][:2]
+    assert second["randomLength"] == "0.01"
+    assert not {"randomLength", "embeddingNoise", "prediction", "ropeTheta", "documentMask"} & set(first)

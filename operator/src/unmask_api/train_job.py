@@ -21,6 +21,7 @@ __all__ = [
     "Data",
     "DataSource",
     "DiffusionTrainJob",
+    "EmbeddingNoise",
     "Evaluation",
     "GenerationEvaluation",
     "LearningRate",
@@ -155,6 +156,20 @@ class Noise(ApiModel):
     """Let the second view mask exactly what the first leaves visible."""
 
 
+class EmbeddingNoise(ApiModel):
+    """Gaussian noise on the embeddings of masked tokens, against exploding gradients after a conversion."""
+
+    rules: ClassVar = (Rule(rule="double(self.std) > 0.0", message="std must be above 0", field_path=".std"),)
+
+    std: DecimalString
+    """Standard deviation at the first step; it falls evenly to 0.
+
+    The root mean square of the embedding's rows is a fair start: about 0.02 for many models.
+    """
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Steps from the start of the stage that have noise."""
+
+
 class LearningRate(ApiModel):
     """Warm-up, stable, decay: rises from 0 to ``peak``, stays, and falls to ``final``."""
 
@@ -226,6 +241,42 @@ class Stage(ApiModel):
             field_path=".confidenceWeight",
         ),
         Rule(
+            rule="!has(self.embeddingNoise) || self.objective != 'ar'",
+            message="an ar stage masks nothing whose embedding could be disturbed: drop embeddingNoise",
+            field_path=".embeddingNoise",
+        ),
+        Rule(
+            rule="!has(self.embeddingNoise) || self.embeddingNoise.steps <= self.steps",
+            message="embeddingNoise.steps must not exceed steps: lower it or raise steps",
+            field_path=".embeddingNoise",
+        ),
+        Rule(
+            rule="self.prediction == 'Same' || self.objective != 'ar'",
+            message="an ar stage predicts the next token already: drop prediction",
+            field_path=".prediction",
+        ),
+        Rule(
+            rule="double(self.randomLength) <= 1.0",
+            message="randomLength is a share of the documents: at most 1",
+            field_path=".randomLength",
+        ),
+        Rule(
+            rule="double(self.randomLength) == 0.0"
+            " || (self.objective != 'sft' && (!has(self.supervise) || self.supervise == 'All'))",
+            message="an answer that is cut teaches to stop anywhere: drop randomLength, or learn from All",
+            field_path=".randomLength",
+        ),
+        Rule(
+            rule="self.documentMask || !has(self.supervise) || self.supervise != 'AllTurns'",
+            message="turns are kept apart like documents: set documentMask to true, or supervise to LastTurn",
+            field_path=".documentMask",
+        ),
+        Rule(
+            rule="!has(self.ropeTheta) || double(self.ropeTheta) > 0.0",
+            message="ropeTheta must be above 0",
+            field_path=".ropeTheta",
+        ),
+        Rule(
             rule="self.learningRate.warmupSteps + self.learningRate.decaySteps <= self.steps",
             message="warmupSteps + decaySteps must not exceed steps: lower them or raise steps",
             field_path=".learningRate",
@@ -261,8 +312,12 @@ class Stage(ApiModel):
         | None
     ) = None
     """Tokens in a block; several sizes share the steps equally. Required by ``bdlm`` and ``sft`` alone."""
-    supervise: Literal["All", "Response"] = Field(default_factory=_default_supervise)
-    """Learn from all tokens or from answers only. Left out: ``Response`` for ``sft``, else ``All``."""
+    supervise: Literal["All", "Response", "LastTurn", "AllTurns"] = Field(default_factory=_default_supervise)
+    """Learn from all tokens or from answers only. Left out: ``Response`` for ``sft``, else ``All``.
+
+    ``Response``: the completion, or a conversation's last turn; ``LastTurn`` is another name of it.
+    ``AllTurns``: every turn of the assistant, each as if the conversation ended with it.
+    """
     noise: Noise | None = Field(default_factory=_default_noise)
     """How much is masked.
 
@@ -277,6 +332,21 @@ class Stage(ApiModel):
     For comparison: LLaDA2.0 keeps documents apart (equation 3), and so do all objectives here by default.
     Validation keeps them apart in either case.
     """
+    embedding_noise: EmbeddingNoise | None = None
+    """Noise on the embeddings of masked tokens in the first steps, for a model just converted."""
+    prediction: Literal["Same", "Shifted"] = "Same"
+    """Predict a masked token at its own place, or from the place before it, as autoregressive models do.
+
+    Decoding and evaluation by generation here know ``Same`` alone.
+    """
+    random_length: DecimalString = "0"
+    """Share of the documents that are cut to a random length; LLaDA cuts 0.01 of them while pre-training."""
+    rope_theta: DecimalString | None = None
+    """Base of the rotary embedding from this stage on; left out, it stays."""
+    context_length: Annotated[int, Field(ge=2, le=16_777_216)] | None = None
+    """Longest context (``max_position_embeddings``) from this stage on; left out, it stays."""
+    router_bias: Literal["Update", "Frozen"] = "Update"
+    """Whether the stage goes on balancing experts by their routers' bias."""
     data: StageData | None = None
     """The stage's own data; left out, ``spec.data``."""
     export: bool = False
@@ -513,8 +583,15 @@ class TrainSpec(ApiModel):
             field_path=".evaluation.generation",
         ),
         Rule(
+            rule="!has(self.evaluation) || !has(self.evaluation.generation)"
+            " || self.stages.all(stage, stage.prediction == 'Same')",
+            message="answers are generated by same-place prediction: drop evaluation.generation, or the"
+            " stages' prediction",
+            field_path=".evaluation.generation",
+        ),
+        Rule(
             rule="self.stages.all(stage,"
-            " !(has(stage.supervise) ? stage.supervise == 'Response' : stage.objective == 'sft')"
+            " !(has(stage.supervise) ? stage.supervise != 'All' : stage.objective == 'sft')"
             " || (has(stage.data) ? stage.data.train.all(source, source.format != 'text')"
             " : self.data.train.all(source, source.format != 'text')))",
             message="text holds no answers: a stage that supervises Response needs train data of format"

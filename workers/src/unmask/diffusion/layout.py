@@ -10,10 +10,22 @@ share. Tokens whose result nobody reads are left out, which changes no result:
 * the last block of each document in the clean copy, which no noisy block may see;
 * in the noisy copies, blocks without a supervised token, such as those of a prompt.
 
+Where several turns of a document are learnt, each has noisy copies of its own, which end where
+the turn does: what a turn is predicted from is what there is when it is written, its own
+block and clean text before it, and never a later turn that happens to share its last block.
+Behind its end that block is filled with the end of text, as behind the last turn. So a
+conversation is trained as if each turn were the end of a document of its own, but the
+clean copy is there once.
+
+By default the token at a masked place is predicted at that place. Shifted, it is predicted
+from the place before it, as an autoregressive model does: inside a block from the noisy
+copy, at a block's first token from the clean copy, where the token before is known.
+
 Shape letters: V views, B rows, L tokens of a packed row, S tokens of a model row, M
 predictions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -23,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.attention import CLEAN, PADDING, AttentionMetadata
+from unmask.diffusion.disturbance import Disturbance
 from unmask.diffusion.noise import Corruption
 from unmask.diffusion.rows import PackedRows
 
@@ -44,6 +57,8 @@ class ModelInputs:
     """float32 (M,): how much each counts."""
     normaliser: float
     """What the weighted sum is to be divided by; it adds up over micro-batches and ranks."""
+    disturbance: Disturbance | None = None
+    """What is added to the embeddings of masked tokens; None: nothing."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
@@ -51,6 +66,8 @@ class ModelInputs:
             name: getattr(self, name).to(device)
             for name in ("ids", "metadata", "predict", "targets", "weights")
         }
+        if self.disturbance is not None:
+            moved["disturbance"] = self.disturbance.to(device)
         return replace(self, **moved)
 
 
@@ -64,7 +81,23 @@ class _Copy:
     kept: NDArray[np.bool_]
     """Tokens that enter the model at all."""
     predicted: NDArray[np.bool_]
+    """Places that predict something."""
+    target: NDArray[np.int64]
+    """What they should predict."""
     weight: NDArray[np.float32]
+    lots: NDArray[np.int64]
+    """What the disturbance of each embedding is drawn from; 0 where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What is learnt together of each document: everything, or one turn; arrays of shape (B, L)."""
+
+    ids: NDArray[np.int64]
+    """The text that is known when this is over: the rows', up to the turn's end."""
+    maskable: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    """Tokens of the noisy copies."""
 
 
 def causal(rows: PackedRows) -> ModelInputs:
@@ -85,12 +118,22 @@ def causal(rows: PackedRows) -> ModelInputs:
 
 
 def full_sequence(
-    rows: PackedRows, corruption: Corruption, *, mask_token_id: int, flat: bool = False
+    rows: PackedRows,
+    corruption: Corruption,
+    *,
+    mask_token_id: int,
+    flat: bool = False,
+    shifted: bool = False,
 ) -> ModelInputs:
-    """Full-sequence diffusion (equation 2): every token of a noisy copy sees all of its document's copy."""
+    """Full-sequence diffusion (equation 2): every token of a noisy copy sees all of its document's copy.
+
+    Of several turns each has a copy that ends where it does.
+    """
     block = np.zeros(rows.shape, np.int64)
-    copies = _noisy_copies(rows, corruption, block, rows.document >= 0, mask_token_id, flat)
-    return _assemble(rows, copies, normaliser=_normaliser(rows, corruption, flat))
+    answers = list(_turns(rows)) or [_Answer(rows.ids, rows.supervised, rows.document >= 0)]
+    copies = _noisy_copies(rows, corruption, answers, block, mask_token_id, flat)
+    normaliser = _normaliser(copies, answers, corruption, flat)
+    return _assemble(rows, _shifted(rows, copies) if shifted else copies, corruption, normaliser=normaliser)
 
 
 def two_copy(
@@ -102,6 +145,8 @@ def two_copy(
     flat: bool = False,
     global_grid: bool = False,
     leave_out_unread: bool = True,
+    shifted: bool = False,
+    eos_token_id: int | None = None,
 ) -> ModelInputs:
     """Block diffusion (equation 1) on the noisy copies and one clean copy.
 
@@ -115,44 +160,130 @@ def two_copy(
             block that crosses into the next document is cut there; by default from each
             document's start, so that a document is trained alike wherever it is packed.
         leave_out_unread: Leave out the tokens whose result nobody reads (see the module).
+        shifted: Predict each token from the place before it.
+        eos_token_id: What fills a block behind the end of a turn; needed where ``rows`` have turns.
     """
     place = np.broadcast_to(np.arange(rows.shape[1]), rows.shape) if global_grid else rows.position
     block = place // block_length
     real = rows.document >= 0
-    noisy_kept, clean_kept = real, real
-    if leave_out_unread:
-        noisy_kept = real & _any_in_block(rows, block, rows.supervised)
-        clean_kept = real & ~_in_last_block(rows, block)
-    noisy = _noisy_copies(rows, corruption, block, noisy_kept, mask_token_id, flat)
-    nothing = np.zeros(rows.shape, np.bool_)
-    clean = _Copy(rows.ids, block, CLEAN, clean_kept, nothing, nothing.astype(np.float32))
-    return _assemble(rows, [*noisy, clean], normaliser=_normaliser(rows, corruption, flat))
+    clean_kept = real & ~_in_last_block(rows, block) if leave_out_unread else real
+    if rows.turn is None:
+        noisy_kept = real & _any_in_block(rows, block, rows.supervised) if leave_out_unread else real
+        answers = [_Answer(rows.ids, rows.supervised, noisy_kept)]
+    else:
+        assert eos_token_id is not None, "rows have turns"
+        answers = [
+            _filled(rows, block, turn, eos_token_id, leave_out_unread=leave_out_unread)
+            for turn in _turns(rows)
+        ]
+    noisy = _noisy_copies(rows, corruption, answers, block, mask_token_id, flat)
+    nothing = np.zeros(rows.shape, np.int64)
+    clean = _Copy(
+        rows.ids,
+        block,
+        CLEAN,
+        clean_kept,
+        nothing.astype(np.bool_),
+        rows.ids,
+        nothing.astype(np.float32),
+        nothing,
+    )
+    copies = [*noisy, clean]
+    normaliser = _normaliser(noisy, answers, corruption, flat)
+    return _assemble(rows, _shifted(rows, copies) if shifted else copies, corruption, normaliser=normaliser)
+
+
+def _turns(rows: PackedRows) -> Iterator[_Answer]:
+    """Each document's first turn, its second, ...: kept is what stands before the turn's end."""
+    if rows.turn is None:
+        return
+    column = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+    whole = _block_keys(rows, np.zeros(rows.shape, np.int64))
+    for number in range(int(rows.turn.max(initial=-1)) + 1):
+        own = rows.turn == number
+        ends = np.zeros(int(whole.max()) + 1, np.int64)
+        np.maximum.at(ends, whole[own], column[own] + 1)
+        yield _Answer(rows.ids, own, (rows.document >= 0) & (column < ends[whole]))
+
+
+def _filled(
+    rows: PackedRows, block: NDArray[np.int64], turn: _Answer, eos_token_id: int, *, leave_out_unread: bool
+) -> _Answer:
+    """A turn with the rest of its last block: the end of text, learnt like the turn itself."""
+    blocks = _any_in_block(rows, block, turn.maskable)
+    behind = blocks & ~turn.kept
+    return _Answer(
+        np.where(behind, eos_token_id, rows.ids),
+        turn.maskable | behind,
+        blocks if leave_out_unread else blocks | turn.kept,
+    )
 
 
 def _noisy_copies(
     rows: PackedRows,
     corruption: Corruption,
+    answers: list[_Answer],
     block: NDArray[np.int64],
-    kept: NDArray[np.bool_],
     mask_token_id: int,
     flat: bool,
 ) -> list[_Copy]:
     copies = []
-    for view, (masked, ratio) in enumerate(zip(corruption.masked, corruption.ratio, strict=True), start=1):
-        ids = np.where(masked, mask_token_id, rows.ids)
+    for view, (masked, ratio) in enumerate(zip(corruption.masked, corruption.ratio, strict=True)):
         weight = np.ones_like(ratio) if flat else 1 / ratio
-        copies.append(_Copy(ids, block, view, kept, masked, weight))
+        for number, answer in enumerate(answers):
+            hidden = masked
+            if rows.turn is not None:
+                assert corruption.struck is not None, "drawn by lot"
+                hidden = corruption.struck[view] & answer.maskable
+            ids = np.where(hidden, mask_token_id, answer.ids)
+            lots = np.zeros(rows.shape, np.int64)
+            if corruption.lots is not None:
+                lots = np.where(hidden, corruption.lots[view], 0)
+            which = view * len(answers) + number + 1
+            copies.append(_Copy(ids, block, which, answer.kept, hidden, answer.ids, weight, lots))
     return copies
 
 
-def _normaliser(rows: PackedRows, corruption: Corruption, flat: bool) -> float:
-    """Masked tokens for the flat weight; for 1/t, the supervised tokens of all views."""
+def _normaliser(noisy: list[_Copy], answers: list[_Answer], corruption: Corruption, flat: bool) -> float:
+    """Masked tokens for the flat weight; for 1/t, the tokens that may be masked, of all views."""
     if flat:
-        return float(corruption.masked.sum())
-    return float(rows.supervised.sum() * len(corruption.masked))
+        return float(sum(copy.predicted.sum() for copy in noisy))
+    return float(sum(answer.maskable.sum() for answer in answers) * len(corruption.masked))
 
 
-def _assemble(rows: PackedRows, copies: list[_Copy], *, normaliser: float) -> ModelInputs:
+def _shifted(rows: PackedRows, copies: list[_Copy]) -> list[_Copy]:
+    """The same, each token predicted from the place before: where that is in an earlier block, the clean one.
+
+    A token at the clean place is predicted from the same logits whichever views masked it, so its weights
+    add up. The first token of a document has no place before it, and is not to be masked.
+    """
+    goes_on = np.zeros(rows.shape, np.bool_)
+    goes_on[:, :-1] = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.document[:, :-1] >= 0)
+    block = copies[0].block
+    inside = goes_on.copy()
+    inside[:, :-1] &= block[:, 1:] == block[:, :-1]
+    across = goes_on & ~inside
+
+    shifted, from_clean = [], np.zeros(rows.shape, np.float32)
+    for copy in copies:
+        predicted, weight = _before(copy.predicted), _before(copy.weight)
+        target = np.where(goes_on, _before(copy.target), copy.target)
+        if copy.view == CLEAN:
+            shifted.append(replace(copy, predicted=from_clean > 0, target=target, weight=from_clean))
+        else:
+            from_clean += np.where(across & predicted, weight, 0)
+            shifted.append(replace(copy, predicted=inside & predicted, target=target, weight=weight))
+    return shifted
+
+
+def _before(values: NDArray[Any]) -> NDArray[Any]:
+    """For each place, the value of the next one."""
+    return np.roll(values, -1, axis=1)
+
+
+def _assemble(
+    rows: PackedRows, copies: list[_Copy], corruption: Corruption, *, normaliser: float
+) -> ModelInputs:
     """Lay the kept tokens of all copies side by side and close the gaps; short rows end in padding."""
     kept = np.concatenate([copy.kept for copy in copies], axis=1)
     order = np.argsort(~kept, axis=1, kind="stable")[:, : max(1, int(kept.sum(1).max()))]
@@ -175,11 +306,14 @@ def _assemble(rows: PackedRows, copies: list[_Copy], *, normaliser: float) -> Mo
         ids=tensor([copy.ids for copy in copies]),
         metadata=metadata,
         predict=torch.from_numpy(predict),
-        targets=tensor([rows.ids for _ in copies]).flatten()[torch.from_numpy(predict)],
+        targets=tensor([copy.target for copy in copies]).flatten()[torch.from_numpy(predict)],
         weights=torch.from_numpy(
             gathered([copy.weight for copy in copies]).ravel()[predict].astype(np.float32)
         ),
         normaliser=normaliser,
+        disturbance=None
+        if corruption.lots is None
+        else Disturbance(tensor([copy.lots for copy in copies]), corruption.disturbance),
     )
 
 

@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from unmask.diffusion.rows import PackedRows, uniform
+from unmask.diffusion.rows import PackedRows, raw, uniform
 
 __all__ = ["Corruption", "NoiseConfig", "corrupt", "corrupt_by_count"]
 
-_RATIOS, _TOKENS = 0, 1
-"""Streams of randomness: one for the mask ratios of blocks, one for the tokens."""
+_RATIOS, _TOKENS, _EMBEDDINGS = 0, 1, 2
+"""Streams of randomness: for the mask ratios of blocks, for the tokens, and for their embeddings' noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +63,17 @@ class Corruption:
     """Masked tokens; always among the supervised."""
     ratio: NDArray[np.float32]
     """The probability with which each token was to be masked."""
+    struck: NDArray[np.bool_] | None = None
+    """Tokens that the lot fell on, supervised or not; None where tokens are not drawn one by one."""
+    lots: NDArray[np.int64] | None = None
+    """For each token, what the disturbance of its embedding is drawn from; None: nothing disturbs them."""
+    disturbance: float = 0.0
+    """Standard deviation of that disturbance."""
 
 
-def corrupt(rows: PackedRows, config: NoiseConfig, *, seed: int, block_length: int) -> Corruption:
+def corrupt(
+    rows: PackedRows, config: NoiseConfig, *, seed: int, block_length: int, disturbance: float = 0.0
+) -> Corruption:
     """Draw the masks of ``rows``.
 
     Args:
@@ -74,25 +82,29 @@ def corrupt(rows: PackedRows, config: NoiseConfig, *, seed: int, block_length: i
         seed: Of the job and stage.
         block_length: Tokens per block, which with scope "block" share a ratio; blocks count
             from each document's start.
+        disturbance: Standard deviation of what is added to the embeddings of masked tokens.
 
     With the flat weight, a document with supervised tokens has at least one masked in
     each view that is not a complement, for else it would teach nothing; with the 1/t
     weight that would bias the bound, and is not done.
     """
     shape = (config.views, *rows.shape)
-    masked, ratio = np.zeros(shape, np.bool_), np.ones(shape, np.float32)
+    struck, ratio = np.zeros(shape, np.bool_), np.ones(shape, np.float32)
+    lots = np.zeros(shape, np.int64) if disturbance else None
     for row, start, stop in _documents(rows):
         span = (row, slice(start, stop))
         blocks = rows.position[span] // block_length
         supervised, ordinal = rows.supervised[span], int(rows.ordinal[row, start])
         for view in range(config.views):
             if config.complementary and view % 2:
-                masked[view, *span] = supervised & ~masked[view - 1, *span]
+                struck[view, *span] = ~struck[view - 1, *span]
                 ratio[view, *span] = 1 - ratio[view - 1, *span]
             else:
                 drawn = _draw(config, seed, ordinal, view, blocks, supervised)
-                masked[view, *span], ratio[view, *span] = drawn
-    return Corruption(masked, ratio)
+                struck[view, *span], ratio[view, *span] = drawn
+            if lots is not None:
+                lots[view, *span] = raw(seed, _EMBEDDINGS, ordinal, view, stop - start).view(np.int64) | 1
+    return Corruption(struck & rows.supervised, ratio, struck, lots, disturbance)
 
 
 def corrupt_by_count(rows: PackedRows, *, views: int, seed: int, block_length: int | None) -> Corruption:
@@ -147,7 +159,7 @@ def _draw(
     blocks: NDArray[np.int64],
     supervised: NDArray[np.bool_],
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-    """Mask and ratio of one document's tokens in one view."""
+    """On which of one document's tokens the lot falls in one view, supervised or not, and their ratios."""
     num_blocks = int(blocks[-1]) + 1 if config.scope == "block" else 1
     start = uniform(seed, _RATIOS, ordinal, view, 1)[0]
     # Stratified over the document's blocks: each ratio alone is uniform, together they cover the band.
@@ -156,7 +168,7 @@ def _draw(
     ratios = np.clip(config.low + (config.high - config.low) * strata, config.smallest, ceiling)
     ratio = ratios[blocks] if config.scope == "block" else np.full(len(blocks), ratios[0])
     lots = uniform(seed, _TOKENS, ordinal, view, len(blocks))
-    masked = supervised & (lots < ratio)
-    if config.weight == "flat" and supervised.any() and not masked.any():
-        masked[np.flatnonzero(supervised)[np.argmin((lots / ratio)[supervised])]] = True
-    return masked, ratio.astype(np.float32)
+    struck = lots < ratio
+    if config.weight == "flat" and supervised.any() and not (struck & supervised).any():
+        struck[np.flatnonzero(supervised)[np.argmin((lots / ratio)[supervised])]] = True
+    return struck, ratio.astype(np.float32)

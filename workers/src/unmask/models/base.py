@@ -1,6 +1,7 @@
 """What the trainer, the decoders and the server ask of a model, whatever its family."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -42,13 +43,21 @@ class LanguageModel(nn.Module, ABC):
     """The number format of a forward pass, where it is not that of the parameters."""
 
     @abstractmethod
-    def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        cache: Cache | None = None,
+        disturb: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Final, normalised hidden states.
 
         Args:
             ids: int64 (B, S). Masked positions hold ``config.mask_token_id``.
             metadata: Who each token is, (B, S).
             cache: Earlier tokens that may be seen too; it takes up this forward's keys and values.
+            disturb: Changes the embeddings, (B, S, hidden_size), before the first layer; None: nothing does.
 
         Returns:
             (B, S, hidden_size) in the model's dtype.

@@ -1,4 +1,4 @@
-"""Turn an autoregressive model into a diffusion model of the same body, in memory.
+"""Turn an autoregressive model into a diffusion model of the same body, in memory; and change its context.
 
 Every tensor is kept and none is added: only what is predicted changes, from the next
 token to the token at its own position, and training teaches that. The row of the mask
@@ -11,7 +11,14 @@ from unmask.models.config import ModelConfig
 from unmask.models.loading import build
 from unmask.models.registry import CONVERSIONS, family_of, parse_config
 
-__all__ = ["CONVERSIONS", "converted_config", "default_mask_token_id", "to_diffusion"]
+__all__ = [
+    "CONVERSIONS",
+    "converted_config",
+    "default_mask_token_id",
+    "extended_config",
+    "recast",
+    "to_diffusion",
+]
 
 _DROPPED = {"num_nextn_predict_layers", "torch_dtype", "dtype", "auto_map"}
 """Keys that say nothing about the converted model."""
@@ -48,6 +55,27 @@ def converted_config(
     return parse_config(data, source="converted config")
 
 
+def extended_config(
+    config: ModelConfig, *, rope_theta: float | None = None, context: int | None = None
+) -> ModelConfig:
+    """The same model with another base of its rotary embedding, or another longest context.
+
+    Neither changes a weight. A larger base turns by smaller angles, so that positions further apart look
+    like those that the model knows (LLaDA-MoE goes from 10,000 to 50,000 as its context doubles).
+
+    Args:
+        config: The model's.
+        rope_theta: The base; None leaves it.
+        context: Tokens, ``max_position_embeddings``; None leaves it.
+    """
+    data = config.to_json_dict()
+    if rope_theta is not None:
+        data["rope_theta"] = rope_theta
+    if context is not None:
+        data["max_position_embeddings"] = context
+    return parse_config(data, source="config with another context")
+
+
 def default_mask_token_id(config: ModelConfig, architecture: str) -> int | None:
     """The mask of ``config``, or else of ``architecture``; None where people choose one.
 
@@ -77,7 +105,11 @@ def to_diffusion(
     Raises:
         ModelError: As :func:`converted_config`.
     """
-    config = converted_config(model.config, architecture, mask_token_id=mask_token_id)
+    return recast(model, converted_config(model.config, architecture, mask_token_id=mask_token_id))
+
+
+def recast(model: LanguageModel, config: ModelConfig) -> LanguageModel:
+    """The same weights under ``config``, which gives them the same shapes; the tensors are shared."""
     converted = build(config, device="meta")
     state = model.state_dict()
     converted.load_state_dict(state, strict=True, assign=True)

@@ -166,7 +166,14 @@ class Transformer(LanguageModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = None if tied_output else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def hidden(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        cache: Cache | None = None,
+        disturb: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """See :meth:`LanguageModel.hidden`."""
         keys = metadata if cache is None else cache.keys_seen(metadata)
         attention = plan(metadata, keys)
@@ -177,6 +184,8 @@ class Transformer(LanguageModel):
             for router in self.routers():
                 router.counted = real
         x_BSD = self.embedding(ids)
+        if disturb is not None:
+            x_BSD = disturb(x_BSD)
         for index, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD, rotation, attention, index, cache)
         out: Tensor = self.norm(x_BSD)

@@ -11,7 +11,7 @@ from ``config.json``, or from the papers and the published code:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -50,6 +50,8 @@ class GenerationDefaults(BaseModel):
     max_post_edit_steps: NonNegativeInt = Field(default=16, le=MAX_POST_EDIT_STEPS)
     eos_token_id: int = Field(ge=0)
     mask_token_id: int = Field(ge=0)
+    prediction: Literal["same"] = "same"
+    """One that was trained to predict from the place before (``shifted``) would be decoded to nonsense."""
 
     @classmethod
     def read(cls, folder: Path, config: ModelConfig, attends: Attends) -> "GenerationDefaults":

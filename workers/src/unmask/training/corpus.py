@@ -51,6 +51,9 @@ class Corpus:
     """(N,): how many of them are given."""
     repeats: NDArray[np.int64]
     """(N,): occurrences in one pass over the data."""
+    turns: NDArray[np.int16] | None = None
+    """(T,): which answer of its document each token belongs to, from 0, and -1 for what is given; None where
+    a document has no more than one."""
     skipped: int = 0
     """Documents that were left out for being too long."""
 
@@ -73,11 +76,13 @@ class _File:
     lengths: NDArray[np.int64]
     prompt_lengths: NDArray[np.int64]
     lines: NDArray[np.int64]
+    turns: NDArray[np.int16] | None = None
 
     def digest(self) -> str:
         """SHA-256 of the documents as they are learnt: a change of file or tokenizer changes it."""
-        arrays = (self.ids, self.lengths, self.prompt_lengths)
-        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+        arrays = (self.ids, self.lengths, self.prompt_lengths, self.turns)
+        content = b"".join(array.tobytes() for array in arrays if array is not None)
+        return hashlib.sha256(content).hexdigest()
 
 
 class Library:
@@ -87,16 +92,20 @@ class Library:
         """Encode with ``tokenizer``; documents end with ``eos_token_id``."""
         self._tokenizer = tokenizer
         self._eos = eos_token_id
-        self._files: dict[tuple[Path, Format], _File] = {}
+        self._files: dict[tuple[Path, Format, bool], _File] = {}
 
-    def corpus(self, sources: Sequence[Source], *, length: int, overlong: Overlong) -> Corpus:
+    def corpus(
+        self, sources: Sequence[Source], *, length: int, overlong: Overlong, turns: bool = False
+    ) -> Corpus:
         """The documents of ``sources`` that fit rows of ``length`` tokens, or their pieces that do.
+
+        With ``turns``, every turn of a conversation is an answer, and not only the last.
 
         Raises:
             DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error,
                 or is Split and the document holds an answer.
         """
-        files = [self._file(source) for source in sources]
+        files = [self._file(source, turns=turns) for source in sources]
         if overlong == "Split":
             files = [_split(file, length) if file.format == "text" else file for file in files]
         if overlong != "Skip":
@@ -118,6 +127,7 @@ class Library:
         ]
         return Corpus(
             ids=np.concatenate([file.ids for file in files]),
+            turns=np.concatenate([file.turns for file in files if file.turns is not None]) if turns else None,
             starts=(np.cumsum(lengths) - lengths)[fits],
             lengths=lengths[fits],
             prompt_lengths=np.concatenate([file.prompt_lengths for file in files])[fits],
@@ -135,19 +145,19 @@ class Library:
                 questions.append(self._question(record, source.path))
         return questions
 
-    def digest(self, source: Source) -> str:
+    def digest(self, source: Source, *, turns: bool = False) -> str:
         """SHA-256 of the encoded documents of ``source``."""
-        return self._file(source).digest()
+        return self._file(source, turns=turns).digest()
 
-    def _file(self, source: Source) -> _File:
-        key = (source.path, source.format)
+    def _file(self, source: Source, *, turns: bool) -> _File:
+        key = (source.path, source.format, turns)
         if key not in self._files:
-            self._files[key] = self._read(source)
+            self._files[key] = self._read(source, turns=turns)
         return self._files[key]
 
-    def _read(self, source: Source) -> _File:
+    def _read(self, source: Source, *, turns: bool) -> _File:
         records = read_records(source.path, source.format)
-        encoded = [self._encode(record, source.path) for record in records]
+        encoded = [self._encode(record, source.path, turns=turns) for record in records]
         return _File(
             path=source.path,
             format=source.format,
@@ -155,11 +165,12 @@ class Library:
             lengths=np.array([len(one.ids) for one in encoded], np.int64),
             prompt_lengths=np.array([one.prompt_length for one in encoded], np.int64),
             lines=np.array([record.line for record in records], np.int64),
+            turns=np.concatenate([_turn_of_each_token(one) for one in encoded]) if turns else None,
         )
 
-    def _encode(self, record: Record, path: Path) -> Encoded:
+    def _encode(self, record: Record, path: Path, *, turns: bool) -> Encoded:
         try:
-            return encode(record, self._tokenizer, eos_token_id=self._eos)
+            return encode(record, self._tokenizer, eos_token_id=self._eos, turns=turns)
         except (UsageError, ModelError) as error:
             raise DataError(f"{path}:{record.line}: {error}") from None
 
@@ -172,6 +183,14 @@ class Library:
         if not found.prompt:
             raise DataError(f"{path}:{record.line}: the prompt has no tokens, so nothing can be asked")
         return found
+
+
+def _turn_of_each_token(document: Encoded) -> NDArray[np.int16]:
+    """-1 for what is given, and the number of its answer for every other token."""
+    numbers = np.full(len(document.ids), -1, np.int16)
+    for number, (start, stop) in enumerate(document.turns):
+        numbers[start:stop] = number
+    return numbers
 
 
 def _split(file: _File, length: int) -> _File:

@@ -21,7 +21,9 @@ class Encoded:
 
     ids: list[int]
     prompt_length: int
-    """Tokens before the answer; 0 where the whole document is learnt."""
+    """Tokens before the (first) answer; 0 where the whole document is learnt."""
+    turns: tuple[tuple[int, int], ...] = ()
+    """First token of each answer, and the one after its last, where every turn is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,17 @@ class Question:
     answers: tuple[list[int], ...]
 
 
-def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int) -> Encoded:
+def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int, turns: bool = False) -> Encoded:
     """The tokens of ``record``, end of text included.
+
+    With ``turns``, every turn of the assistant is an answer, and not only the last.
 
     Raises:
         UsageError: The text is not valid Unicode, or the chat template refuses the conversation.
         ModelError: Conversations are to be read, and the tokenizer has no chat template.
     """
+    if turns and isinstance(record, Messages):
+        return _encoded_turns(record.messages, tokenizer, eos_token_id)
     match record:
         case Text(text=text):
             prompt, answer = [], tokenizer.encode(text)
@@ -49,7 +55,8 @@ def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int) -> Encode
             prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
     if not answer or answer[-1] != eos_token_id:
         answer = [*answer, eos_token_id]
-    return Encoded(prompt + answer, len(prompt))
+    ids = prompt + answer
+    return Encoded(ids, len(prompt), ((len(prompt), len(ids)),) if turns else ())
 
 
 def question(record: Completion | Messages, tokenizer: Tokenizer, *, eos_token_id: int) -> Question:
@@ -68,6 +75,30 @@ def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool | None = None) -> 
     if tokenizer.has_chat_template if chat is None else chat:
         text = tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     return tokenizer.encode(text)
+
+
+def _encoded_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, eos_token_id: int) -> Encoded:
+    """A conversation cut before and after each answer, so that no token holds a piece of two turns."""
+    ids: list[int] = []
+    turns = []
+    known = ""
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = _split(messages[: number + 1], tokenizer)
+            if not before.startswith(known):
+                raise ModelError(
+                    "the chat template does not write a conversation as its beginning plus what follows; "
+                    "use supervise: LastTurn or another template"
+                )
+            ids += tokenizer.encode(before.removeprefix(known))
+            answer = tokenizer.encode(after)
+            turns.append((len(ids), len(ids) + len(answer)))
+            ids += answer
+            known = before + after
+    if ids[-1] != eos_token_id:
+        ids.append(eos_token_id)
+        turns[-1] = (turns[-1][0], len(ids))
+    return Encoded(ids, turns[0][0], tuple(turns))
 
 
 def _split(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:

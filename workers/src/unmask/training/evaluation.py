@@ -54,7 +54,9 @@ class Evaluator:
         # Whatever a stage learns from, it is measured on documents that see themselves alone.
         self._spec, self._stage, self._world = spec, replace(stage, document_mask=True), world
         self.every_steps = spec.every_steps
-        self._corpus = library.corpus(stage.validation, length=stage.length, overlong=overlong)
+        self._corpus = library.corpus(
+            stage.validation, length=stage.length, overlong=overlong, turns=stage.turns
+        )
         samples = spec.generation.samples if spec.generation else 0
         self._questions = library.questions(stage.validation, count=samples)
         self._noise_key = philox_key(seed, Purpose.EVALUATION)

@@ -12,9 +12,20 @@ from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.training.corpus import Library
 from unmask.training.plan import StagePlan
-from unmask_api.train_job import TrainSpec
+from unmask_api.train_job import Stage, TrainSpec
 
 __all__ = ["identity", "refuse_other_job"]
+
+_LATER_FIELDS = (
+    "document_mask",
+    "embedding_noise",
+    "prediction",
+    "random_length",
+    "rope_theta",
+    "context_length",
+    "router_bias",
+)
+"""Fields of stages whose defaults mean what was done before there were such fields."""
 
 
 def identity(
@@ -32,14 +43,30 @@ def identity(
         "model": config.to_json_dict(),
         "data": {"seed": spec.data.seed, "overlong": spec.data.overlong},
         "stages": [
-            stage.model_dump(mode="json", by_alias=True, exclude={"data", "export"})
-            | {"train": [{"sha256": library.digest(one), "weight": one.weight} for one in plan.train]}
+            _of_stage(stage)
+            | {
+                "train": [
+                    {"sha256": library.digest(one, turns=plan.turns), "weight": one.weight}
+                    for one in plan.train
+                ]
+            }
             for stage, plan in zip(spec.stages, stages, strict=True)
         ],
         "optimizer": spec.optimizer.to_json_dict(),
         "balance": spec.balance.to_json_dict(),
         "precision": spec.precision,
     }
+
+
+def _of_stage(stage: Stage) -> dict[str, Any]:
+    """The fields of a stage, without those that older jobs did not have and this one does not use."""
+    fields = stage.model_dump(mode="json", by_alias=True, exclude={"data", "export"})
+    unused = {
+        Stage.model_fields[name].alias
+        for name in _LATER_FIELDS
+        if getattr(stage, name) == Stage.model_fields[name].default
+    }
+    return {name: value for name, value in fields.items() if name not in unused}
 
 
 def refuse_other_job(saved: Mapping[str, Any], own: Mapping[str, Any], *, where: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from unmask.models.base import LanguageModel
+from unmask.models.config import ModelConfig
 from unmask.training.boxes import Box
 from unmask.training.checkpoints import Checkpoint
 from unmask.training.optimizer import Optimizer, balance_experts
@@ -37,25 +38,18 @@ class Learner:
         """Turn the summed gradient into that of the loss, clip it, and return its norm before clipping."""
         return self._optimizer.gradient_norm(totals.normaliser)
 
-    def step(self, totals: Totals, rate: float) -> None:
-        """Apply the gradient, and balance the experts."""
+    def step(self, totals: Totals, rate: float, *, freeze_router_bias: bool = False) -> None:
+        """Apply the gradient, and balance the experts unless their routers' bias is to stay as it is."""
         self._optimizer.step(rate)
-        balance_experts(
-            self.model.routers(), totals.expert_tokens, float(self._spec.balance.bias_update_rate)
-        )
+        if not freeze_router_bias:
+            balance_experts(
+                self.model.routers(), totals.expert_tokens, float(self._spec.balance.bias_update_rate)
+            )
         self.weights.changed()
 
-    def converted(self, architecture: str, *, mask_token_id: int | None = None) -> "Learner":
-        """The same weights, and the optimiser's state, under another architecture.
-
-        Args:
-            architecture: What the model becomes.
-            mask_token_id: The token that becomes the mask; None: the model's or the architecture's own.
-
-        Raises:
-            ModelError: The model cannot become that.
-        """
-        learner = Learner(self.weights.converted(architecture, mask_token_id=mask_token_id), self._spec)
+    def recast(self, config: ModelConfig) -> "Learner":
+        """The same weights, and the optimiser's state, under another configuration."""
+        learner = Learner(self.weights.recast(config), self._spec)
         learner._optimizer.copy_from(dict(self._optimizer.tensors()))
         return learner
 

@@ -13,6 +13,7 @@ B rows, L tokens of a row, T tokens of all rows' documents.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ class Layout:
     """Number in the corpus."""
     ordinal: NDArray[np.int64]
     """Number in the stream."""
+    tokens_used: NDArray[np.int64]
+    """Its first tokens, which are used; fewer than it has where it is cut."""
     row: NDArray[np.int64]
     start: NDArray[np.int64]
     """First token in the row."""
@@ -63,7 +66,7 @@ def lay_out(
 
     Args:
         document: Numbers in the corpus, in stream order.
-        lengths: Tokens of each; none exceeds ``length`` when rounded up to ``multiple``.
+        lengths: Tokens to use of each; none exceeds ``length`` when rounded up to ``multiple``.
         first_ordinal: Number of the first in the stream.
         rows: Rows to fill.
         length: Tokens of a row.
@@ -84,6 +87,7 @@ def lay_out(
     return Layout(
         document=document[:first],
         ordinal=first_ordinal + np.arange(first),
+        tokens_used=lengths[:first],
         row=row,
         start=(ends - width)[:first] - bases[row],
         width=width[:first],
@@ -109,13 +113,14 @@ def make_rows(
     within = np.arange(width.sum()) - np.repeat(np.cumsum(width) - width, width)
     target = np.repeat(row * layout.length + layout.start[mine], width) + within
 
-    lengths = np.repeat(corpus.lengths[document], width)
+    lengths = np.repeat(layout.tokens_used[mine], width)
     source = np.repeat(corpus.starts[document], width) + np.minimum(within, lengths - 1)
     ids = np.where(within < lengths, corpus.ids[source], eos_token_id)
+    turn = None if corpus.turns is None else corpus.turns[source]
     given = np.repeat(corpus.prompt_lengths[document], width) if responses_only else 0
     shape = (len(range(rank, layout.rows, world)), layout.length)
 
-    def spread(values: NDArray[np.int64], filler: int) -> NDArray[np.int64]:
+    def spread(values: NDArray[Any], filler: int) -> NDArray[np.int64]:
         laid = np.full(shape, filler, np.int64)
         laid.ravel()[target] = values
         return laid
@@ -124,6 +129,7 @@ def make_rows(
         ids=spread(ids, pad_token_id),
         document=spread(np.repeat(number, width), -1),
         position=spread(within, 0),
-        supervised=spread(within >= given, 0).astype(np.bool_),
+        supervised=spread(within >= given if turn is None else turn >= 0, 0).astype(np.bool_),
         ordinal=spread(np.repeat(layout.ordinal[mine], width), 0),
+        turn=None if turn is None else spread(turn, -1),
     )

@@ -13,13 +13,13 @@ from unmask.diffusion.noise import NoiseConfig
 from unmask.diffusion.schedule import BlockSchedule
 from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
-from unmask.models.conversion import converted_config
+from unmask.models.conversion import converted_config, extended_config
 from unmask.models.loading import build
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Source
 from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, TrainSpec
 
-__all__ = ["RateSchedule", "StagePlan", "check_fit", "plan_stages", "stage_after"]
+__all__ = ["RateSchedule", "StagePlan", "check_fit", "plan_stages", "stage_after", "with_context"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +57,8 @@ class StagePlan:
     name: str
     index: int
     objective: Objective
-    convert_to: str | None
-    mask_token_id: int | None
-    """What a conversion masks with, where the stage says so."""
+    config: ModelConfig
+    """Of the model in this stage: converted, and with another context, where the stage says so."""
     first_step: int
     """Steps of the run before this stage."""
     steps: int
@@ -69,10 +68,20 @@ class StagePlan:
     blocks: BlockSchedule | None
     """None for objectives without blocks."""
     responses_only: bool
+    turns: bool
+    """Whether every turn of a conversation is an answer, and not only the last."""
     noise: NoiseConfig | None
     confidence_weight: float
     document_mask: bool
     """Whether a document sees itself alone."""
+    embedding_noise: float
+    """Standard deviation at the first step; 0: none."""
+    embedding_noise_steps: int
+    shifted: bool
+    """Whether a token is predicted from the place before it."""
+    random_length: float
+    """Share of documents that are cut to a random length."""
+    freeze_router_bias: bool
     rate: RateSchedule
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
@@ -88,6 +97,12 @@ class StagePlan:
         if self.blocks is not None:
             return self.blocks.size_at(step)
         return 1 if self.objective == "ar" else self.length
+
+    def disturbance(self, step: int) -> float:
+        """Standard deviation of the noise on masked embeddings at step ``step``: falls evenly to 0."""
+        if step >= self.embedding_noise_steps:
+            return 0.0
+        return self.embedding_noise * (1 - step / self.embedding_noise_steps)
 
     def multiple(self, step: int) -> int:
         """What the width of a document in its row is a multiple of."""
@@ -111,6 +126,7 @@ def plan_stages(
         mask_token_id = _mask_token_id(stage, tokenizer, field)
         if stage.convert_to is not None:
             config = converted_config(config, stage.convert_to, mask_token_id=mask_token_id)
+        config = with_context(stage, config)
         check_fit(stage, config, field)
         data = spec.data_of(stage)
         plans.append(
@@ -118,17 +134,22 @@ def plan_stages(
                 name=stage.name,
                 index=index,
                 objective=stage.objective,
-                convert_to=stage.convert_to,
-                mask_token_id=mask_token_id,
+                config=config,
                 first_step=plans[-1].end if plans else 0,
                 steps=stage.steps,
                 length=stage.length,
                 rows=stage.rows_per_step,
                 blocks=BlockSchedule(stage.block_sizes, stage.steps) if stage.block_sizes else None,
-                responses_only=stage.supervise == "Response",
+                responses_only=stage.supervise != "All",
+                turns=stage.supervise == "AllTurns",
                 noise=_noise(stage.noise) if stage.noise else None,
                 confidence_weight=float(stage.confidence_weight),
                 document_mask=stage.document_mask,
+                embedding_noise=float(stage.embedding_noise.std) if stage.embedding_noise else 0.0,
+                embedding_noise_steps=stage.embedding_noise.steps if stage.embedding_noise else 0,
+                shifted=stage.prediction == "Shifted",
+                random_length=float(stage.random_length),
+                freeze_router_bias=stage.router_bias == "Frozen",
                 rate=_rate(stage.learning_rate, stage.steps),
                 train=_sources(data.train),
                 validation=_sources(data.validation),
@@ -151,6 +172,14 @@ def _mask_token_id(stage: Stage, tokenizer: Tokenizer | None, field: str) -> int
         return tokenizer.unused_special_id(stage.mask_token)
     except UsageError as error:
         raise UsageError(f"{field}.maskToken: {error}") from None
+
+
+def with_context(stage: Stage, config: ModelConfig) -> ModelConfig:
+    """``config`` with the context that ``stage`` asks for."""
+    if stage.rope_theta is None and stage.context_length is None:
+        return config
+    theta = None if stage.rope_theta is None else float(stage.rope_theta)
+    return extended_config(config, rope_theta=theta, context=stage.context_length)
 
 
 def check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
@@ -177,7 +206,7 @@ def check_fit(stage: Stage, config: ModelConfig, field: str) -> None:
     if stage.length > config.max_position_embeddings:
         raise UsageError(
             f"{field}.length: got {stage.length}, the model's max_position_embeddings allows at most "
-            f"{config.max_position_embeddings}; lower length or raise it in the model's config"
+            f"{config.max_position_embeddings}; lower length or raise it by contextLength"
         )
 
 

@@ -102,7 +102,7 @@ def _tokenizer(spec: TrainSpec, config: ModelConfig) -> Tokenizer:
 
 def _stage(plan: StagePlan, spec: TrainSpec, library: Library, world: World) -> PreparedStage:
     overlong = spec.data.overlong
-    corpus = library.corpus(plan.train, length=plan.length, overlong=overlong)
+    corpus = library.corpus(plan.train, length=plan.length, overlong=overlong, turns=plan.turns)
     evaluator = None
     if spec.evaluation is not None and plan.validation:
         evaluator = Evaluator(

@@ -37,32 +37,61 @@ class Totals:
 
 
 def model_inputs(
-    rows: PackedRows, stage: StagePlan, model: LanguageModel, *, block_length: int, noise_key: int
+    rows: PackedRows,
+    stage: StagePlan,
+    model: LanguageModel,
+    *,
+    block_length: int,
+    noise_key: int,
+    disturbance: float = 0.0,
 ) -> ModelInputs:
-    """What the objective of ``stage`` runs ``model`` on."""
+    """What the objective of ``stage`` runs ``model`` on.
+
+    Args:
+        rows: Packed documents.
+        stage: What is learnt of them, and how they are masked.
+        model: Whose mask token stands at masked positions.
+        block_length: Tokens per block.
+        noise_key: What masks follow from, with the documents' numbers.
+        disturbance: Standard deviation of what is added to the embeddings of masked tokens.
+    """
+    if stage.noise is not None and stage.shifted:
+        # Nothing comes before a document's first token that it could be predicted from.
+        rows = replace(rows, supervised=rows.supervised & (rows.position > 0))
     seen = rows if stage.document_mask else rows.joined()
     if stage.noise is None:
         return layout.causal(seen)
     # Noise belongs to the documents, whatever they see.
-    corruption = noise.corrupt(rows, stage.noise, seed=noise_key, block_length=block_length)
+    corruption = noise.corrupt(
+        rows, stage.noise, seed=noise_key, block_length=block_length, disturbance=disturbance
+    )
     flat = stage.noise.weight == "flat"
     if stage.objective == "mdlm":
-        return layout.full_sequence(seen, corruption, mask_token_id=model.mask_token_id, flat=flat)
+        return layout.full_sequence(
+            seen, corruption, mask_token_id=model.mask_token_id, flat=flat, shifted=stage.shifted
+        )
     return layout.two_copy(
-        seen, corruption, block_length=block_length, mask_token_id=model.mask_token_id, flat=flat
+        seen,
+        corruption,
+        block_length=block_length,
+        mask_token_id=model.mask_token_id,
+        flat=flat,
+        shifted=stage.shifted,
+        eos_token_id=model.config.eos_token_id,
     )
 
 
 def micro_batches(rows: PackedRows, size: int) -> Iterator[PackedRows]:
     """``rows``, at most ``size`` at a time."""
+    arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
     for first in range(0, rows.shape[0], size):
         part = slice(first, first + size)
-        yield replace(rows, **{field.name: getattr(rows, field.name)[part] for field in fields(rows)})
+        yield replace(rows, **{name: array[part] for name, array in arrays.items() if array is not None})
 
 
 def objective_sum(model: LanguageModel, inputs: ModelInputs, *, confidence_weight: float = 0.0) -> Tensor:
     """The weighted sum of the negative log-likelihoods, and of entropies if asked for: a float32 scalar."""
-    hidden = model.hidden(inputs.ids, inputs.metadata)
+    hidden = model.hidden(inputs.ids, inputs.metadata, disturb=inputs.disturbance)
     return summed_loss(hidden, model.logits, inputs, confidence_weight=confidence_weight)
 
 

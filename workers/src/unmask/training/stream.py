@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from unmask.diffusion.rows import uniform
 from unmask.training.corpus import Corpus
 from unmask.training.packing import Layout, lay_out, padded
 
@@ -26,6 +27,7 @@ class Purpose(IntEnum):
     ORDER = 1
     NOISE = 2
     EVALUATION = 3
+    LENGTH = 4
 
 
 def philox_key(seed: int, purpose: Purpose, stage: int = 0) -> int:
@@ -40,6 +42,7 @@ class DocumentStream:
         """``stage`` is the stage's number in the job."""
         self.corpus = corpus
         self._key = philox_key(seed, Purpose.ORDER, stage)
+        self._length_key = philox_key(seed, Purpose.LENGTH, stage)
         self._pass = lru_cache(maxsize=2)(self._shuffled)
 
     def documents(self, cursor: int, count: int) -> NDArray[np.int64]:
@@ -49,18 +52,52 @@ class DocumentStream:
         passes = np.concatenate([self._pass(number) for number in range(first, last + 1)])
         return passes[cursor - first * size :][:count]
 
-    def step(self, cursor: int, *, rows: int, length: int, multiple: int) -> Layout:
-        """The layout of the step that begins with document ``cursor``; the next begins behind its last."""
+    def step(
+        self, cursor: int, *, rows: int, length: int, multiple: int, random_length: float = 0.0
+    ) -> Layout:
+        """The layout of the step that begins with document ``cursor``; the next begins behind its last.
+
+        Args:
+            cursor: Documents of the stream before this step.
+            rows: Rows to fill.
+            length: Tokens of a row.
+            multiple: What the width of a document is a multiple of.
+            random_length: Share of the documents that are cut to a random length, see :meth:`cut`.
+        """
         shortest = int(padded(self.corpus.lengths.min(keepdims=True), multiple)[0])
-        document = self.documents(cursor, rows * (length // shortest))
-        return lay_out(
-            document,
-            self.corpus.lengths[document],
-            first_ordinal=cursor,
-            rows=rows,
-            length=length,
-            multiple=multiple,
+        count = rows * (length // shortest)
+        while True:
+            document = self.documents(cursor, count)
+            layout = lay_out(
+                document,
+                self.cut(document, cursor, length=length, multiple=multiple, share=random_length),
+                first_ordinal=cursor,
+                rows=rows,
+                length=length,
+                multiple=multiple,
+            )
+            if len(layout.document) < count or not random_length:
+                return layout
+            count *= 2  # documents that were cut may leave room for more
+
+    def cut(
+        self, document: NDArray[np.int64], first_ordinal: int, *, length: int, multiple: int, share: float
+    ) -> NDArray[np.int64]:
+        """Tokens of each document that are used: all, but for a random ``share`` of them.
+
+        Those keep a number of tokens uniform in 1 to ``length``, if they have more, rounded up to whole
+        blocks: so that a model meets texts of every length, and texts without an end (LLaDA, arXiv
+        2502.09992, section 2.2, does so with 1 % of its sequences). Which, and how much of them, follows
+        from the seed and the document's number in the stream alone.
+        """
+        lengths = self.corpus.lengths[document]
+        if not share:
+            return lengths
+        lots, sizes = (
+            uniform(self._length_key, kind, 0, 0, len(document), first=first_ordinal) for kind in (0, 1)
         )
+        kept = padded(1 + (sizes * length).astype(np.int64), multiple)
+        return np.where(lots < share, np.minimum(lengths, kept), lengths)
 
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         once_through = self.corpus.once_through

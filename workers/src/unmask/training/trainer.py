@@ -163,8 +163,8 @@ class Trainer:
         """Run what is left of a stage; whether it was stopped on request."""
         plan = stage.plan
         self._stage_started = time.monotonic()
-        if self._at.step == plan.first_step and plan.convert_to is not None:
-            self._learner = self._learner.converted(plan.convert_to, mask_token_id=plan.mask_token_id)
+        if self._at.step == plan.first_step and self._learner.model.config != plan.config:
+            self._learner = self._learner.recast(plan.config)
         while self._at.step < plan.end:
             stop = self._one_step(stage)
             done = self._at.step == plan.end
@@ -188,7 +188,11 @@ class Trainer:
         started = time.monotonic()
         plan, stage_step = stage.plan, self._at.step - stage.plan.first_step
         layout = stage.stream.step(
-            self._at.cursor, rows=plan.rows, length=plan.length, multiple=plan.multiple(stage_step)
+            self._at.cursor,
+            rows=plan.rows,
+            length=plan.length,
+            multiple=plan.multiple(stage_step),
+            random_length=plan.random_length,
         )
         config = self._learner.model.config
         rows = make_rows(
@@ -203,7 +207,14 @@ class Trainer:
         key = philox_key(self._spec.data.seed, Purpose.NOISE, plan.index)
         block_length = plan.block_length(stage_step)
         batches = (
-            model_inputs(batch, plan, self._learner.model, block_length=block_length, noise_key=key)
+            model_inputs(
+                batch,
+                plan,
+                self._learner.model,
+                block_length=block_length,
+                noise_key=key,
+                disturbance=plan.disturbance(stage_step),
+            )
             for batch in micro_batches(rows, self._spec.parallelism.micro_batch_rows)
         )
         totals = gradient_step(
@@ -216,7 +227,7 @@ class Trainer:
         norm = self._learner.gradient_norm(totals)
         self._refuse_divergence(plan, totals, norm)
         rate = plan.rate.at(stage_step)
-        self._learner.step(totals, rate)
+        self._learner.step(totals, rate, freeze_router_bias=plan.freeze_router_bias)
         self._at.step += 1
         self._at.cursor += len(layout.document)
         self._write(
@@ -283,6 +294,8 @@ class Trainer:
                 "threshold": float(threshold),
                 "mask_token_id": self._learner.model.mask_token_id,
             }
+            if plan.shifted:
+                decoding["prediction"] = "shifted"
         files = self._prepared.tokenizer.contents(mask_token_id=config.mask_token_id)
         return files | {"generation_config.json": (json.dumps(decoding, indent=2) + "\n").encode()}
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from unmask.models import loading
 from unmask.models.base import LanguageModel
-from unmask.models.conversion import to_diffusion
+from unmask.models.config import ModelConfig
+from unmask.models.conversion import recast
 from unmask.models.loading import build
 from unmask.training.boxes import Box
 from unmask.training.distributed import World
@@ -86,13 +87,9 @@ class Weights:
         for name, tensor in self.model.state_dict().items():
             yield name, Box.whole(tensor, kept=self.leads)
 
-    def converted(self, architecture: str, *, mask_token_id: int | None) -> "Weights":
-        """The same weights under another architecture.
-
-        Raises:
-            ModelError: The model cannot become that.
-        """
-        model = to_diffusion(self.model, architecture, mask_token_id=mask_token_id)
+    def recast(self, config: ModelConfig) -> "Weights":
+        """The same weights under another configuration, which gives them the same shapes."""
+        model = recast(self.model, config)
         return Weights(model, precision=self._precision, leads=self.leads, recompute=self._recompute)
 
     def export(self, path: Path, *, companions: Mapping[str, bytes]) -> None:

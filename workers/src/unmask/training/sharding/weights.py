@@ -23,7 +23,6 @@ from unmask.attention import AttentionMetadata
 from unmask.models import loading
 from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
-from unmask.models.conversion import converted_config
 from unmask.models.moe import MixtureOfExperts
 from unmask.models.slots import Slot
 from unmask.models.transformer import Layer
@@ -102,9 +101,8 @@ class ShardedWeights(Weights):
             copy_overlap(value.to(self._world.device).view(shape), offsets, self._boxes[slot.parameter])
         self.changed()
 
-    def converted(self, architecture: str, *, mask_token_id: int | None) -> "ShardedWeights":
-        """See :meth:`Weights.converted`; needs memory for both for a moment."""
-        config = converted_config(self.model.config, architecture, mask_token_id=mask_token_id)
+    def recast(self, config: ModelConfig) -> "ShardedWeights":
+        """See :meth:`Weights.recast`; needs memory for both for a moment."""
         other = ShardedWeights(
             config, self._world, self._plan, precision=self._precision, recompute=self._recompute
         )

@@ -8,7 +8,7 @@ from unmask.diffusion.schedule import BlockSchedule
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import converted_config
 from unmask.models.inspection import parameter_counts
-from unmask.training.plan import check_fit
+from unmask.training.plan import check_fit, with_context
 from unmask.training.sharding.plan import ShardingPlan, check_experts, sharding_plan
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.flops import Flops, flops_of
@@ -164,6 +164,7 @@ def stage_configs(spec: TrainSpec, config: ModelConfig) -> list[ModelConfig]:
         if stage.convert_to is not None:
             mask = 0 if stage.mask_token is not None else None
             config = converted_config(config, stage.convert_to, mask_token_id=mask)
+        config = with_context(stage, config)
         check_fit(stage, config, f"spec.stages[{index}]")
         configs.append(config)
     return configs

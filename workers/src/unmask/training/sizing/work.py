@@ -79,7 +79,7 @@ def work_of_row(stage: Stage, documents: Documents | None, *, block_length: int 
             f"prompt length: got {documents.prompt} tokens of a document of {documents.tokens}; "
             "at least one token must be left to learn from"
         )
-    given = documents.prompt if stage.supervise == "Response" else 0
+    given = documents.prompt if stage.supervise != "All" else 0
     width = documents.tokens
     if block_length is not None:
         width = -(-width // block_length) * block_length

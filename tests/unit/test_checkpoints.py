@@ -131,7 +131,7 @@ def test_an_older_checkpoint_is_removed_only_after_the_new_one_is_committed(stor
     save(store, 1)
     save(store, 2)
     seen = []
-    monkeypatch.setattr(CheckpointStore, "_prune", lambda self, newest: seen.append(self.steps()))
+    monkeypatch.setattr(CheckpointStore, "_prune", lambda self, newest, spared: seen.append(self.steps()))
     save(store, 3)
     assert seen == [[1, 2, 3]]
 

@@ -25,6 +25,7 @@ __all__ = [
     "Evaluation",
     "GenerationEvaluation",
     "LearningRate",
+    "Merge",
     "Model",
     "ModelInit",
     "Noise",
@@ -193,6 +194,13 @@ class LearningRate(ApiModel):
     """Shape of the fall."""
 
 
+class Merge(ApiModel):
+    """The mean of checkpoints in place of the last weights (WSM: warm-up, stable, merge)."""
+
+    best: Annotated[int, Field(ge=1, le=64)]
+    """Checkpoints of the stage to average: those of least validation loss. They are kept until then."""
+
+
 def _default_supervise(stage: dict[str, Any]) -> Literal["All", "Response"]:
     return "Response" if stage.get("objective") == "sft" else "All"
 
@@ -351,6 +359,12 @@ class Stage(ApiModel):
     """The stage's own data; left out, ``spec.data``."""
     export: bool = False
     """Write the model to ``<run>/exports/<name>`` in the published format when the stage ends."""
+    merge: Merge | None = None
+    """End the stage with the mean of its best checkpoints, and write it to ``<run>/exports/<name>``.
+
+    The next stage goes on from that mean, and a last stage's is the final model. The optimiser's moments stay
+    those of the last step.
+    """
 
 
 class Optimizer(ApiModel):
@@ -596,6 +610,16 @@ class TrainSpec(ApiModel):
             " : self.data.train.all(source, source.format != 'text')))",
             message="text holds no answers: a stage that supervises Response needs train data of format"
             " completion or messages",
+            field_path=".stages",
+        ),
+        Rule(
+            rule="self.stages.all(stage, !has(stage.merge) || has(self.evaluation)"
+            " && size(has(stage.data) ? stage.data.validation : self.data.validation) > 0"
+            " && self.checkpoint.everySteps % self.evaluation.everySteps == 0"
+            " && stage.merge.best * self.checkpoint.everySteps <= stage.steps)",
+            message="merge chooses among measured checkpoints: it needs evaluation and validation data,"
+            " checkpoint.everySteps a multiple of evaluation.everySteps, and stage steps of at least"
+            " merge.best * checkpoint.everySteps",
             field_path=".stages",
         ),
         Rule(

@@ -26,6 +26,7 @@ COMMANDS = {
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
     "convert": "Convert a checkpoint on disk.",
+    "merge": "Average checkpoints of one model.",
     "inspect": "Say what a checkpoint is and what it needs.",
     "eval": "Measure a model: perplexity, tasks, quality against speed.",
     "check": "Compare a model's results here with recorded ones.",

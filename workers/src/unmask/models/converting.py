@@ -35,7 +35,7 @@ from unmask.models.tensor_file import Piece, StoredTensor
 from unmask.models.tensor_pieces import DTYPES, as_bytes, dtype_name, finite
 from unmask.models.tokenizer import KNOWN_FILES, TOKENIZER_FILE, Tokenizer
 
-__all__ = ["Converted", "convert", "open_source"]
+__all__ = ["Converted", "companions_of", "convert", "open_source"]
 
 _GENERATION = "generation_config.json"
 _MERGED_ARCHITECTURE, _MERGED_MODEL_TYPE = "LLaDA2MoeModelLM", "llada2_moe_veomni"
@@ -93,7 +93,7 @@ def convert(
         raise UsageError(f"{target}: exists already; choose another folder, or remove it")
     with open_source(source) as weights:
         slots = matching_slots(weights)
-        files, config = _companions(weights), weights.config
+        files, config = companions_of(weights), weights.config
         if architecture is not None:
             config, files = _as_diffusion(config, architecture, files, mask or MaskChoice())
             assert [slot.name for slot in slots_of(config)] == [slot.name for slot in slots]
@@ -124,7 +124,7 @@ def open_source(path: Path) -> Checkpoint | GgufFile:
     return GgufFile(path)
 
 
-def _companions(source: Checkpoint | GgufFile) -> dict[str, bytes]:
+def companions_of(source: Checkpoint | GgufFile) -> dict[str, bytes]:
     """The files that stand beside weights and configuration, by name."""
     if isinstance(source, GgufFile):
         return source.companions()

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Box", "copy_overlap", "overlap"]
+from unmask.models.slots import Slot
+
+__all__ = ["Box", "copy_overlap", "overlap", "region"]
 
 Range = tuple[slice, ...]
 
@@ -57,3 +59,13 @@ def copy_overlap(source: Tensor, source_offsets: Sequence[int], box: Box) -> Non
     met = overlap(source_offsets, source.shape, box.offsets, box.tensor.shape)
     if met is not None:
         box.tensor[met[1]].copy_(source[met[0]])
+
+
+def region(slot: Slot, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and shape of the box of a parameter that ``slot`` fills."""
+    ranges = [
+        (index, 1) if isinstance(index, int) else (index.start or 0, index.stop - (index.start or 0))
+        for index in slot.index
+    ]
+    ranges += [(0, size) for size in shape[len(ranges) :]]
+    return tuple(first for first, _ in ranges), tuple(size for _, size in ranges)

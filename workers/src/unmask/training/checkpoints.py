@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from unmask.training.manifest import (
     TrainingState,
 )
 
-__all__ = ["Checkpoint", "CheckpointStore", "checkpoint_name"]
+__all__ = ["Checkpoint", "CheckpointFiles", "CheckpointStore", "checkpoint_name"]
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Checkpoint:
         if difference := sorted(targets.keys() ^ stored.keys()):
             which = "lacks" if difference[0] in targets else "has an unexpected"
             raise ModelError(f"{self.path}: {which} tensor {difference[0]} ({len(difference)} differ)")
-        with _Files(self.path) as files, torch.no_grad():
+        with CheckpointFiles(self.path) as files, torch.no_grad():
             for name, target in targets.items():
                 entry = stored[name]
                 box = target if isinstance(target, Box) else Box.whole(target)
@@ -111,10 +111,7 @@ class Checkpoint:
                         f"{self.path}: tensor {name} is {entry.dtype} {entry.shape}, the job's is "
                         f"{dtype} {list(box.shape)}"
                     )
-                for part in entry.parts:
-                    met = overlap(part.offsets, part.shape, box.offsets, box.tensor.shape)
-                    if met is not None:
-                        box.tensor[met[1]].copy_(files.tensor(part.file, name, met[0]))
+                files.fill(name, entry, box)
 
 
 class CheckpointStore:
@@ -179,8 +176,9 @@ class CheckpointStore:
         job: Mapping[str, Any],
         config: Mapping[str, Any],
         tensors: Iterable[tuple[str, Tensor]],
+        spared: Collection[int] = (),
     ) -> Checkpoint:
-        """Write and commit a checkpoint, then remove those that are too many.
+        """Write and commit a checkpoint, then remove those that are too many, but for steps ``spared``.
 
         Raises:
             UnmaskError: The file system refuses; earlier checkpoints stand.
@@ -206,7 +204,7 @@ class CheckpointStore:
                 self._commit(scratch, path)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-            self._prune(step)
+            self._prune(step, spared)
         except (OSError, SafetensorError) as error:
             raise UnmaskError(
                 f"{path}: cannot be written ({error}); make room or mend the volume; "
@@ -223,6 +221,7 @@ class CheckpointStore:
         job: Mapping[str, Any],
         config: Mapping[str, Any],
         boxes: Iterable[tuple[str, Box]],
+        spared: Collection[int] = (),
     ) -> Checkpoint | None:
         """Like :meth:`save`, but every process writes what it keeps; the leader commits and has the result.
 
@@ -271,7 +270,7 @@ class CheckpointStore:
                 shutil.rmtree(scratch, ignore_errors=True)
         with world.together(), _refusals(path):
             if world.leads:
-                self._prune(step)
+                self._prune(step, spared)
         return checkpoint
 
     def remove_leftovers(self) -> None:
@@ -287,10 +286,10 @@ class CheckpointStore:
         scratch.rename(path)
         _sync(self.folder)
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: int, spared: Collection[int]) -> None:
         """Keep the newest of this run's history; later steps than ``newest`` can only be damaged ones."""
         committed = [step for step in self.steps() if step <= newest]
-        for step in committed[: -self._keep_last]:
+        for step in set(committed[: -self._keep_last]) - set(spared):
             shutil.rmtree(self.folder / checkpoint_name(step))
 
 
@@ -349,21 +348,29 @@ def _grouped(tensors: Iterable[tuple[str, Tensor | Box]]) -> Iterator[dict[str, 
         yield group
 
 
-class _Files:
+class CheckpointFiles:
     """The safetensors files of one checkpoint, opened when first needed."""
 
     def __init__(self, folder: Path) -> None:
+        """Read from ``folder``; a context manager."""
         self._folder = folder
         self._open: dict[str, Any] = {}
 
-    def __enter__(self) -> "_Files":
+    def __enter__(self) -> "CheckpointFiles":
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._open.values():
             handle.__exit__(None, None, None)
 
-    def tensor(self, file: str, name: str, part: tuple[slice, ...]) -> Tensor:
+    def fill(self, name: str, entry: StoredTensor, box: Box) -> None:
+        """Copy into ``box`` what it is of the tensor ``name``, from the parts in which that is stored."""
+        for part in entry.parts:
+            met = overlap(part.offsets, part.shape, box.offsets, box.tensor.shape)
+            if met is not None:
+                box.tensor[met[1]].copy_(self._tensor(part.file, name, met[0]))
+
+    def _tensor(self, file: str, name: str, part: tuple[slice, ...]) -> Tensor:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu").__enter__()

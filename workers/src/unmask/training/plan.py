@@ -86,6 +86,8 @@ class StagePlan:
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
     export: bool
+    merge_best: int | None = None
+    """Checkpoints whose mean the stage ends with; None: it ends with its last weights."""
 
     @property
     def end(self) -> int:
@@ -154,6 +156,7 @@ def plan_stages(
                 train=_sources(data.train),
                 validation=_sources(data.validation),
                 export=stage.export,
+                merge_best=stage.merge.best if stage.merge else None,
             )
         )
     return tuple(plans)

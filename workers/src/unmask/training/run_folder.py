@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from unmask.errors import UsageError
 
@@ -67,6 +68,26 @@ class RunFolder:
     def export(self, stage: str) -> Path:
         """The model at the end of ``stage``."""
         return self.path / "exports" / stage
+
+    def log_lines(self) -> Iterator[dict[str, Any]]:
+        """The entries of the log; what is not one, as the last line of a killed process, is left out.
+
+        Raises:
+            UsageError: There is no log.
+        """
+        try:
+            text = self.metrics.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"{self.metrics}: cannot be read ({error.strerror}); name a run folder"
+            ) from None
+        for line in text.split("\n"):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and {"kind", "step", "stage"} <= entry.keys():
+                yield entry
 
     @contextmanager
     def locked(self) -> Iterator[None]:

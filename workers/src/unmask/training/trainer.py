@@ -12,19 +12,23 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from unmask.errors import DivergedError, UsageError
+from unmask.models.loading import read_values
+from unmask.models.merging import merge
 from unmask.models.registry import parse_config
 from unmask.training.arrangement import blank_weights, first_weights
-from unmask.training.checkpoints import Checkpoint, CheckpointStore
+from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
 from unmask.training.distributed import World
 from unmask.training.identity import refuse_other_job
 from unmask.training.learner import Learner
 from unmask.training.manifest import TrainingState
+from unmask.training.merging import best_of, losses_of, open_checkpoint
 from unmask.training.metrics_log import MetricsLog
 from unmask.training.packing import make_rows
 from unmask.training.plan import StagePlan, stage_after
@@ -104,8 +108,10 @@ class Trainer:
         Raises:
             DivergedError: A loss or gradient is not finite.
         """
-        if self._at.step == self._total_steps:
+        if self._at.step == self._total_steps and not self._is_to_be_merged(self._plans[-1]):
             removed = self._world.from_leader(int(not self._folder.model.exists()))
+            if removed and self._plans[-1].merge_best is not None:
+                self._learner.weights.fill(read_values(self._folder.export(self._plans[-1].name)))
             self._write_models(self._plans[-1], [self._folder.model] if removed else [])
             return Ending.ALREADY_COMPLETE
         if self._world.leads:
@@ -114,8 +120,11 @@ class Trainer:
             self._metrics = MetricsLog(self._folder.metrics, step=self._at.step)
         try:
             while (plan := stage_after(self._plans, self._at.step)) is not None:
+                if plan.index and self._at.step == plan.first_step:
+                    self._merge(self._plans[plan.index - 1])
                 if self._run_stage(self._prepared.stages[plan.index]):
                     return Ending.STOPPED
+            self._merge(self._plans[-1])
         finally:
             if self._world.leads:
                 self._metrics.__exit__()
@@ -271,10 +280,73 @@ class Trainer:
         self._write(
             {"kind": "stage", "step": self._at.step, "stage": plan.name, "seconds": self._stage_seconds()}
         )
+        if plan.merge_best is not None:
+            return  # its models come of its checkpoints, once the last one is committed
         targets = [self._folder.export(plan.name)] if plan.export else []
         if plan.end == self._total_steps:
             targets.append(self._folder.model)
         self._write_models(plan, targets)
+
+    # The mean of a stage's checkpoints
+
+    def _is_to_be_merged(self, plan: StagePlan) -> bool:
+        """Whether ``plan``, which has run to its end, asks for a mean that is not there and logged yet."""
+        if plan.merge_best is None:
+            return False
+        done = self._world.leads and self._folder.export(plan.name).exists() and self._merge_is_logged(plan)
+        return not self._world.from_leader(int(done))
+
+    def _merge_is_logged(self, plan: StagePlan) -> bool:
+        lines = self._folder.log_lines()
+        return any(line["kind"] == "merge" and line["stage"] == plan.name for line in lines)
+
+    def _merge(self, plan: StagePlan) -> None:
+        """End ``plan`` with the mean of its best checkpoints, if it asks for that.
+
+        A run that is killed while it merges finds the checkpoints again, and merges again: they are
+        removed with the first checkpoint of the next stage.
+        """
+        if plan.merge_best is None:
+            return
+        export = self._folder.export(plan.name)
+        pending = self._is_to_be_merged(plan)
+        with self._world.together():
+            if pending and self._world.leads:
+                self._write_mean(plan, export)
+        self._learner.weights.fill(read_values(export))
+        if pending:
+            evaluator = self._prepared.stages[plan.index].evaluator
+            assert evaluator is not None, "the manifest's rules"
+            weights = self._learner.weights
+            measured = evaluator.measure(
+                weights.computing, stage_step=plan.steps - 1, unequal=weights.unequal
+            )
+            line = {
+                "kind": "merge",
+                "step": self._at.step,
+                "stage": plan.name,
+                "steps": self._best_steps(plan),
+            }
+            self._write(line | measured)
+        if plan.end == self._total_steps:
+            self._write_models(plan, [self._folder.model])
+
+    def _write_mean(self, plan: StagePlan, export: Path) -> None:
+        with ExitStack() as stack:
+            store = self._store
+            opened = [
+                stack.enter_context(open_checkpoint(store.folder / checkpoint_name(step)))
+                for step in self._best_steps(plan)
+            ]
+            merge(opened, export, companions=self._companions(plan))
+
+    def _best_steps(self, plan: StagePlan | None) -> list[int]:
+        """The best checkpoints of ``plan`` so far, if it is to be merged; only the leader has the log."""
+        if plan is None or plan.merge_best is None or not self._world.leads:
+            return []
+        committed = {*self._store.steps(), self._at.step}
+        losses = losses_of(self._folder.log_lines(), plan.name)
+        return best_of({step: loss for step, loss in losses.items() if step in committed}, plan.merge_best)
 
     def _write_models(self, plan: StagePlan, targets: Sequence[Path]) -> None:
         """Write the model as it is at the end of ``plan`` to each folder of ``targets``."""
@@ -318,6 +390,7 @@ class Trainer:
                     job=self._prepared.identity,
                     config=self._learner.config(),
                     tensors=self._learner.tensors(),
+                    spared=self._best_steps(plan),
                 )
 
     def _save_shares(self, plan: StagePlan) -> None:
@@ -337,6 +410,7 @@ class Trainer:
             job=self._prepared.identity,
             config=self._learner.config(),
             boxes=self._learner.boxes(),
+            spared=self._best_steps(plan),
         )
         self.checkpoint = saved or self.checkpoint
 

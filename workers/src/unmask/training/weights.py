@@ -10,7 +10,7 @@ order of every sum, and with it every bit of the result, is the same before and 
 restart whatever the number of ranks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import recast
 from unmask.models.loading import build
+from unmask.models.slots import Slot
 from unmask.training.boxes import Box
 from unmask.training.distributed import World
 from unmask.training.sharding.recomputation import recompute_layers
@@ -86,6 +87,14 @@ class Weights:
         """What this process holds of each parameter and buffer that is saved, by name."""
         for name, tensor in self.model.state_dict().items():
             yield name, Box.whole(tensor, kept=self.leads)
+
+    @torch.no_grad()
+    def fill(self, values: Iterable[tuple[Slot, Tensor]]) -> None:
+        """Take over ``values``, which come one at a time, as the weights."""
+        state = self.model.state_dict()
+        for slot, value in values:
+            slot.view(state).copy_(value)
+        self.changed()
 
     def recast(self, config: ModelConfig) -> "Weights":
         """The same weights under another configuration, which gives them the same shapes."""

@@ -26,7 +26,7 @@ from unmask.models.config import ModelConfig
 from unmask.models.moe import MixtureOfExperts
 from unmask.models.slots import Slot
 from unmask.models.transformer import Layer
-from unmask.training.boxes import Box, copy_overlap
+from unmask.training.boxes import Box, copy_overlap, region
 from unmask.training.distributed import World
 from unmask.training.sharding.experts import SpreadExperts
 from unmask.training.sharding.plan import ShardingPlan, expert_dimension
@@ -95,9 +95,9 @@ class ShardedWeights(Weights):
 
     @torch.no_grad()
     def fill(self, values: Iterable[tuple[Slot, Tensor]]) -> None:
-        """Take this process's part of each of ``values``, which come one at a time."""
+        """See :meth:`Weights.fill`; this process takes its part of each."""
         for slot, value in values:
-            offsets, shape = _region(slot, self._boxes[slot.parameter].shape)
+            offsets, shape = region(slot, self._boxes[slot.parameter].shape)
             copy_overlap(value.to(self._world.device).view(shape), offsets, self._boxes[slot.parameter])
         self.changed()
 
@@ -159,7 +159,7 @@ class ShardedWeights(Weights):
         """Each published tensor, put together from the parts of all processes, on the CPU."""
         for slot in slots:
             box = self._boxes[slot.parameter]
-            offsets, shape = _region(slot, box.shape)
+            offsets, shape = region(slot, box.shape)
             whole = torch.zeros(shape, dtype=box.tensor.dtype, device=self._world.device)
             if box.kept:
                 copy_overlap(box.tensor, box.offsets, Box(whole, box.shape, offsets))
@@ -217,16 +217,6 @@ def part_of(
         offsets[placement.dim] += start
         sizes[placement.dim] = min(each, size - start)
     return tuple(offsets), tuple(sizes), first
-
-
-def _region(slot: Slot, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and shape of the box of a parameter that ``slot`` fills."""
-    ranges = [
-        (index, 1) if isinstance(index, int) else (index.start or 0, index.stop - (index.start or 0))
-        for index in slot.index
-    ]
-    ranges += [(0, size) for size in shape[len(ranges) :]]
-    return tuple(first for first, _ in ranges), tuple(size for _, size in ranges)
 
 
 def _shard(model: LanguageModel, world: World, plan: ShardingPlan, *, bf16: bool) -> None:

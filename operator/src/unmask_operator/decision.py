@@ -1,0 +1,111 @@
+"""What a reconciler is: a pure function from what is observed to what should be, and the words for both.
+
+Nothing here talks to anything. ``unmask_operator.control`` gathers an :class:`Observed`, calls the function, and
+carries the :class:`Decision` out. Objects are plain JSON, as the API server sends them.
+
+A decision may be carried out in part and then forgotten: the process dies, a write fails, another replica takes
+over. So a decision function must draw no conclusion about children from the status ("the attempt is 2, so the
+Job is there"); it looks at the children. The status records what was *decided* and cannot be seen elsewhere (the
+number of the attempt, why the last one failed), and it is written before the children that follow from it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Decision", "Deletion", "Event", "JsonObject", "Observed", "Reconciler"]
+
+JsonObject = dict[str, Any]
+"""A Kubernetes object, or a part of one, as JSON: keys in camel case."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One custom resource and everything that belongs to it, at one moment; never older than our own writes."""
+
+    resource: JsonObject
+    """The custom resource, with the defaults of its schema filled in by the API server."""
+    children: Mapping[str, Sequence[JsonObject]]
+    """Kind -> objects of that kind, ordered by name; every kind of the reconciler is there, if only empty.
+
+    A child is what carries an owner reference to the resource's UID, or to the UID of such a child (a Job's pods);
+    namesakes that belong to somebody else are not among them. Children under deletion are: they carry
+    ``metadata.deletionTimestamp``.
+    """
+    now: float
+    """Seconds since 1970-01-01 UTC; the only clock that a decision may use."""
+    conflicts: frozenset[tuple[str, str]] = frozenset()
+    """(kind, name) of children that cannot be made: somebody else's object has the name.
+
+    Set in a second call, right after the first decision met them; of its answer only the status and events count.
+    """
+    rejections: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """(kind, name) -> the API server's message, of children it refused as invalid or forbidden (quota, admission).
+
+    Set in a second call as ``conflicts`` is. The pass is tried again with growing delays.
+    """
+    served: frozenset[str] = frozenset()
+    """Group and version of the APIs that the cluster serves, such as ``scheduling.k8s.io/v1beta1``."""
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """A child to delete; the API server refuses where the name meanwhile belongs to another object."""
+
+    kind: str
+    """One of the reconciler's ``owns``, or the kind of the resource itself (its time to live is over)."""
+    name: str
+    """Its name, in the resource's namespace."""
+    uid: str
+    """Its ``metadata.uid`` as observed: what is deleted is this object and no namesake."""
+    propagation: Literal["Foreground", "Background", "Orphan"] = "Background"
+    """Foreground: it stays, marked as being deleted, until what it owns is gone."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line for ``kubectl describe`` and ``kubectl events``; the same one is not written twice in five minutes."""
+
+    reason: str
+    """Why, in CamelCase, such as ``Restarting``; at most 128 characters."""
+    note: str
+    """A sentence for people; at most 1,024 characters. Put no counters or times in: each new text is a new event."""
+    type: Literal["Normal", "Warning"] = "Normal"
+    """Warning: somebody should look."""
+    action: str = "Reconcile"
+    """What the operator did, in CamelCase; at most 128 characters."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What should be; carried out in the order events, status, deletions, applications, stopping at a failure."""
+
+    apply: Sequence[JsonObject] = ()
+    """Children as they should be: full objects with ``apiVersion``, ``kind`` and ``metadata.name``.
+
+    Namespace, owner reference and the label ``app.kubernetes.io/managed-by`` are added. Fields that others set
+    (``spec.suspend`` under Kueue) are left out here, and stay as they are. What already is so is not written.
+    A child that is left out is *not* deleted.
+    """
+    delete: Sequence[Deletion] = ()
+    """Children that should go; one that is already being deleted is not deleted again."""
+    status: JsonObject | None = None
+    """The whole status; ``None`` leaves it alone. Written only where it differs from the observed one."""
+    requeue_after: float | None = None
+    """Seconds until the function is to be called again though nothing changed; ``None``: only upon a change."""
+    events: Sequence[Event] = ()
+    """Written before the status, so that a crash between the two repeats an event rather than losing it."""
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """A custom resource and the function that decides about it."""
+
+    kind: str
+    """Kind of the custom resource; one of ``unmask_operator.resources``."""
+    owns: Sequence[str]
+    """Kinds it applies and deletes."""
+    decide: Callable[[Observed], Decision]
+    """Pure: the same observation gives the same decision, and nothing is changed by the call."""
+    reads: Sequence[str] = ()
+    """Kinds it only looks at, such as the pods of its Jobs."""

@@ -1,12 +1,12 @@
 """What a reconciler is: a pure function from what is observed to what should be, and the words for both.
 
-Nothing here talks to anything. ``unmask_operator.control`` gathers an :class:`Observed`, calls the function, and
-carries the :class:`Decision` out. Objects are plain JSON, as the API server sends them.
+Nothing here talks to anything. ``unmask_operator.control`` gathers an :class:`Observed`, calls the function,
+and carries the :class:`Decision` out. Objects are plain JSON, as the API server sends them.
 
-A decision may be carried out in part and then forgotten: the process dies, a write fails, another replica takes
-over. So a decision function must draw no conclusion about children from the status ("the attempt is 2, so the
-Job is there"); it looks at the children. The status records what was *decided* and cannot be seen elsewhere (the
-number of the attempt, why the last one failed), and it is written before the children that follow from it.
+A decision may be carried out in part and then forgotten: the process dies, a write fails, another replica
+takes over. So a decision function must draw no conclusion about children from the status ("the attempt is 2, so
+the Job is there"); it looks at the children. The status records what was *decided* and cannot be seen elsewhere
+(the number of the attempt, why the last one failed), and it is written before the children that follow from it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -4,9 +4,10 @@ Nothing here talks to anything. ``unmask_operator.control`` gathers an :class:`O
 and carries the :class:`Decision` out. Objects are plain JSON, as the API server sends them.
 
 A decision may be carried out in part and then forgotten: the process dies, a write fails, another replica
-takes over. So a decision function must draw no conclusion about children from the status ("the attempt is 2, so
-the Job is there"); it looks at the children. The status records what was *decided* and cannot be seen elsewhere
-(the number of the attempt, why the last one failed), and it is written before the children that follow from it.
+takes over. So a decision function must draw no conclusion about children from the status ("the attempt is 2,
+so the Job is there"); it looks at the children. The status records what was *decided* and cannot be seen
+elsewhere (the number of the attempt, why the last one failed), and it is written before the children that
+follow from it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,16 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """One custom resource and everything that belongs to it, at one moment; never older than our own writes."""
+    """One custom resource and everything that belongs to it, at one moment; never older than our own
+    writes."""
 
     resource: JsonObject
     """The custom resource, with the defaults of its schema filled in by the API server."""
     children: Mapping[str, Sequence[JsonObject]]
     """Kind -> objects of that kind, ordered by name; every kind of the reconciler is there, if only empty.
 
-    A child is what carries an owner reference to the resource's UID, or to the UID of such a child (a Job's pods);
-    namesakes that belong to somebody else are not among them. Children under deletion are: they carry
+    A child is what carries an owner reference to the resource's UID, or to the UID of such a child (a Job's
+    pods); namesakes that belong to somebody else are not among them. Children under deletion are: they carry
     ``metadata.deletionTimestamp``.
     """
     now: float
@@ -37,10 +39,12 @@ class Observed:
     conflicts: frozenset[tuple[str, str]] = frozenset()
     """(kind, name) of children that cannot be made: somebody else's object has the name.
 
-    Set in a second call, right after the first decision met them; of its answer only the status and events count.
+    Set in a second call, right after the first decision met them; of its answer only the status and events
+    count.
     """
     rejections: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """(kind, name) -> the API server's message, of children it refused as invalid or forbidden (quota, admission).
+    """(kind, name) -> the API server's message, of children it refused as invalid or forbidden (quota,
+    admission).
 
     Set in a second call as ``conflicts`` is. The pass is tried again with growing delays.
     """
@@ -64,12 +68,14 @@ class Deletion:
 
 @dataclass(frozen=True)
 class Event:
-    """A line for ``kubectl describe`` and ``kubectl events``; the same one is not written twice in five minutes."""
+    """A line for ``kubectl describe`` and ``kubectl events``; the same one is not written twice in five
+    minutes."""
 
     reason: str
     """Why, in CamelCase, such as ``Restarting``; at most 128 characters."""
     note: str
-    """A sentence for people; at most 1,024 characters. Put no counters or times in: each new text is a new event."""
+    """A sentence for people; at most 1,024 characters. Put no counters or times in: each new text is a new
+    event."""
     type: Literal["Normal", "Warning"] = "Normal"
     """Warning: somebody should look."""
     action: str = "Reconcile"
@@ -78,21 +84,23 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """What should be; carried out in the order events, status, deletions, applications, stopping at a failure."""
+    """What should be; carried out in the order events, status, deletions, applications, stopping at a
+    failure."""
 
     apply: Sequence[JsonObject] = ()
     """Children as they should be: full objects with ``apiVersion``, ``kind`` and ``metadata.name``.
 
-    Namespace, owner reference and the label ``app.kubernetes.io/managed-by`` are added. Fields that others set
-    (``spec.suspend`` under Kueue) are left out here, and stay as they are. What already is so is not written.
-    A child that is left out is *not* deleted.
+    Namespace, owner reference and the label ``app.kubernetes.io/managed-by`` are added. Fields that others
+    set (``spec.suspend`` under Kueue) are left out here, and stay as they are. What already is so is not
+    written. A child that is left out is *not* deleted.
     """
     delete: Sequence[Deletion] = ()
     """Children that should go; one that is already being deleted is not deleted again."""
     status: JsonObject | None = None
     """The whole status; ``None`` leaves it alone. Written only where it differs from the observed one."""
     requeue_after: float | None = None
-    """Seconds until the function is to be called again though nothing changed; ``None``: only upon a change."""
+    """Seconds until the function is to be called again though nothing changed; ``None``: only upon a
+    change."""
     events: Sequence[Event] = ()
     """Written before the status, so that a crash between the two repeats an event rather than losing it."""
 

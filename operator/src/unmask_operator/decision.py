@@ -22,8 +22,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """One custom resource and everything that belongs to it, at one moment; never older than our own
-    writes."""
+    """One custom resource and everything that belongs to it, never older than our own writes."""
 
     resource: JsonObject
     """The custom resource, with the defaults of its schema filled in by the API server."""
@@ -84,8 +83,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Decision:
-    """What should be; carried out in the order events, status, deletions, applications, stopping at a
-    failure."""
+    """What should be; carried out in order: events, status, deletions, applications."""
 
     apply: Sequence[JsonObject] = ()
     """Children as they should be: full objects with ``apiVersion``, ``kind`` and ``metadata.name``.

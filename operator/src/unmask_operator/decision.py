@@ -67,8 +67,7 @@ class Deletion:
 
 @dataclass(frozen=True)
 class Event:
-    """A line for ``kubectl describe`` and ``kubectl events``; the same one is not written twice in five
-    minutes."""
+    """A line for ``kubectl events``; the same one is not written twice in five minutes."""
 
     reason: str
     """Why, in CamelCase, such as ``Restarting``; at most 128 characters."""

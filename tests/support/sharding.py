@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from support.models import TINY
 from support.ranks import join, start, start_ranks
 from support.training import training_job
-from unmask_api.train_job import DiffusionTrainJob
+from unmask_api.train_job import DiffusionTrainJob, TrainSpec
 
 Json = dict[str, Any]
 
@@ -176,10 +177,17 @@ def _lines(run: Path) -> list[Json]:
 
 def first_gradient(job: DiffusionTrainJob, *, ranks: int) -> tuple[dict[str, Tensor], Json]:
     """The gradient of the first step, whole, divided by the normaliser; and what else the ranks found."""
-    run = job.spec.checkpoint.uri
-    Path(run).mkdir(parents=True, exist_ok=True)
-    text = job.model_dump_json(by_alias=True, exclude_none=True)
-    assert join(start(_write_gradient, text, run, ranks=ranks)) == [0] * ranks
+    return first_gradients([job], ranks=ranks)[0]
+
+
+def first_gradients(jobs: Sequence[DiffusionTrainJob], *, ranks: int) -> list[tuple[dict[str, Tensor], Json]]:
+    """The same of each of ``jobs``, which the same processes compute one after the other."""
+    texts = [job.model_dump_json(by_alias=True, exclude_none=True) for job in jobs]
+    assert join(start(_write_gradients, texts, ranks=ranks)) == [0] * ranks
+    return [_gradient_found(job.spec.checkpoint.uri, ranks=ranks) for job in jobs]
+
+
+def _gradient_found(run: str, *, ranks: int) -> tuple[dict[str, Tensor], Json]:
     found: Json = json.loads(Path(run, "found.json").read_text())
     whole = {name: torch.full(shape, torch.nan) for name, shape in found["shapes"].items()}
     for rank in range(ranks):
@@ -196,53 +204,82 @@ def first_gradient(job: DiffusionTrainJob, *, ranks: int) -> tuple[dict[str, Ten
     return {name: tensor / found["normaliser"] for name, tensor in whole.items()}, found
 
 
-def _write_gradient(text: str, run: str) -> None:
-    from unmask.training.arrangement import first_weights
+def _write_gradients(texts: Sequence[str]) -> None:
     from unmask.training.distributed import joined_world
+
+    with joined_world() as world:
+        for text in texts:
+            _write_gradient(DiffusionTrainJob.from_json(text).spec, world)
+
+
+def _write_gradient(spec: TrainSpec, world: Any) -> None:
+    from unmask.training.arrangement import first_weights
+    from unmask.training.balance import Balancing
     from unmask.training.packing import make_rows
     from unmask.training.preparation import prepare
     from unmask.training.steps import gradient_step, micro_batches, model_inputs
     from unmask.training.stream import Purpose, philox_key
 
-    spec = DiffusionTrainJob.from_json(text).spec
-    with joined_world() as world:
-        preparation = prepare(spec, world)
-        weights = first_weights(spec, preparation.config, world)
-        stage = preparation.stages[0]
-        plan, config = stage.plan, preparation.config
-        layout = stage.stream.step(0, rows=plan.rows, length=plan.length, multiple=plan.multiple(0))
-        rows = make_rows(
-            layout,
-            stage.stream.corpus,
-            rank=world.rank,
-            world=world.size,
-            responses_only=plan.responses_only,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+    run = spec.checkpoint.uri
+    Path(run).mkdir(parents=True, exist_ok=True)
+    preparation = prepare(spec, world)
+    weights = first_weights(spec, preparation.config, world)
+    stage = preparation.stages[0]
+    plan, config = stage.plan, preparation.config
+    layout = stage.stream.step(
+        0,
+        rows=plan.rows,
+        length=plan.length,
+        multiple=plan.multiple(0),
+        random_length=plan.random_length,
+    )
+    rows = make_rows(
+        layout,
+        stage.stream.corpus,
+        rank=world.rank,
+        world=world.size,
+        responses_only=plan.responses_only,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    key = philox_key(spec.data.seed, Purpose.NOISE, plan.index)
+    batches = (
+        model_inputs(
+            batch,
+            plan,
+            weights.model,
+            block_length=plan.block_length(0),
+            noise_key=key,
+            disturbance=plan.disturbance(0),
         )
-        key = philox_key(spec.data.seed, Purpose.NOISE, plan.index)
-        batches = (
-            model_inputs(batch, plan, weights.model, block_length=plan.block_length(0), noise_key=key)
-            for batch in micro_batches(rows, spec.parallelism.micro_batch_rows)
-        )
-        totals = gradient_step(weights, batches, world, stop=False)
-        boxes = {name: box for name, box in weights.boxes() if name in weights.named}
-        parts = {
-            f"{name}|{json.dumps(box.offsets)}": weights.named[name].grad.contiguous()
-            for name, box in boxes.items()
-            if box.kept and box.tensor.numel()
+        for batch in micro_batches(rows, spec.parallelism.micro_batch_rows)
+    )
+    totals = gradient_step(
+        weights,
+        batches,
+        world,
+        stop=False,
+        confidence_weight=plan.confidence_weight,
+        balancing=Balancing.of(spec.balance),
+    )
+    boxes = {name: box for name, box in weights.boxes() if name in weights.named}
+    parts = {
+        f"{name}|{json.dumps(box.offsets)}": weights.named[name].grad.contiguous()
+        for name, box in boxes.items()
+        if box.kept and box.tensor.numel()
+    }
+    save_file(parts, Path(run, f"gradient-{world.rank}.safetensors"))
+    norm = weights.norm()
+    held = sum(tensor.numel() for tensor in weights.named.values())
+    every = [int(one) for one in world.all_bytes(str(held).encode())]
+    if world.leads:
+        found = {
+            "loss": totals.loss,
+            "balance": [totals.balance.load, totals.balance.z] if totals.balance else [],
+            "normaliser": totals.normaliser,
+            "norm": norm / totals.normaliser,
+            "tokens": [counts.tolist() for counts in totals.expert_tokens],
+            "shapes": {name: list(box.shape) for name, box in boxes.items()},
+            "held": every,
         }
-        save_file(parts, Path(run, f"gradient-{world.rank}.safetensors"))
-        norm = weights.norm()
-        held = sum(tensor.numel() for tensor in weights.named.values())
-        every = [int(one) for one in world.all_bytes(str(held).encode())]
-        if world.leads:
-            found = {
-                "loss": totals.loss,
-                "normaliser": totals.normaliser,
-                "norm": norm / totals.normaliser,
-                "tokens": [counts.tolist() for counts in totals.expert_tokens],
-                "shapes": {name: list(box.shape) for name, box in boxes.items()},
-                "held": every,
-            }
-            Path(run, "found.json").write_text(json.dumps(found))
+        Path(run, "found.json").write_text(json.dumps(found))

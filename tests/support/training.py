@@ -40,6 +40,24 @@ def exercise(number: int) -> Json:
     return {"prompt": " ".join(words), "completion": " ".join(reversed(words))}
 
 
+CHATS = "chats.jsonl"
+
+
+def write_chats(folder: Path) -> None:
+    """Write the data of a job whose tokenizer has a chat template, and conversations with 1 to 4 answers."""
+    write_data(folder, chat=True)
+    conversations = []
+    for number in range(40):
+        turns = [exercise(100 * number + turn) for turn in range(1 + number % 4)]
+        roles = [
+            {"role": role, "content": turn[key]}
+            for turn in turns
+            for role, key in (("user", "prompt"), ("assistant", "completion"))
+        ]
+        conversations.append({"messages": roles})
+    write_lines(folder / CHATS, conversations)
+
+
 def write_data(folder: Path, *, chat: bool = False) -> None:
     """Write ``train.jsonl``, ``held-out.jsonl`` and ``tokenizer/`` into ``folder``."""
     write_lines(folder / "train.jsonl", [exercise(number) for number in range(50)])

@@ -31,7 +31,7 @@ from unmask.training.sizing.remedies import remedy_for
 from unmask.training.sizing.shape import shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask.training.steps import objective_sum
-from unmask_api.train_job import DiffusionTrainJob, Stage
+from unmask_api.train_job import Balance, DiffusionTrainJob, Stage
 from unmask_operator.launch.admission import admit
 
 LLAMA = {
@@ -416,3 +416,31 @@ def test_a_stage_that_the_model_cannot_do_is_refused_before_anything_is_counted(
     ] * 3
     with pytest.raises(UsageError, match=r"spec.stages\[0\].objective: got mdlm, but Bailing"):
         stage_configs(spec_of(stages=job["spec"]["stages"][1:]), parse_config(TINY_CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "twice"), [(512, 0), (64, 0), (16, 3 / 4), (24, 3 / 4), (1, 63 / 64)]
+)
+def test_balance_losses_run_all_micro_batches_of_a_process_but_one_forward_twice(micro_batch, twice):
+    plain = large_job(processesPerNode=8, microBatchRows=micro_batch)  # 64 rows each
+    losses = Balance(load_balance_weight="0.01")
+    pair = [
+        estimate(spec, [MINI], device_named(None), ASSUMED).stages[0].flops
+        for spec in (plain, plain.model_copy(update={"balance": losses}))
+    ]
+    assert pair[0].recomputed == 0
+    assert pair[1].recomputed == pytest.approx(twice * (pair[0].linear + pair[0].attention) / 3)
+    assert pair[1].useful == pair[0].useful
+
+
+def test_a_stage_that_changes_the_context_holds_two_optimisers_for_a_moment():
+    stage = {"name": "s", "objective": "mdlm", "steps": 4, "length": 64, "rowsPerStep": 2}
+    stage |= {"learningRate": {"peak": "1e-3"}}
+    spec = spec_of(stages=[stage, stage | {"name": "t", "ropeTheta": "5e4", "contextLength": 512}])
+    configs = stage_configs(spec, parse_config(TINY_CANVAS))
+    assert [config.max_position_embeddings for config in configs] == [256, 512]
+    first, second = estimate(spec, configs, device_named(None), ASSUMED).stages
+    assert (first.conversion_bytes, second.conversion_bytes) == (
+        0,
+        conversion_bytes(shape_of(configs[1]), spec),
+    )

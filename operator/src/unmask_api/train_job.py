@@ -391,10 +391,17 @@ class Optimizer(ApiModel):
 
 
 class Balance(ApiModel):
-    """Balancing of experts without an auxiliary loss."""
+    """Balancing of experts: by a bias on the routers' choice, and by losses."""
 
     bias_update_rate: DecimalString = "0.001"
     """How far each step moves a router's expert bias towards equal load; 0 freezes it."""
+    load_balance_weight: DecimalString = "0"
+    """Weight of the load-balance loss, for models without a bias; LLaDA-MoE has 0.01.
+
+    Experts' shares are those of the whole step, so all micro-batches of a process but one run forward twice.
+    """
+    router_z_weight: DecimalString = "0"
+    """Weight of the z-loss, which keeps the logits of routers small; LLaDA-MoE has 0.001."""
 
 
 class Parallelism(ApiModel):

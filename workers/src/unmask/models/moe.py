@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.models.balance_losses import BalancePull, RouterSums, pulled, sums_of
 from unmask.models.feedforward import FeedForward
 
 __all__ = [
@@ -63,6 +64,10 @@ class Router(nn.Module):
     tokens_per_expert: Tensor
     counted: Tensor | None = None
     """bool (T,): tokens of the next forward that ``tokens_per_expert`` counts; None for all."""
+    pull: BalancePull | None = None
+    """What balance losses add to the gradient of the logits in the next backward pass; None: nothing."""
+    sums: RouterSums | None = None
+    """Where forwards in training add up what the values of those losses are made of; None: nowhere."""
     remembered: ChosenExperts | None = None
     """Where the next forward keeps its choice, or what it takes for its choice if something is kept there."""
 
@@ -93,15 +98,17 @@ class Router(nn.Module):
     def forward(self, hidden_TD: Tensor) -> Routing:
         """Route T tokens; in training mode ``tokens_per_expert`` also counts them."""
         logits_TE = F.linear(hidden_TD.to(self.weight.dtype), self.weight)
+        if self.training and self.sums is not None:
+            logits_TE = pulled(logits_TE, self)
         scores_TE = torch.sigmoid(logits_TE) if self.score == "sigmoid" else torch.softmax(logits_TE, dim=-1)
         with torch.no_grad():
-            experts_TK = self._chosen(scores_TE)
+            experts_TK = self._chosen(scores_TE, logits_TE)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts_TK, weights_TK * self.scale)
 
-    def _chosen(self, scores_TE: Tensor) -> Tensor:
+    def _chosen(self, scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
         """The K experts of each token, int64 (T, K): chosen and counted now, or in the first forward."""
         if self.remembered is not None and self.remembered.experts is not None:
             return self.remembered.experts
@@ -111,6 +118,10 @@ class Router(nn.Module):
         if self.training:
             counted = experts_TK if self.counted is None else experts_TK[self.counted]
             self.tokens_per_expert += torch.bincount(counted.flatten(), minlength=len(self.weight))
+            if self.sums is not None:
+                own = sums_of(logits_TE, self.score, self.counted)
+                self.sums.scores += own.scores
+                self.sums.squares += own.squares
         return experts_TK
 
     def _choose(self, scores_TE: Tensor) -> Tensor:

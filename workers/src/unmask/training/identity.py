@@ -5,13 +5,14 @@ processes share the work, how often it is measured and saved are not part of it;
 data files hold is, by digest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
 from unmask.training.corpus import Library
 from unmask.training.plan import StagePlan
+from unmask_api.base import ApiModel
 from unmask_api.train_job import Stage, TrainSpec
 
 __all__ = ["identity", "refuse_other_job"]
@@ -53,20 +54,23 @@ def identity(
             for stage, plan in zip(spec.stages, stages, strict=True)
         ],
         "optimizer": spec.optimizer.to_json_dict(),
-        "balance": spec.balance.to_json_dict(),
+        "balance": _used(
+            spec.balance, spec.balance.to_json_dict(), ("load_balance_weight", "router_z_weight")
+        ),
         "precision": spec.precision,
     }
 
 
 def _of_stage(stage: Stage) -> dict[str, Any]:
-    """The fields of a stage, without those that older jobs did not have and this one does not use."""
     fields = stage.model_dump(mode="json", by_alias=True, exclude={"data", "export"})
-    unused = {
-        Stage.model_fields[name].alias
-        for name in _LATER_FIELDS
-        if getattr(stage, name) == Stage.model_fields[name].default
-    }
-    return {name: value for name, value in fields.items() if name not in unused}
+    return _used(stage, fields, _LATER_FIELDS)
+
+
+def _used(model: ApiModel, dumped: dict[str, Any], later: Iterable[str]) -> dict[str, Any]:
+    """``dumped`` without those of the ``later`` fields that are as if there were no such field."""
+    fields = type(model).model_fields
+    unused = {fields[name].alias for name in later if getattr(model, name) == fields[name].default}
+    return {name: value for name, value in dumped.items() if name not in unused}
 
 
 def refuse_other_job(saved: Mapping[str, Any], own: Mapping[str, Any], *, where: object) -> None:

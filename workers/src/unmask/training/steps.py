@@ -16,6 +16,7 @@ from unmask.diffusion.layout import ModelInputs
 from unmask.diffusion.losses import summed_loss
 from unmask.diffusion.rows import PackedRows
 from unmask.models.base import LanguageModel
+from unmask.training.balance import BalanceLosses, Balancing
 from unmask.training.distributed import World
 from unmask.training.plan import StagePlan
 from unmask.training.weights import Weights
@@ -34,6 +35,8 @@ class Totals:
     """Whether a process was asked to stop."""
     expert_tokens: tuple[Tensor, ...]
     """For each router, int64 (experts,): tokens that went to each expert."""
+    balance: BalanceLosses | None = None
+    """What the balance losses are worth, where there are any; not part of ``loss``."""
 
 
 def model_inputs(
@@ -91,8 +94,11 @@ def micro_batches(rows: PackedRows, size: int) -> Iterator[PackedRows]:
 
 def objective_sum(model: LanguageModel, inputs: ModelInputs, *, confidence_weight: float = 0.0) -> Tensor:
     """The weighted sum of the negative log-likelihoods, and of entropies if asked for: a float32 scalar."""
-    hidden = model.hidden(inputs.ids, inputs.metadata, disturb=inputs.disturbance)
-    return summed_loss(hidden, model.logits, inputs, confidence_weight=confidence_weight)
+    return summed_loss(_hidden(model, inputs), model.logits, inputs, confidence_weight=confidence_weight)
+
+
+def _hidden(model: LanguageModel, inputs: ModelInputs) -> Tensor:
+    return model.hidden(inputs.ids, inputs.metadata, disturb=inputs.disturbance)
 
 
 def gradient_step(
@@ -102,6 +108,7 @@ def gradient_step(
     *,
     stop: bool,
     confidence_weight: float = 0.0,
+    balancing: Balancing | None = None,
 ) -> Totals:
     """Add up the gradient of the step over ``batches`` and over all processes.
 
@@ -114,20 +121,50 @@ def gradient_step(
         world: The processes that share the step.
         stop: Whether this process was asked to stop.
         confidence_weight: Of the entropy of what is predicted rightly.
+        balancing: Losses of the routers beside the objective's; None: there are none.
     """
     model = weights.computing
     totals = torch.tensor([0.0, 0.0, float(stop)], dtype=torch.float64, device=world.device)
-    for inputs in batches:
-        loss = objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
+
+    def loss_of(inputs: ModelInputs) -> Tensor:
+        return objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
+
+    def learn(loss: Tensor, inputs: ModelInputs) -> None:
         loss.backward()
         weights.collect()
         totals[0] += loss.detach()
         totals[1] += inputs.normaliser
-    counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
-    world.sum(totals, *counts)
+
+    balance, counts = None, None
+    if balancing is not None:
+        every = list(batches)
+        with balancing.counted(model.routers()):
+            with torch.no_grad():
+                for inputs in every[:-1]:
+                    _hidden(model, inputs.to(world.device))
+            last = [(loss_of(inputs), inputs) for inputs in every[-1:]]
+            balance = balancing.settle(world, normaliser=sum(inputs.normaliser for inputs in every))
+            counts = balancing.tokens
+            for loss, inputs in last:
+                learn(loss, inputs)
+            for inputs in every[:-1]:
+                learn(loss_of(inputs), inputs)
+    else:
+        for inputs in batches:
+            learn(loss_of(inputs), inputs)
+    if counts is None:
+        counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
+        world.sum(*counts)
+    world.sum(totals)
     weights.sum_gradient(world)
     for router in model.routers():
         router.tokens_per_expert.zero_()
     loss_sum, normaliser, stops = totals.tolist()
     normaliser = max(normaliser, 1.0)  # a step whose documents predict nothing changes nothing
-    return Totals(loss=loss_sum / normaliser, normaliser=normaliser, stop=stops > 0, expert_tokens=counts)
+    return Totals(
+        loss=loss_sum / normaliser,
+        normaliser=normaliser,
+        stop=stops > 0,
+        expert_tokens=counts,
+        balance=balance,
+    )

@@ -23,6 +23,7 @@ from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
 from unmask.training.arrangement import blank_weights, first_weights
+from unmask.training.balance import Balancing
 from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
 from unmask.training.distributed import World
 from unmask.training.identity import refuse_other_job
@@ -232,6 +233,7 @@ class Trainer:
             self._world,
             stop=self._stop_requested(),
             confidence_weight=plan.confidence_weight,
+            balancing=Balancing.of(self._spec.balance),
         )
         norm = self._learner.gradient_norm(totals)
         self._refuse_divergence(plan, totals, norm)
@@ -239,6 +241,8 @@ class Trainer:
         self._learner.step(totals, rate, freeze_router_bias=plan.freeze_router_bias)
         self._at.step += 1
         self._at.cursor += len(layout.document)
+        balance = totals.balance
+        losses = {"load_balance": balance.load, "router_z": balance.z} if balance else {}
         self._write(
             {
                 "kind": "step",
@@ -252,6 +256,7 @@ class Trainer:
                 "grad_norm": norm,
                 "lr": rate,
                 "tokens": layout.tokens,
+                **losses,
                 "seconds": time.monotonic() - started,
             }
         )

@@ -63,7 +63,7 @@ class StageEstimate:
     memory: Memory
     """Of one process, with the block size that needs most."""
     conversion_bytes: int
-    """Of one process while the model is converted at the stage's start; 0 without conversion."""
+    """Of one process while the model is converted, or its context changed, at the stage's start; or 0."""
     hours: float
 
     @property
@@ -192,7 +192,8 @@ def stage_memory(
         ),
         key=lambda memory: memory.total,
     )
-    return memory, conversion_bytes(shape, spec) if stage.convert_to else 0
+    changes = stage.convert_to or stage.rope_theta or stage.context_length
+    return memory, conversion_bytes(shape, spec) if changes else 0
 
 
 def conversion_bytes(shape: ModelShape, spec: TrainSpec) -> int:
@@ -214,11 +215,12 @@ def _stage(
     shape = shape_of(config)
     total, active = parameter_counts(config)
     recompute = spec.parallelism.activation_checkpointing == "Full"
+    counted = _counted_beforehand(stage, spec)
     memory, converting = stage_memory(stage, shape, spec, assumptions.documents)
     flops, positions, predictions, tokens = Flops(linear=0, attention=0, head=0), 0, 0.0, 0
     for row, steps in _works(stage, assumptions.documents):
         work = row.times(stage.rows_per_step)
-        flops = flops.plus(flops_of(shape, work, recompute=recompute), steps)
+        flops = flops.plus(flops_of(shape, work, recompute=recompute, counted=counted), steps)
         positions += work.positions * steps
         predictions += work.predictions * steps
         tokens += work.tokens * steps
@@ -238,6 +240,15 @@ def _stage(
         conversion_bytes=converting,
         hours=flops.computed / speed / 3600,
     )
+
+
+def _counted_beforehand(stage: Stage, spec: TrainSpec) -> float:
+    """The share of a step that runs forward once more to count experts, for the balance losses."""
+    if not float(spec.balance.load_balance_weight) and not float(spec.balance.router_z_weight):
+        return 0.0
+    rows = stage.rows_per_step // spec.parallelism.processes
+    last = rows % spec.parallelism.micro_batch_rows or min(rows, spec.parallelism.micro_batch_rows)
+    return 1 - last / rows
 
 
 def _works(stage: Stage, documents: Documents | None) -> list[tuple[Work, int]]:

@@ -48,8 +48,12 @@ class Flops:
         )
 
 
-def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False) -> Flops:
-    """The arithmetic of training on ``work``; with ``recompute`` the layers run forward twice."""
+def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False, counted: float = 0.0) -> Flops:
+    """The arithmetic of training on ``work``.
+
+    With ``recompute`` the layers run forward twice; and once more for the share ``counted`` of it, whose
+    experts are counted beforehand.
+    """
     linear = 2 * sum(layer.multiplied for layer in shape.layers) * work.positions
     attention = 4 * len(shape.layers) * shape.heads * shape.head_dim * work.pairs
     head = 2 * shape.vocabulary * shape.hidden * work.predictions
@@ -57,5 +61,5 @@ def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False) -> Flops
         linear=3 * linear,
         attention=3 * attention,
         head=3 * head,
-        recomputed=float(linear + attention) if recompute else 0.0,
+        recomputed=(linear + attention) * (recompute + counted),
     )

@@ -19,6 +19,7 @@ __all__ = ["identity", "refuse_other_job"]
 
 _LATER_FIELDS = (
     "document_mask",
+    "merge",
     "embedding_noise",
     "prediction",
     "random_length",

@@ -73,7 +73,7 @@ def _attempt(text: str, pause_after: int | None) -> None:
 
     job = DiffusionTrainJob.from_json(text)
     run = job.spec.checkpoint.uri
-    _redirect(2, Path(f"{run}.rank-{os.environ['RANK']}.log"))
+    redirect(2, Path(f"{run}.rank-{os.environ['RANK']}.log"))
 
     def pause(line: Mapping[str, Any]) -> None:
         while line["step"] == pause_after and not Path(f"{run}.go").exists():
@@ -89,11 +89,11 @@ def _command(arguments: list[str], folder: Path) -> None:
     from unmask.cli.main import main
 
     for descriptor, kind in ((1, "out"), (2, "err")):
-        _redirect(descriptor, folder / f"rank-{os.environ['RANK']}.{kind}")
+        redirect(descriptor, folder / f"rank-{os.environ['RANK']}.{kind}")
     main(arguments)
 
 
-def _redirect(descriptor: int, path: Path) -> None:
+def redirect(descriptor: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), descriptor)

@@ -88,7 +88,9 @@ class Follower:
             match record["kind"]:
                 case "step":
                     last = record
-                    self._note(record, steps=record["stage_step"], loss=record["loss"])
+                    self._note(record, steps=record["stage_step"])
+                    if "skipped" not in record:
+                        self._note(record, loss=record["loss"])
                     self._speeds.append(record["seconds"])
                 case "eval":
                     measured = {key: value for key, value in record.items() if key not in _NOT_MEASURED}
@@ -104,7 +106,8 @@ class Follower:
     def _show(self, record: Record) -> None:
         left = (record["total_steps"] - record["step"]) * sum(self._speeds) / len(self._speeds)
         speed = record["tokens"] / max(record["seconds"], 1e-9)
-        figures = f"loss {record['loss']:.4f}  {speed:,.0f} tokens/s  {duration(left)} left"
+        loss = "step skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
+        figures = f"{loss}  {speed:,.0f} tokens/s  {duration(left)} left"
         self._progress.update(
             self._task, description=record["stage"], completed=record["step"], figures=figures
         )

@@ -74,7 +74,7 @@ def _ended(job: DiffusionTrainJob, folder: RunFolder, trainer: Trainer, ending: 
     messages = {
         Ending.COMPLETED: f"{job.metadata.name} is complete: the model is in {folder.model}",
         Ending.ALREADY_COMPLETE: f"{job.metadata.name} was complete already: the model is in {folder.model}",
-        Ending.STOPPED: f"stopped on request after step {trainer.step}, and saved",
+        Ending.STOPPED: f"stopped on request after step {trainer.step}, and {_what_is_saved(trainer)}",
     }
     stopped = ending is Ending.STOPPED
     return Termination(
@@ -84,6 +84,15 @@ def _ended(job: DiffusionTrainJob, folder: RunFolder, trainer: Trainer, ending: 
         message=messages[ending],
         checkpoint=str(checkpoint.path) if checkpoint else None,
     )
+
+
+def _what_is_saved(trainer: Trainer) -> str:
+    checkpoint = trainer.checkpoint
+    if checkpoint is None:
+        return "nothing is saved: all steps were skipped"
+    if checkpoint.manifest.step == trainer.step:
+        return "saved"
+    return f"goes on from step {checkpoint.manifest.step}: the steps since were being skipped"
 
 
 def _report(world: World, folder: RunFolder, trainer: Trainer | None, code: ExitCode, message: str) -> None:

@@ -47,6 +47,10 @@ class Learner:
             )
         self.weights.changed()
 
+    def skip(self) -> None:
+        """Forget the gradient; weights, optimiser and balance stay as they are, bit for bit."""
+        self.weights.changed()
+
     def recast(self, config: ModelConfig) -> "Learner":
         """The same weights, and the optimiser's state, under another configuration."""
         learner = Learner(self.weights.recast(config), self._spec)

@@ -10,7 +10,16 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = [
     "FORMAT",
@@ -18,6 +27,7 @@ __all__ = [
     "CheckpointManifest",
     "Dtype",
     "Part",
+    "StepsBefore",
     "StoredTensor",
     "TrainingState",
     "canonical",
@@ -72,6 +82,19 @@ class CheckpointFile(_Strict):
     sha256: Digest
 
 
+class StepsBefore(_Strict):
+    """What the next step is judged by, see :mod:`unmask.training.stability`."""
+
+    losses: list[float]
+    """Of the last steps of the stage that were taken."""
+    norms: list[float]
+    """Their gradient norms."""
+    skipped: Whole
+    """Steps skipped in a row."""
+    rollbacks: Whole
+    """Times that the run has gone back."""
+
+
 class TrainingState(_Strict):
     """Where the run stood; with the tensors, all that the next step depends on."""
 
@@ -83,6 +106,12 @@ class TrainingState(_Strict):
     """Documents that the stage has consumed."""
     stage_seconds: Annotated[float, Field(ge=0)]
     """Time spent in the stage; only reported, nothing depends on it."""
+    steps_before: StepsBefore | None = None
+    """There if the job has ``stability``."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 class CheckpointManifest(_Strict):

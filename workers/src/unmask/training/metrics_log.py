@@ -20,6 +20,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, step: int) -> None:
         """Cut the log at ``path`` back to lines of at most step ``step``, and go on from there."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         _cut_back(path, step)
         self._file = path.open("a", encoding="utf-8")
 
@@ -33,6 +34,12 @@ class MetricsLog:
         """Append one line, which has at least ``kind`` and ``step``."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+    def cut_back(self, step: int) -> None:
+        """Forget lines of later steps than ``step``."""
+        self._file.close()
+        _cut_back(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def sync(self) -> None:
         """Make all lines survive a loss of power."""

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,13 +28,14 @@ from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_
 from unmask.training.distributed import World
 from unmask.training.identity import refuse_other_job
 from unmask.training.learner import Learner
-from unmask.training.manifest import TrainingState
+from unmask.training.manifest import StepsBefore, TrainingState
 from unmask.training.merging import best_of, losses_of, open_checkpoint
 from unmask.training.metrics_log import MetricsLog
 from unmask.training.packing import make_rows
 from unmask.training.plan import StagePlan, stage_after
 from unmask.training.preparation import Preparation, PreparedStage
 from unmask.training.run_folder import RunFolder
+from unmask.training.stability import Past, Verdict, judge, remember
 from unmask.training.steps import Totals, gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key
 
@@ -65,6 +66,8 @@ class _Position:
     """Documents consumed in the present stage."""
     stage_seconds: float = 0.0
     """Time that the present stage took in earlier attempts."""
+    past: Past = field(default_factory=Past)
+    """What the next step is judged by."""
 
 
 class Trainer:
@@ -107,7 +110,8 @@ class Trainer:
         """Train to the end, or until a process is asked to stop.
 
         Raises:
-            DivergedError: A loss or gradient is not finite.
+            DivergedError: A loss or gradient is not finite, and the job does not say to skip such steps; or
+                too many were skipped.
         """
         if self._at.step == self._total_steps and not self._is_to_be_merged(self._plans[-1]):
             removed = self._world.from_leader(int(not self._folder.model.exists()))
@@ -134,13 +138,10 @@ class Trainer:
     # Where to begin
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """The newest good checkpoint, the same for all processes; only the leader verifies it."""
-        with self._world.together():
-            found = self._store.newest() if self._world.leads else None
-        step = self._world.from_leader(found.manifest.step if found else -1)
-        if step < 0:
+        """The checkpoint to go on from, if there is one and it is this job's."""
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None:
             return None
-        checkpoint = found or self._store.open(step)
         if self._spec.checkpoint.resume == "Never":
             raise UsageError(
                 f"spec.checkpoint.resume: Never, but {checkpoint.path} exists; set Auto to go on from it, "
@@ -151,13 +152,48 @@ class Trainer:
         _log.info("going on from %s", checkpoint.path)
         return checkpoint
 
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest good checkpoint, the same for all processes; only the leader verifies it."""
+        with self._world.together():
+            found = self._store.newest() if self._world.leads else None
+        step = self._world.from_leader(found.manifest.step if found else -1)
+        return None if step < 0 else found or self._store.open(step)
+
     def _position(self) -> _Position:
+        at = self._position_saved()
+        cursor, rollbacks = self._last_jump(at.step)
+        if rollbacks > at.past.rollbacks:
+            at.cursor, at.past = cursor, at.past.gone_back(rollbacks)
+        return at
+
+    def _position_saved(self) -> _Position:
+        """Where the checkpoint was taken, or the beginning."""
         if self.checkpoint is None:
             return _Position()
-        state = self.checkpoint.manifest.state
+        step, state = self.checkpoint.manifest.step, self.checkpoint.manifest.state
+        before = state.steps_before
+        past = Past()
+        if before is not None:
+            past = Past(tuple(before.losses), tuple(before.norms), before.skipped, before.rollbacks)
         if state.stage_step == self._plans[state.stage].steps:  # the next stage starts anew
-            return _Position(self.checkpoint.manifest.step)
-        return _Position(self.checkpoint.manifest.step, state.cursor, state.stage_seconds)
+            return _Position(step, past=past.next_stage())
+        return _Position(step, state.cursor, state.stage_seconds, past)
+
+    def _last_jump(self, step: int) -> tuple[int, int]:
+        """The cursor at which the run went on when it last went back to ``step``, and the jump's number.
+
+        The log says so. Lines of later steps are cut off it when the run goes on, so what it says of
+        ``step`` is what came of this very checkpoint. A jump that was not written yet is decided again.
+        """
+        jumps = [
+            (line["cursor"], line["rollbacks"])
+            for line in (
+                self._folder.log_lines() if self._world.leads and self._folder.metrics.exists() else ()
+            )
+            if line["kind"] == "rollback" and line["step"] == step
+        ]
+        cursor, rollbacks = jumps[-1] if jumps else (0, 0)
+        return self._world.from_leader(cursor), self._world.from_leader(rollbacks)
 
     def _first_learner(self) -> Learner:
         if self.checkpoint is None:
@@ -177,17 +213,22 @@ class Trainer:
             self._learner = self._learner.recast(plan.config)
         while self._at.step < plan.end:
             stop = self._one_step(stage)
+            if self._spec.stability and self._at.past.skipped >= self._spec.stability.max_skips:
+                self._roll_back(plan)
+                return stop  # what is left begins with this stage again
             done = self._at.step == plan.end
             if stage.evaluator is not None and (done or self._is_due(stage.evaluator.every_steps)):
                 self._measure(stage)
             if done:
                 self._close(plan)
-            if done or stop or self._is_due(self._spec.checkpoint.every_steps):
+            # Not while steps are skipped: it would be one to go back to that is no way back.
+            due = stop or self._is_due(self._spec.checkpoint.every_steps)
+            if done or (due and not self._at.past.skipped):
                 self._save(plan)
             if stop:
                 return self._at.step < self._total_steps
             if done:
-                self._at = _Position(self._at.step)
+                self._at = _Position(self._at.step, past=self._at.past.next_stage())
         return False
 
     def _is_due(self, every: int) -> bool:
@@ -236,9 +277,12 @@ class Trainer:
             balancing=Balancing.of(self._spec.balance),
         )
         norm = self._learner.gradient_norm(totals)
-        self._refuse_divergence(plan, totals, norm)
+        verdict = self._judge(plan, totals, norm)
         rate = plan.rate.at(stage_step)
-        self._learner.step(totals, rate, freeze_router_bias=plan.freeze_router_bias)
+        if verdict is Verdict.TAKEN:
+            self._learner.step(totals, rate, freeze_router_bias=plan.freeze_router_bias)
+        else:
+            self._learner.skip()
         self._at.step += 1
         self._at.cursor += len(layout.document)
         balance = totals.balance
@@ -259,17 +303,67 @@ class Trainer:
                 **losses,
                 "seconds": time.monotonic() - started,
             }
+            | ({} if verdict is Verdict.TAKEN else {"skipped": verdict.value})
         )
         return totals.stop
 
-    def _refuse_divergence(self, plan: StagePlan, totals: Totals, norm: float) -> None:
+    def _judge(self, plan: StagePlan, totals: Totals, norm: float) -> Verdict:
+        """Whether the step is taken; the same in all processes, for they have the same numbers."""
+        policy = self._spec.stability
+        if policy is not None:
+            verdict = judge(totals.loss, norm, self._at.past, policy)
+            self._at.past = remember(self._at.past, verdict, totals.loss, norm, policy)
+            return verdict
         if math.isfinite(totals.loss) and math.isfinite(norm):
-            return
+            return Verdict.TAKEN
         saved = self.checkpoint.path if self.checkpoint else "none"
         raise DivergedError(
             f"stage {plan.name}, step {self._at.step + 1}: loss {totals.loss}, gradient norm {norm}; lower "
-            f"learningRate.peak or raise warmupSteps of the stage (newest checkpoint: {saved})"
+            "learningRate.peak or raise warmupSteps of the stage, or set spec.stability to skip such steps "
+            f"(newest checkpoint: {saved})"
         )
+
+    def _roll_back(self, plan: StagePlan) -> None:
+        """Go back to the newest checkpoint, and on with the documents that no step has seen yet.
+
+        Raises:
+            DivergedError: The run has gone back as often as it may.
+        """
+        policy = self._spec.stability
+        assert policy is not None
+        failed, cursor, past = self._at.step, self._at.cursor, self._at.past
+        self.checkpoint = self._newest_checkpoint()
+        if past.rollbacks == policy.max_rollbacks:
+            raise DivergedError(
+                f"stage {plan.name}, step {failed}: {past.skipped} steps in a row were skipped after "
+                f"{past.rollbacks} rollbacks (stability.maxRollbacks); lower learningRate.peak or raise "
+                "warmupSteps of the stage, or look into its data "
+                f"(newest checkpoint: {self.checkpoint.path if self.checkpoint else 'none'})"
+            )
+        at = self._position_saved()
+        at.stage_seconds = self._stage_seconds()
+        at.cursor, at.past = cursor, at.past.gone_back(past.rollbacks + 1)
+        _log.warning("step %d: %d steps skipped, going back to step %d", failed, past.skipped, at.step)
+        self._at = at
+        if self._world.leads:
+            self._metrics.cut_back(at.step)
+        self._write(
+            {
+                "kind": "rollback",
+                "step": at.step,
+                "stage": plan.name,
+                "failed_step": failed,
+                "cursor": cursor,
+                "rollbacks": at.past.rollbacks,
+            }
+        )
+        with self._world.together():
+            if self._world.leads:
+                self._metrics.sync()
+        if self.checkpoint is None:
+            self._learner = self._first_learner()
+        else:
+            self._learner.restore(self.checkpoint)
 
     # What follows a step
 
@@ -386,12 +480,7 @@ class Trainer:
                 self._metrics.sync()
                 self.checkpoint = self._store.save(
                     step=self._at.step,
-                    state=TrainingState(
-                        stage=plan.index,
-                        stage_step=self._at.step - plan.first_step,
-                        cursor=self._at.cursor,
-                        stage_seconds=self._stage_seconds(),
-                    ),
+                    state=self._state(plan),
                     job=self._prepared.identity,
                     config=self._learner.config(),
                     tensors=self._learner.tensors(),
@@ -406,12 +495,7 @@ class Trainer:
         saved = self._store.save_shares(
             self._world,
             step=self._at.step,
-            state=TrainingState(
-                stage=plan.index,
-                stage_step=self._at.step - plan.first_step,
-                cursor=self._at.cursor,
-                stage_seconds=self._stage_seconds(),
-            ),
+            state=self._state(plan),
             job=self._prepared.identity,
             config=self._learner.config(),
             boxes=self._learner.boxes(),
@@ -419,10 +503,32 @@ class Trainer:
         )
         self.checkpoint = saved or self.checkpoint
 
+    def _state(self, plan: StagePlan) -> TrainingState:
+        past = self._at.past
+        before = StepsBefore(
+            losses=list(past.losses),
+            norms=list(past.norms),
+            skipped=past.skipped,
+            rollbacks=past.rollbacks,
+        )
+        return TrainingState(
+            stage=plan.index,
+            stage_step=self._at.step - plan.first_step,
+            cursor=self._at.cursor,
+            stage_seconds=self._stage_seconds(),
+            steps_before=before if self._spec.stability else None,
+        )
+
     def _stage_seconds(self) -> float:
         return self._at.stage_seconds + time.monotonic() - self._stage_started
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._world.leads:
+            line = {name: None if _is_not_finite(value) else value for name, value in line.items()}
             self._metrics.write(line)
             self._observe(line)
+
+
+def _is_not_finite(value: object) -> bool:
+    """Whether JSON has no such number."""
+    return isinstance(value, float) and not math.isfinite(value)

@@ -71,3 +71,23 @@ def test_decimal_defaults_stay_text_for_readers_of_yaml_1_2() -> None:
     text = generate.files()["deploy/crds/diffusiontrainjobs.unmask.dev.yaml"]
     assert "default: '1e-8'" in text
     assert yaml.safe_load(text)["metadata"]["name"] == "diffusiontrainjobs.unmask.dev"
+
+
+def test_the_scale_subresource_and_the_columns_point_at_fields_that_exist() -> None:
+    (resource,) = [one for one in crd.RESOURCES if one.model is DiffusionTrainJob]
+    paths = [column.path for column in resource.columns] + list((resource.scale or {}).values())
+    for path in paths:
+        if path.startswith(".metadata."):
+            continue
+        node = SCHEMA
+        for part in path.split(".")[1:]:
+            node = node["properties"][part]
+        assert node["type"] in ("integer", "string"), path
+    assert crd.definition(resource)["spec"]["versions"][0]["subresources"]["scale"] == resource.scale
+
+
+def test_amounts_are_whole_numbers_or_text() -> None:
+    spec = SCHEMA["properties"]["spec"]["properties"]
+    limits = spec["resources"]["properties"]["limits"]
+    assert limits["additionalProperties"]["x-kubernetes-int-or-string"] is True
+    assert "type" not in limits["additionalProperties"]

@@ -16,6 +16,8 @@ from pydantic_core import CoreSchema
 __all__ = [
     "DECIMAL",
     "GROUP",
+    "IDENTIFIER",
+    "NAME",
     "PATTERNS",
     "ApiModel",
     "Count",
@@ -23,6 +25,7 @@ __all__ = [
     "Name",
     "Rule",
     "Uri",
+    "WORD",
 ]
 
 GROUP = "unmask.dev"
@@ -86,11 +89,15 @@ class ApiModel(BaseModel):
 
 DECIMAL = r"^[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]{1,2})?$"
 NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+WORD = r"^[A-Za-z][A-Za-z0-9]*$"
+IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
 
 PATTERNS = {
     DECIMAL: 'a decimal number in quotes, such as "0.5" or "3e-4"',
     NAME: "lowercase letters, digits and inner dashes, at most 40",
+    WORD: "one word of letters and digits, such as OutOfMemory",
+    IDENTIFIER: "letters, digits and underscores, not beginning with a digit",
     URI: "pvc://CLAIM/path, or an absolute path inside the worker",
 }
 """What the patterns allow, in words."""

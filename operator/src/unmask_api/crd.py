@@ -42,6 +42,8 @@ class Resource:
     short_name: str
     version: str = "v1alpha1"
     columns: tuple[Column, ...] = ()
+    scale: Json | None = None
+    """The scale subresource, for ``kubectl scale`` and autoscalers."""
 
     @property
     def kind(self) -> str:
@@ -59,6 +61,11 @@ RESOURCES = (
         model=DiffusionTrainJob,
         plural="diffusiontrainjobs",
         short_name="dtj",
+        scale={
+            "specReplicasPath": ".spec.parallelism.nodes",
+            "statusReplicasPath": ".status.nodes.desired",
+            "labelSelectorPath": ".status.selector",
+        },
         columns=(
             Column(name="State", path=".status.state"),
             Column(name="Stage", path=".status.progress.stage"),
@@ -88,7 +95,7 @@ def definition(resource: Resource) -> Json:
         "name": resource.version,
         "served": True,
         "storage": True,
-        "subresources": {"status": {}},
+        "subresources": {"status": {}} | ({"scale": resource.scale} if resource.scale else {}),
         "additionalPrinterColumns": [column.to_json() for column in resource.columns],
         "schema": {"openAPIV3Schema": _root(schema(resource.model))},
     }
@@ -135,7 +142,11 @@ def _structural(node: Json, definitions: Json) -> Json:
     if "items" in node:
         node["items"] = _structural(node["items"], definitions)
     if isinstance(values := node.get("additionalProperties"), dict):
-        return node | {"additionalProperties": _structural(values, definitions)}
+        return _kept(node) | {"additionalProperties": _structural(values, definitions)}
+    return _kept(node)
+
+
+def _kept(node: Json) -> Json:
     return {key: value for key, value in node.items() if key not in _DROPPED}
 
 

@@ -19,6 +19,8 @@ def markdown() -> dict[str, str]:
 
 def type_name(node: Json) -> str:
     """Return the type of a schema node in words, such as ``list of integer``."""
+    if "x-kubernetes-int-or-string" in node:
+        return "integer or string"
     if node["type"] == "array":
         return f"list of {type_name(node['items'])}"
     if node["type"] == "object" and "additionalProperties" in node:

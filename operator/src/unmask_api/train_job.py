@@ -8,9 +8,21 @@ all read it through these models. Numbers that are not integers are quoted strin
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from unmask_api.base import ApiModel, Count, DecimalString, Name, Rule, Uri
+from unmask_api.cluster import (
+    CoreObject,
+    Elastic,
+    EnvVar,
+    Label,
+    Observability,
+    PodResources,
+    Rendezvous,
+    RunPolicy,
+    Scheduling,
+    Toleration,
+)
 from unmask_api.metadata import ObjectMeta
 from unmask_api.train_status import TrainStatus
 
@@ -32,7 +44,6 @@ __all__ = [
     "Objective",
     "Optimizer",
     "Parallelism",
-    "RunPolicy",
     "Stability",
     "Stage",
     "StageData",
@@ -552,19 +563,6 @@ class Telemetry(ApiModel):
     """
 
 
-class RunPolicy(ApiModel):
-    """What happens when a process fails."""
-
-    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Restarts before the job fails; what a restart cannot mend fails it at once."""
-    hang_timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] | None = None
-    """Longest time without progress before a process ends itself with exit code 70, so that it is restarted.
-
-    Progress is a step, a measurement, an export or a checkpoint that is done: allow for the slowest of them.
-    Left out, only the limits of the collectives hold.
-    """
-
-
 def _immutable(field: str) -> Rule:
     return Rule(
         rule=f"self.{field} == oldSelf.{field}",
@@ -635,10 +633,56 @@ class TrainSpec(ApiModel):
             " together; set it to false, or shard to None",
             field_path=".checkpoint",
         ),
+        _immutable("managedBy"),
         _immutable("model"),
         _immutable("data"),
         _immutable("stages"),
+        _immutable("optimizer"),
+        _immutable("precision"),
+        _immutable("checkpoint.uri"),
+        Rule(
+            rule="!has(self.elastic) || (self.elastic.minNodes <= self.parallelism.nodes"
+            " && self.parallelism.nodes <= self.elastic.maxNodes)",
+            message="parallelism.nodes must lie between elastic.minNodes and elastic.maxNodes",
+            field_path=".elastic",
+        ),
+        Rule(
+            rule="!has(self.elastic) || self.parallelism.shard == 'None'",
+            message="elastic is for parallelism.shard None: an arrangement of parts is made for one number"
+            " of processes; suspend the job to change nodes, or drop elastic",
+            field_path=".elastic",
+        ),
+        Rule(
+            rule="oldSelf.suspend || has(self.elastic)"
+            " || self.parallelism.nodes == oldSelf.parallelism.nodes",
+            message="nodes can be changed while the job is suspended, or if it is elastic",
+            field_path=".parallelism.nodes",
+        ),
+        Rule(
+            rule="oldSelf.suspend"
+            " || (self.parallelism.processesPerNode == oldSelf.parallelism.processesPerNode"
+            " && self.parallelism.microBatchRows == oldSelf.parallelism.microBatchRows"
+            " && self.parallelism.shard == oldSelf.parallelism.shard"
+            " && self.parallelism.expertParallel == oldSelf.parallelism.expertParallel"
+            " && self.parallelism.activationCheckpointing == oldSelf.parallelism.activationCheckpointing"
+            " && (has(self.parallelism.replicas) ? self.parallelism.replicas : 0)"
+            " == (has(oldSelf.parallelism.replicas) ? oldSelf.parallelism.replicas : 0))",
+            message="parallelism can be changed only while the job is suspended",
+            field_path=".parallelism",
+        ),
+        Rule(
+            rule="self.observability.port != self.rendezvous.port"
+            " && (!has(self.telemetry.port) || (self.telemetry.port != self.rendezvous.port"
+            " && self.telemetry.port != self.observability.port))",
+            message="observability.port, telemetry.port and rendezvous.port must differ: one pod opens all",
+            field_path=".observability.port",
+        ),
     )
+
+    managed_by: Literal["unmask.dev/operator", "kueue.x-k8s.io/multikueue"] = "unmask.dev/operator"
+    """Who runs the job: the operator of this cluster, or Kueue on another one."""
+    suspend: bool = False
+    """Whether the job should stand still: its pods save and end, and it goes on when this is false again."""
 
     model: Model
     """The model, and the tokenizer."""
@@ -663,7 +707,40 @@ class TrainSpec(ApiModel):
     telemetry: Telemetry = Telemetry()
     """What the run tells of itself besides its log."""
     run_policy: RunPolicy = RunPolicy()
-    """What happens when a process fails."""
+    """When the job starts again, when it gives up, and what stays behind."""
+    elastic: Elastic | None = None
+    """How far the number of nodes may change while the job runs; left out, not at all."""
+    scheduling: Scheduling = Scheduling()
+    """Who decides where and when the pods run."""
+    rendezvous: Rendezvous = Rendezvous()
+    """How the pods of an attempt find each other."""
+    observability: Observability = Observability()
+    """How the operator follows the training."""
+    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """Container image of the workers; left out, the one that the operator was installed with."""
+    env: Annotated[tuple[EnvVar, ...], Field(max_length=128)] = ()
+    """Further variables of the workers' environment."""
+    resources: PodResources = PodResources()
+    """What one pod, with all its processes, takes of its machine."""
+    node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
+    """Labels that the pods' machines must have."""
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=32)] = ()
+    """Taints that do not keep the pods away."""
+    affinity: CoreObject | None = None
+    """Affinity of the pods."""
+    volumes: Annotated[tuple[CoreObject, ...], Field(max_length=32)] = ()
+    """Further volumes of the pods; the claims of ``pvc://`` paths need none."""
+    volume_mounts: Annotated[tuple[CoreObject, ...], Field(max_length=64)] = ()
+    """Where the further volumes are mounted in the worker."""
+    service_account_name: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = None
+    """Service account of the pods; its token is not mounted."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=30, le=3600)] = 120
+    """Time to save when the pods are asked to end: longer than a checkpoint takes."""
+    pod_template: CoreObject | None = None
+    """Laid over the pods that the operator would make: lists of named things merge by name.
+
+    The worker is the container ``trainer``. What says who a process is and how pods meet cannot be changed.
+    """
 
     @property
     def total_steps(self) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints
 from unmask_api.base import ApiModel, DecimalString
 from unmask_api.metadata import Condition, Timestamp
 
-__all__ = ["CheckpointStatus", "Failure", "NodeCounts", "Progress", "TrainStatus"]
+__all__ = ["CheckpointStatus", "Failure", "HistoryEntry", "NodeCounts", "Progress", "TrainStatus"]
 
 Whole = Annotated[int, Field(ge=0)]
 Text = Annotated[str, StringConstraints(max_length=4096)]
@@ -83,6 +83,23 @@ class NodeCounts(ApiModel):
     """How many failed."""
 
 
+class HistoryEntry(ApiModel):
+    """An attempt that has ended."""
+
+    attempt: Whole
+    """Which one, from 0."""
+    start_time: Timestamp | None = None
+    """When its pods were made."""
+    end_time: Timestamp | None = None
+    """When its end was noticed."""
+    reason: Text
+    """How it ended, as one CamelCase word."""
+    from_step: Whole | None = None
+    """Steps done when it first reported."""
+    to_step: Whole | None = None
+    """Steps done when it last reported."""
+
+
 class TrainStatus(ApiModel):
     """Observed state of a training job."""
 
@@ -99,7 +116,7 @@ class TrainStatus(ApiModel):
     ] = ()
     """Facts by type; ``Succeeded`` is the summary, Unknown while the job is active."""
     start_time: Timestamp | None = None
-    """When the first attempt started."""
+    """When the job started, or was last resumed."""
     completion_time: Timestamp | None = None
     """When the job ended, either way."""
     attempt: Whole = 0
@@ -108,6 +125,12 @@ class TrainStatus(ApiModel):
     """Restarts so far, of every kind."""
     restarts_counted: Whole = 0
     """Restarts that count towards ``runPolicy.maxRestarts``."""
+    backoff: Whole = 0
+    """Restarts in a row since an attempt last ran for ``runPolicy.resetAfterSeconds``."""
+    next_attempt_time: Timestamp | None = None
+    """When the present attempt may start; absent, at once."""
+    selector: Text | None = None
+    """Labels of the job's pods, for autoscalers."""
     nodes: NodeCounts | None = None
     """Pods of the present attempt."""
     progress: Progress | None = None
@@ -116,3 +139,5 @@ class TrainStatus(ApiModel):
     """The newest committed checkpoint."""
     failure: Failure | None = None
     """Why the last failed attempt ended."""
+    history: Annotated[tuple[HistoryEntry, ...], Field(max_length=10)] = ()
+    """The last attempts that ended, the newest last."""

@@ -146,7 +146,12 @@ def _problem(error: ErrorDetails, path: FieldPath, schema: Json) -> str:
 def _node_at(schema: Json, path: FieldPath) -> Json:
     node = schema
     for part in path:
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        if isinstance(part, int):
+            node = node.get("items", {})
+        elif isinstance(values := node.get("additionalProperties"), dict):
+            return values
+        else:
+            node = node.get("properties", {}).get(part, {})
     return node
 
 

@@ -1,8 +1,9 @@
 """Attention over metadata: a plan is made once per forward and used by every layer.
 
-``plan`` chooses how to compute; ``AttentionPlan.attend`` computes. On a CPU, and for few
-queries, that is torch's scaled-dot-product attention with one boolean mask shared by the
-layers, or none where every query sees every key. On a GPU, from one tile of queries on, it
+``plan`` chooses how to compute; ``AttentionPlan.attend`` computes. For few queries that is
+torch's scaled-dot-product attention with one boolean mask shared by the layers, or none
+where every query sees every key; for many, on a CPU, the same tile by tile
+(:mod:`~unmask.attention.tiled`). On a GPU, from one tile of queries on, it
 is block-sparse (:mod:`~unmask.attention.flex`); that path was compared with the reference
 on a CPU alone, and has not been run on a GPU. :func:`attend_plainly` is the slow, obvious
 reference beside both. Shape letters: B rows, H query heads, G key/value heads (H a multiple of G),
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from unmask.attention.flex import TILE, compiled_flex_attention, plan_flex
 from unmask.attention.metadata import AttentionMetadata, may_attend
+from unmask.attention.tiled import SMALLEST, plan_tiled
 
 __all__ = ["AttentionPlan", "MaskedPlan", "attend_plainly", "plan", "plan_masked"]
 
@@ -52,6 +54,8 @@ def plan(query: AttentionMetadata, key: AttentionMetadata) -> AttentionPlan:
     """
     if query.position.is_cuda and query.shape[1] >= TILE:
         return plan_flex(query, key, compute=compiled_flex_attention())
+    if not query.position.is_cuda and query.shape[1] >= SMALLEST:
+        return plan_tiled(query, key)
     return plan_masked(query, key)
 
 

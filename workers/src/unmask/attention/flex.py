@@ -5,9 +5,7 @@ the rule only in tiles where some are. Finding the tiles by evaluating the rule 
 pair of tokens costs a dense mask, which is what block diffusion has no use for: at 4,096
 tokens and blocks of 32, three quarters of ``[x_t ; x_0]`` x ``[x_t ; x_0]`` is empty.
 
-Tokens come in runs that stand alike under the rule (same view, document and block), so
-the rule is evaluated between runs, one row of tiles at a time: S x runs / B instead of S x S,
-exactly, whatever the order of the tokens.
+Which tiles those are is found by :mod:`~unmask.attention.tiles`.
 """
 
 from collections.abc import Callable
@@ -19,22 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from unmask.attention.metadata import AttentionMetadata, may_attend
+from unmask.attention.metadata import AttentionMetadata
+from unmask.attention.tiles import tiles_of
 
-__all__ = ["TILE", "FlexPlan", "Tiles", "compiled_flex_attention", "plan_flex", "tiles_of"]
+__all__ = ["TILE", "FlexPlan", "compiled_flex_attention", "plan_flex"]
 
 TILE = 128
 """Queries and keys of one tile; what flex attention's kernels are tuned for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Which tiles hold allowed pairs; bool (B, query tiles, key tiles)."""
-
-    some: Tensor
-    """At least one pair is allowed."""
-    all: Tensor
-    """Every pair is; a tile that the rows do not fill is never among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +43,6 @@ class FlexPlan:
 def compiled_flex_attention() -> Callable[..., Tensor]:
     """Flex attention as a fused kernel; each new shape is compiled once."""
     return cast(Callable[..., Tensor], torch.compile(flex_attention))
-
-
-def tiles_of(query: AttentionMetadata, key: AttentionMetadata, *, tile: int = TILE) -> Tiles:
-    """Classify the tiles of ``tile`` queries by ``tile`` keys."""
-    key_runs, run_of_key = _runs(key)
-    key_tiles = -(-key.shape[1] // tile)
-    rows, runs = key_runs.shape
-    # How many tokens of each run stand in each tile: the weights that turn runs into tokens.
-    tile_of_key = torch.arange(key.shape[1], device=run_of_key.device) // tile
-    counts = torch.zeros(rows, runs, key_tiles, device=run_of_key.device)
-    flat = run_of_key * key_tiles + tile_of_key
-    counts.flatten(1).scatter_add_(1, flat, torch.ones_like(flat, dtype=counts.dtype))
-    some, every = [], []
-    for start in range(0, query.shape[1], tile):
-        queries = _slice(query, start, start + tile)
-        allowed = may_attend(queries, key_runs).to(counts.dtype)  # (B, tile, runs)
-        pairs = (allowed @ counts).sum(1)  # (B, key tiles)
-        some.append(pairs > 0)
-        every.append(pairs == tile * tile)
-    return Tiles(torch.stack(some, 1), torch.stack(every, 1))
 
 
 def plan_flex(
@@ -117,21 +86,3 @@ def _indices(tiles: Tensor) -> tuple[Tensor, Tensor]:
     chosen = tiles.unsqueeze(1)
     order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
-
-
-def _runs(tokens: AttentionMetadata) -> tuple[AttentionMetadata, Tensor]:
-    """Maximal stretches of tokens that are alike: their metadata (B, runs), and each token's run (B, S)."""
-    columns = torch.stack((tokens.document, tokens.block, tokens.view), -1)
-    changes = (columns[:, 1:] != columns[:, :-1]).any(-1)
-    run = torch.nn.functional.pad(changes.cumsum(1), (1, 0))
-    count = int(run.max()) + 1
-    # The runs that a shorter row lacks repeat its last token; no token belongs to them.
-    first = torch.searchsorted(run, torch.arange(count, device=run.device).expand(len(run), -1).contiguous())
-    first = first.clamp(max=run.shape[1] - 1)
-    picked = (t.gather(1, first) for t in (tokens.position, tokens.document, tokens.block, tokens.view))
-    return AttentionMetadata(*picked), run
-
-
-def _slice(tokens: AttentionMetadata, start: int, stop: int) -> AttentionMetadata:
-    columns = (tokens.position, tokens.document, tokens.block, tokens.view)
-    return AttentionMetadata(*(column[:, start:stop] for column in columns))

@@ -100,6 +100,8 @@ def test_leaving_and_running_out_of_time_free_the_row(model: ServedModel) -> Non
         await stream.aclose()  # type: ignore[attr-defined]
         with pytest.raises(DeadlineExceeded):
             await client.generate("w6", max_tokens=100, timeout_s=1)
+        # The server may learn of it later than the client; what waits next must be the third request.
+        await asyncio.to_thread(wait_until, lambda: recorder.value(metrics.REQUESTS_WAITING) == 0)
         waiting = asyncio.create_task(client.generate("w7", max_tokens=100))
         await asyncio.to_thread(wait_until, lambda: recorder.value(metrics.REQUESTS_WAITING) == 1)
         waiting.cancel()

@@ -13,6 +13,8 @@ from support.training import metrics, training_job
 from unmask.cli.main import main
 from unmask_api.exit_codes import ExitCode
 
+pytestmark = pytest.mark.training
+
 BLOCKS = {
     "name": "blocks",
     "objective": "bdlm",

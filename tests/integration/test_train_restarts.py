@@ -15,6 +15,8 @@ from support import counts
 from support.ranks import join, start_ranks, train_to_the_end
 from support.training import metrics, training_job
 
+pytestmark = pytest.mark.training
+
 STEPS = 22
 
 

@@ -24,6 +24,8 @@ from unmask.models.loading import build, load
 from unmask.models.registry import parse_config
 from unmask.training.checkpoints import CheckpointStore
 
+pytestmark = pytest.mark.training
+
 SLOW = pytest.mark.slow
 FIRST = ("full x2", "experts 2 x2")
 NAMES = [name if name in FIRST else pytest.param(name, marks=SLOW) for name in ARRANGEMENTS]

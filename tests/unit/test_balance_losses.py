@@ -18,6 +18,8 @@ from unmask.training.sharding.recomputation import recompute_layers
 from unmask.training.steps import gradient_step, micro_batches
 from unmask.training.weights import Weights
 
+pytestmark = pytest.mark.training
+
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 LOAD, Z = 0.3, 0.2
 

@@ -14,6 +14,8 @@ from unmask.diffusion.noise import Corruption, NoiseConfig, corrupt
 from unmask.models.loading import build
 from unmask.models.registry import parse_config
 
+pytestmark = pytest.mark.training
+
 MASK = TINY["mask_token_id"]
 
 

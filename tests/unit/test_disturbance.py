@@ -13,6 +13,8 @@ from unmask.diffusion.disturbance import Disturbance, normals
 from unmask.diffusion.losses import summed_loss
 from unmask.diffusion.noise import NoiseConfig, corrupt
 
+pytestmark = pytest.mark.training
+
 MASK = TINY["mask_token_id"]
 LOW = 2**64 - 1
 
@@ -101,7 +103,6 @@ def gradient_norm(std, *, mask_row):
     return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
 
 
-@pytest.mark.training
 def test_a_mask_row_near_zero_makes_gradients_explode_unless_its_embeddings_are_disturbed(record_measurement):
     usual = gradient_norm(0.0, mask_row=1.0)
     without = gradient_norm(0.0, mask_row=1e-5)

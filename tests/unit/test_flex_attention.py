@@ -12,7 +12,10 @@ from unmask.attention.flex import plan_flex
 from unmask.attention.tiles import tiles_of
 
 # Uncompiled is what is tested here: the same rule and tiles, without minutes of compiling.
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
 
 
 def by_counting(tokens, tile):

@@ -9,6 +9,8 @@ from unmask.diffusion import layout
 from unmask.diffusion.losses import confident_nll, summed_loss, token_nll
 from unmask.diffusion.noise import NoiseConfig, corrupt
 
+pytestmark = pytest.mark.training
+
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 def test_chunks_change_neither_losses_nor_gradients(chunk):

@@ -19,6 +19,8 @@ from unmask.training.checkpoints import CheckpointStore
 from unmask.training.manifest import TrainingState
 from unmask.training.merging import best_of, losses_of, open_checkpoint
 
+pytestmark = pytest.mark.training
+
 
 def saved(folder, *, seed, dtype=torch.float32, **changes):
     loading.save(tiny_model(dtype=dtype, seed=seed, **changes), folder)

@@ -6,6 +6,8 @@ import torch
 from support.models import tiny_model
 from unmask.models.moe import Experts, Router, Routing, experts_one_by_one
 
+pytestmark = pytest.mark.training
+
 SCORES = [0.2, -0.4, 1.1, 0.0, 0.6, 0.5, -1.0, 2.0]
 BIAS = [0.0, 0.0, -0.3, 0.1, 0.2, 0.0, 0.0, -0.6]
 

@@ -11,6 +11,8 @@ from support.models import packed_row, random_tokens
 from unmask.diffusion.noise import NoiseConfig, corrupt
 from unmask.diffusion.rows import uniform
 
+pytestmark = pytest.mark.training
+
 RECORDED = [0.7545134190860097, 0.976164072590892, 0.13449337146211693]
 
 

@@ -10,6 +10,8 @@ from unmask.training.corpus import Corpus
 from unmask.training.packing import lay_out, make_rows
 from unmask.training.stream import DocumentStream, Purpose, philox_key
 
+pytestmark = pytest.mark.training
+
 EOS, PAD = 1, 2
 LENGTH = 24
 RECORDED = [5, 3, 7, 2, 4, 1, 0, 6]

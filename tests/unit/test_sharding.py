@@ -20,6 +20,8 @@ from unmask.training.sharding.weights import part_of
 from unmask.training.steps import objective_sum
 from unmask_api.train_job import Parallelism
 
+pytestmark = pytest.mark.training
+
 
 @given(size=st.integers(0, 9), number=st.integers(1, 5), other=st.integers(1, 4))
 def test_parts_are_the_chunks_that_torch_makes(size, number, other):

@@ -13,6 +13,8 @@ from unmask.diffusion import layout
 from unmask.diffusion.losses import summed_loss
 from unmask.diffusion.noise import NoiseConfig, corrupt
 
+pytestmark = pytest.mark.training
+
 MASK = TINY["mask_token_id"]
 
 

@@ -15,6 +15,8 @@ from unmask.training.preparation import prepare
 from unmask.training.steps import gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key
 
+pytestmark = pytest.mark.training
+
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 STAGES = {"pretrain": 0, "blocks": 1, "full": 2, "answers": 3}
 

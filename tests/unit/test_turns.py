@@ -20,6 +20,8 @@ from unmask.training.packing import make_rows
 from unmask.training.records import Messages
 from unmask.training.stream import DocumentStream
 
+pytestmark = pytest.mark.training
+
 MASK = TINY["mask_token_id"]
 BLOCK = 8
 SPANS = [(2, 4), (6, 13), (14, 24)]

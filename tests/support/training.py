@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ def exercise(number: int) -> Json:
     """Copy two to five words backwards."""
     words = [f"w{word}" for word in np.random.default_rng(number).integers(8, 60, 2 + number % 4)]
     return {"prompt": " ".join(words), "completion": " ".join(reversed(words))}
+
+
+def preferences(numbers: Iterable[int]) -> list[Json]:
+    """Exercises as preferences: the words backwards are better than the words as they stand."""
+    found = []
+    for number in numbers:
+        done = exercise(number)
+        if done["completion"] != done["prompt"]:
+            found.append({"prompt": done["prompt"], "chosen": done["completion"], "rejected": done["prompt"]})
+    return found
 
 
 CHATS = "chats.jsonl"

@@ -56,7 +56,7 @@ def spec_of(**spec):
 
 
 def stage_of(objective, **fields):
-    blocks = {"blockSizes": [8]} if objective in ("bdlm", "sft") else {}
+    blocks = {"blockSizes": [8]} if objective in ("bdlm", "sft", "dpo") else {}
     values = {"name": "s", "objective": objective, "steps": 4, "length": 64, "rowsPerStep": 2}
     rate = {"learningRate": {"peak": "1e-3"}}
     return Stage.from_json(json.dumps(values | rate | blocks | fields))
@@ -123,6 +123,36 @@ def test_positions_and_pairs_are_those_of_the_layout(objective, documents, views
     assert work.tokens == 64
     if objective == "ar":
         assert work.predictions == len(inputs.predict)
+
+
+@pytest.mark.parametrize("documents", [Documents(tokens=32), Documents(tokens=16, prompt=9), None])
+def test_a_pair_of_answers_costs_what_both_cost(documents):
+    pair = work_of_row(stage_of("dpo"), documents, block_length=8)
+    rows = packed_row(
+        *[random_tokens(width) for width in [(documents or Documents(tokens=32)).tokens] * 2]
+        * (2 if documents and documents.tokens == 16 else 1),
+        length=64,
+        prompt=[documents.prompt if documents else 0] * (4 if documents and documents.tokens == 16 else 2),
+    )
+    inputs = inputs_of("dpo", rows)
+    assert (pair.positions, pair.tokens) == (inputs.ids.numel(), 64)
+    assert pair.pairs == may_attend(inputs.metadata, inputs.metadata).sum()
+    with pytest.raises(UsageError, match="holds 64 and both answers of a pair"):
+        work_of_row(stage_of("dpo"), Documents(tokens=40), block_length=8)
+
+
+def test_a_reference_runs_forward_and_holds_its_weights():
+    config = parse_config(WIDER)
+    shape = shape_of(config)
+    work = work_of_row(stage_of("dpo"), None, block_length=8)
+    alone, compared = flops_of(shape, work), flops_of(shape, work, reference=True)
+    assert compared.useful == pytest.approx(alone.useful * 4 / 3)
+    settings = {"positions": 1, "predictions": 1}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = build(config, dtype=dtype)
+        held = memory_of(shape, precision=precision, reference=True, **settings)
+        without = memory_of(shape, precision=precision, **settings)
+        assert held.total - without.total == sum(one.nbytes for one in model.parameters())
 
 
 @pytest.mark.parametrize(

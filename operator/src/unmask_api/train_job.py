@@ -52,7 +52,7 @@ __all__ = [
     "TrainSpec",
 ]
 
-Objective = Literal["ar", "mdlm", "bdlm", "sft"]
+Objective = Literal["ar", "mdlm", "bdlm", "sft", "dpo"]
 Conversion = Literal[
     "LLaDA2MoeModelLM",
     "A2DLlamaLMHeadModel",
@@ -110,8 +110,12 @@ class DataSource(ApiModel):
 
     uri: Uri
     """The file: one document per line."""
-    format: Literal["text", "messages", "completion"]
-    """What a document is: plain ``text``, chat ``messages``, or a prompt and its ``completion``."""
+    format: Literal["text", "messages", "completion", "preference"]
+    """What a document is.
+
+    Plain ``text``, chat ``messages``, a prompt and its ``completion``, or a ``preference``: a prompt (or the
+    messages before the answer) with the answer ``chosen`` and the answer ``rejected``.
+    """
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many times the documents of this file occur in one pass over the data."""
 
@@ -213,7 +217,7 @@ class Merge(ApiModel):
 
 
 def _default_supervise(stage: dict[str, Any]) -> Literal["All", "Response"]:
-    return "Response" if stage.get("objective") == "sft" else "All"
+    return "Response" if stage.get("objective") in ("sft", "dpo") else "All"
 
 
 def _default_noise(stage: dict[str, Any]) -> Noise | None:
@@ -222,7 +226,13 @@ def _default_noise(stage: dict[str, Any]) -> Noise | None:
             return Noise(low="0.0", high="1.0", scope="Block", weight="Elbo")
         case "sft":
             return Noise(low="0.3", high="0.8", scope="Document", weight="Flat")
+        case "dpo":
+            return Noise(low="0.3", high="0.8", scope="Document", weight="Elbo")
     return None
+
+
+def _default_beta(stage: dict[str, Any]) -> str | None:
+    return "0.1" if stage.get("objective") == "dpo" else None
 
 
 class Stage(ApiModel):
@@ -230,8 +240,8 @@ class Stage(ApiModel):
 
     rules: ClassVar = (
         Rule(
-            rule="has(self.blockSizes) == (self.objective in ['bdlm', 'sft'])",
-            message="bdlm and sft need blockSizes; ar and mdlm have none",
+            rule="has(self.blockSizes) == (self.objective in ['bdlm', 'sft', 'dpo'])",
+            message="bdlm, sft and dpo need blockSizes; ar and mdlm have none",
             field_path=".blockSizes",
         ),
         Rule(
@@ -281,7 +291,7 @@ class Stage(ApiModel):
         ),
         Rule(
             rule="double(self.randomLength) == 0.0"
-            " || (self.objective != 'sft' && (!has(self.supervise) || self.supervise == 'All'))",
+            " || (!(self.objective in ['sft', 'dpo']) && (!has(self.supervise) || self.supervise == 'All'))",
             message="an answer that is cut teaches to stop anywhere: drop randomLength, or learn from All",
             field_path=".randomLength",
         ),
@@ -289,6 +299,18 @@ class Stage(ApiModel):
             rule="self.documentMask || !has(self.supervise) || self.supervise != 'AllTurns'",
             message="turns are kept apart like documents: set documentMask to true, or supervise to LastTurn",
             field_path=".documentMask",
+        ),
+        Rule(
+            rule="!has(self.beta) || (self.objective == 'dpo' && double(self.beta) > 0.0)",
+            message="beta is for dpo, and above 0: drop it, raise it, or change objective",
+            field_path=".beta",
+        ),
+        Rule(
+            rule="self.objective != 'dpo' || ((!has(self.supervise) || self.supervise == 'Response')"
+            " && self.documentMask && double(self.confidenceWeight) == 0.0 && self.prediction == 'Same')",
+            message="dpo compares bounds of whole answers, predicted in place: leave out supervise,"
+            " documentMask, confidenceWeight and prediction",
+            field_path=".objective",
         ),
         Rule(
             rule="!has(self.ropeTheta) || double(self.ropeTheta) > 0.0",
@@ -308,7 +330,8 @@ class Stage(ApiModel):
     """What is learnt.
 
     ``ar``: the next token. ``mdlm``: masked tokens of the whole document. ``bdlm``: masked tokens block by
-    block. ``sft``: the same in answers only.
+    block. ``sft``: the same in answers only. ``dpo``: to prefer one of two answers, compared with the
+    model as it is when the stage begins.
     """
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     """Optimiser steps."""
@@ -330,9 +353,9 @@ class Stage(ApiModel):
         Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=16)]
         | None
     ) = None
-    """Tokens in a block; several sizes share the steps equally. Required by ``bdlm`` and ``sft`` alone."""
+    """Tokens in a block; several sizes share the steps equally. ``bdlm``, ``sft`` and ``dpo`` need it."""
     supervise: Literal["All", "Response", "LastTurn", "AllTurns"] = Field(default_factory=_default_supervise)
-    """Learn from all tokens or from answers only. Left out: ``Response`` for ``sft``, else ``All``.
+    """Learn from all tokens or from answers only. Left out: All, but for ``sft`` and ``dpo`` ``Response``.
 
     ``Response``: the completion, or a conversation's last turn; ``LastTurn`` is another name of it.
     ``AllTurns``: every turn of the assistant, each as if the conversation ended with it.
@@ -341,8 +364,10 @@ class Stage(ApiModel):
     """How much is masked.
 
     Left out: ratios 0 to 1 per block with Elbo weights; for ``sft`` 0.3 to 0.8 per document with Flat
-    weights. ``ar`` has none.
+    weights; for ``dpo`` the same band with Elbo weights. ``ar`` has none.
     """
+    beta: DecimalString | None = Field(default_factory=_default_beta)
+    """How strongly ``dpo`` holds to the model that the stage begins with; left out, 0.1."""
     confidence_weight: DecimalString = "0"
     """Weight of the entropy where the prediction is right (CAP): above 0, decoding fills more at a time."""
     document_mask: bool = True
@@ -615,6 +640,20 @@ class TrainSpec(ApiModel):
             " : self.data.train.all(source, source.format != 'text')))",
             message="text holds no answers: a stage that supervises Response needs train data of format"
             " completion or messages",
+            field_path=".stages",
+        ),
+        Rule(
+            rule="self.stages.all(stage, (has(stage.data) ? stage.data.train : self.data.train)"
+            ".all(source, (source.format == 'preference') == (stage.objective == 'dpo')))",
+            message="a dpo stage needs train data of format preference, and no other stage can use them:"
+            " set data of the stage, or change objective",
+            field_path=".stages",
+        ),
+        Rule(
+            rule="self.stages.all(stage, (has(stage.data) ? stage.data.validation : self.data.validation)"
+            ".all(source, (source.format == 'preference') == (stage.objective == 'dpo')))",
+            message="a dpo stage is measured on validation data of format preference, and no other stage is:"
+            " set data of the stage, or drop validation",
             field_path=".stages",
         ),
         Rule(

@@ -193,7 +193,8 @@ def _of_stage(stage: "StageEstimate") -> Iterator[tuple[str, str]]:
         "  arithmetic",
         f"{_flops(stage.flops.useful / stage.steps)} useful a step, {_flops(stage.flops.useful)} in all "
         f"(layers {_share(stage.flops.linear, stage)}, attention {_share(stage.flops.attention, stage)}, "
-        f"output {_share(stage.flops.head, stage)})",
+        f"output {_share(stage.flops.head, stage)}"
+        + (f", reference {_share(stage.flops.reference, stage)})" if stage.flops.reference else ")"),
     )
     parts = (
         ("weights", memory.weights),
@@ -203,6 +204,7 @@ def _of_stage(stage: "StageEstimate") -> Iterator[tuple[str, str]]:
         ("logits", memory.logits),
         ("gathered", memory.gathered),
         ("buffers", memory.buffers),
+        *([("reference", memory.reference)] if memory.reference else []),
     )
     yield (
         "  memory",

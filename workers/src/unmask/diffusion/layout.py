@@ -59,6 +59,10 @@ class ModelInputs:
     """What the weighted sum is to be divided by; it adds up over micro-batches and ranks."""
     disturbance: Disturbance | None = None
     """What is added to the embeddings of masked tokens; None: nothing."""
+    answer: Tensor | None = None
+    """int64 (M,): which answer each prediction belongs to, where preferences are learnt."""
+    answers: int = 0
+    """How many there are: two for each pair."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
@@ -66,6 +70,8 @@ class ModelInputs:
             name: getattr(self, name).to(device)
             for name in ("ids", "metadata", "predict", "targets", "weights")
         }
+        if self.answer is not None:
+            moved["answer"] = self.answer.to(device)
         if self.disturbance is not None:
             moved["disturbance"] = self.disturbance.to(device)
         return replace(self, **moved)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from unmask.errors import DataError, ModelError, UsageError
 from unmask.models.tokenizer import Tokenizer
-from unmask.training.encoding import Encoded, Question, encode, question
-from unmask.training.records import Format, Record, Text, read_records
+from unmask.training.encoding import Encoded, Question, encode, encode_pair, question
+from unmask.training.records import Format, Preference, Record, Text, read_records
 
 __all__ = ["Corpus", "Library", "Overlong", "Source"]
 
@@ -55,15 +55,22 @@ class Corpus:
     """(T,): which answer of its document each token belongs to, from 0, and -1 for what is given; None where
     a document has no more than one."""
     skipped: int = 0
-    """Documents that were left out for being too long."""
+    """Documents, or pairs, that were left out for being too long."""
+    paired: bool = False
+    """Whether documents 2i and 2i + 1 are the chosen and the rejected answer of pair i, and come together:
+    pairs then are what a pass over the data counts, so that ``repeats`` has one entry for each."""
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts) // (2 if self.paired else 1)
 
     @cached_property
     def once_through(self) -> NDArray[np.int64]:
-        """Document numbers of one pass over the data, in the order of the files."""
+        """Numbers of the documents (or pairs) of one pass over the data, in the order of the files."""
         return np.repeat(np.arange(len(self)), self.repeats)
+
+    def widths(self, multiple: int) -> NDArray[np.int64]:
+        """Tokens of each document, or of each pair with both answers rounded up to ``multiple``: (N,)."""
+        return _widths(self.lengths, multiple, paired=self.paired)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,17 @@ class _File:
         content = b"".join(array.tobytes() for array in arrays if array is not None)
         return hashlib.sha256(content).hexdigest()
 
+    @property
+    def paired(self) -> bool:
+        """Whether it holds pairs of documents."""
+        return self.format == "preference"
+
+    def widest(self, multiples: Sequence[int]) -> NDArray[np.int64]:
+        """The widths (see :meth:`Corpus.widths`) with the multiple with which each is largest."""
+        widths = [_widths(self.lengths, multiple, paired=self.paired) for multiple in multiples]
+        most: NDArray[np.int64] = np.max(widths, axis=0)
+        return most
+
 
 class Library:
     """The job's data files, each read and encoded when it is first asked for."""
@@ -95,11 +113,18 @@ class Library:
         self._files: dict[tuple[Path, Format, bool], _File] = {}
 
     def corpus(
-        self, sources: Sequence[Source], *, length: int, overlong: Overlong, turns: bool = False
+        self,
+        sources: Sequence[Source],
+        *,
+        length: int,
+        overlong: Overlong,
+        turns: bool = False,
+        multiples: Sequence[int] = (1,),
     ) -> Corpus:
         """The documents of ``sources`` that fit rows of ``length`` tokens, or their pieces that do.
 
-        With ``turns``, every turn of a conversation is an answer, and not only the last.
+        With ``turns``, every turn of a conversation is an answer, and not only the last. Of a pair, both
+        answers are rounded up to each of ``multiples``, and fit a row together.
 
         Raises:
             DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error,
@@ -110,29 +135,35 @@ class Library:
             files = [_split(file, length) if file.format == "text" else file for file in files]
         if overlong != "Skip":
             for file in files:
-                _refuse_overlong(file, length)
-        lengths = np.concatenate([file.lengths for file in files])
-        fits = lengths <= length
-        if not fits.any():
+                _refuse_overlong(file, length, multiples)
+        paired = files[0].paired
+        assert all(file.paired == paired for file in files), "the manifest's rules"
+        what = "pairs" if paired else "documents"
+        whole = np.concatenate([file.widest(multiples) for file in files]) <= length
+        if not whole.any():
             raise DataError(
-                f"{files[0].path}: all {len(fits)} documents are longer than {length} tokens; raise length"
+                f"{files[0].path}: all {len(whole)} {what} are longer than {length} tokens; raise length"
             )
-        skipped = int((~fits).sum())
+        skipped = int((~whole).sum())
         if skipped:
             _log.warning(
-                "%d of %d documents are longer than %d tokens and left out", skipped, len(fits), length
+                "%d of %d %s are longer than %d tokens and left out", skipped, len(whole), what, length
             )
         weights = [
-            np.full(len(file.lengths), source.weight) for file, source in zip(files, sources, strict=True)
+            np.full(len(file.widest(multiples)), source.weight)
+            for file, source in zip(files, sources, strict=True)
         ]
+        lengths = np.concatenate([file.lengths for file in files])
+        fits = np.repeat(whole, 2) if paired else whole
         return Corpus(
             ids=np.concatenate([file.ids for file in files]),
             turns=np.concatenate([file.turns for file in files if file.turns is not None]) if turns else None,
             starts=(np.cumsum(lengths) - lengths)[fits],
             lengths=lengths[fits],
             prompt_lengths=np.concatenate([file.prompt_lengths for file in files])[fits],
-            repeats=np.concatenate(weights)[fits],
+            repeats=np.concatenate(weights)[whole],
             skipped=skipped,
+            paired=paired,
         )
 
     def questions(self, sources: Sequence[Source], *, count: int) -> list[Question]:
@@ -157,20 +188,26 @@ class Library:
 
     def _read(self, source: Source, *, turns: bool) -> _File:
         records = read_records(source.path, source.format)
-        encoded = [self._encode(record, source.path, turns=turns) for record in records]
+        parts = [self._encode(record, source.path, turns=turns) for record in records]
+        encoded = [document for documents in parts for document in documents]
         return _File(
             path=source.path,
             format=source.format,
             ids=np.concatenate([np.array(one.ids, np.int32) for one in encoded]),
             lengths=np.array([len(one.ids) for one in encoded], np.int64),
             prompt_lengths=np.array([one.prompt_length for one in encoded], np.int64),
-            lines=np.array([record.line for record in records], np.int64),
+            lines=np.array(
+                [record.line for record, part in zip(records, parts, strict=True) for _ in part], np.int64
+            ),
             turns=np.concatenate([_turn_of_each_token(one) for one in encoded]) if turns else None,
         )
 
-    def _encode(self, record: Record, path: Path, *, turns: bool) -> Encoded:
+    def _encode(self, record: Record, path: Path, *, turns: bool) -> tuple[Encoded, ...]:
+        """The document of a record, or the two of a preference."""
         try:
-            return encode(record, self._tokenizer, eos_token_id=self._eos, turns=turns)
+            if isinstance(record, Preference):
+                return encode_pair(record, self._tokenizer, eos_token_id=self._eos)
+            return (encode(record, self._tokenizer, eos_token_id=self._eos, turns=turns),)
         except (UsageError, ModelError) as error:
             raise DataError(f"{path}:{record.line}: {error}") from None
 
@@ -203,10 +240,19 @@ def _split(file: _File, length: int) -> _File:
     )
 
 
-def _refuse_overlong(file: _File, length: int) -> None:
+def _widths(lengths: NDArray[np.int64], multiple: int, *, paired: bool) -> NDArray[np.int64]:
+    if not paired:
+        return lengths
+    both: NDArray[np.int64] = (-(-lengths // multiple) * multiple).reshape(-1, 2).sum(1)
+    return both
+
+
+def _refuse_overlong(file: _File, length: int, multiples: Sequence[int]) -> None:
     way_out = "Skip or Split" if file.format == "text" else "Skip"
-    for place in np.flatnonzero(file.lengths > length)[:1]:
+    widths, lines = file.widest(multiples), file.lines[:: 2 if file.paired else 1]
+    what = "tokens with both answers in whole blocks" if file.paired else "tokens"
+    for place in np.flatnonzero(widths > length)[:1]:
         raise DataError(
-            f"{file.path}:{file.lines[place]}: {file.lengths[place]} tokens, but rows hold {length}; "
+            f"{file.path}:{lines[place]}: {widths[place]} {what}, but rows hold {length}; "
             f"shorten it, raise length, or set data.overlong to {way_out}"
         )

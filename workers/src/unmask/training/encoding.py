@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from unmask.errors import ModelError
 from unmask.models.tokenizer import Tokenizer
-from unmask.training.records import Completion, Messages, Record, Text
+from unmask.training.records import Completion, Document, Messages, Preference, Text
 
-__all__ = ["Encoded", "Question", "encode", "prompt_ids", "question"]
+__all__ = ["Encoded", "Question", "encode", "encode_pair", "prompt_ids", "question"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Question:
     answers: tuple[list[int], ...]
 
 
-def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int, turns: bool = False) -> Encoded:
+def encode(record: Document, tokenizer: Tokenizer, *, eos_token_id: int, turns: bool = False) -> Encoded:
     """The tokens of ``record``, end of text included.
 
     With ``turns``, every turn of the assistant is an answer, and not only the last.
@@ -53,17 +53,39 @@ def encode(record: Record, tokenizer: Tokenizer, *, eos_token_id: int, turns: bo
         case Messages(messages=messages):
             before, after = _split(messages, tokenizer)
             prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
-    if not answer or answer[-1] != eos_token_id:
-        answer = [*answer, eos_token_id]
-    ids = prompt + answer
+    ids = prompt + _ended(answer, eos_token_id)
     return Encoded(ids, len(prompt), ((len(prompt), len(ids)),) if turns else ())
 
 
-def question(record: Completion | Messages, tokenizer: Tokenizer, *, eos_token_id: int) -> Question:
+def encode_pair(record: Preference, tokenizer: Tokenizer, *, eos_token_id: int) -> tuple[Encoded, Encoded]:
+    """The chosen and the rejected answer behind the same prompt, both ended; raises as :func:`encode`."""
+    prompt, chosen, rejected = _answers(record, tokenizer)
+    both = (Encoded(prompt + _ended(answer, eos_token_id), len(prompt)) for answer in (chosen, rejected))
+    return next(both), next(both)
+
+
+def _answers(record: Preference, tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
+    """Prompt, chosen and rejected answer."""
+    if isinstance(record.prompt, str):
+        ids = [tokenizer.encode(answer) for answer in (record.chosen, record.rejected)]
+        return prompt_ids(record.prompt, tokenizer), ids[0], ids[1]
+    halves = [
+        _split([*record.prompt, {"role": "assistant", "content": answer}], tokenizer)
+        for answer in (record.chosen, record.rejected)
+    ]
+    return tokenizer.encode(halves[0][0]), tokenizer.encode(halves[0][1]), tokenizer.encode(halves[1][1])
+
+
+def question(
+    record: Completion | Messages | Preference, tokenizer: Tokenizer, *, eos_token_id: int
+) -> Question:
     """What to ask, and what to compare the answer with; raises as :func:`encode`."""
     if isinstance(record, Completion):
         answers = [tokenizer.encode(answer) for answer in record.accepted]
         prompt = prompt_ids(record.prompt, tokenizer)
+    elif isinstance(record, Preference):
+        prompt, chosen, _ = _answers(record, tokenizer)
+        answers = [chosen]
     else:
         before, after = _split(record.messages, tokenizer)
         prompt, answers = tokenizer.encode(before), [tokenizer.encode(after)]
@@ -111,6 +133,10 @@ def _split(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple
             "use data of format completion or another template"
         )
     return before, whole.removeprefix(before)
+
+
+def _ended(answer: list[int], eos_token_id: int) -> list[int]:
+    return answer if answer and answer[-1] == eos_token_id else [*answer, eos_token_id]
 
 
 def _before_end(ids: list[int], eos_token_id: int) -> list[int]:

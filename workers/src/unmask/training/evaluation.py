@@ -26,7 +26,14 @@ from unmask.training.encoding import Question
 from unmask.training.greedy import generate_greedily
 from unmask.training.packing import Layout, lay_out, make_rows
 from unmask.training.plan import StagePlan
-from unmask.training.steps import micro_batches, model_inputs, objective_sum
+from unmask.training.steps import (
+    Preference,
+    micro_batches,
+    model_inputs,
+    objective_sum,
+    preference_measures,
+    preference_sums,
+)
 from unmask.training.stream import Purpose, philox_key
 from unmask_api.train_job import Evaluation as EvaluationSpec
 
@@ -55,7 +62,11 @@ class Evaluator:
         self._spec, self._stage, self._world = spec, replace(stage, document_mask=True), world
         self.every_steps = spec.every_steps
         self._corpus = library.corpus(
-            stage.validation, length=stage.length, overlong=overlong, turns=stage.turns
+            stage.validation,
+            length=stage.length,
+            overlong=overlong,
+            turns=stage.turns,
+            multiples=stage.multiples,
         )
         samples = spec.generation.samples if spec.generation else 0
         self._questions = library.questions(stage.validation, count=samples)
@@ -68,6 +79,8 @@ class Evaluator:
         *,
         stage_step: int,
         unequal: Callable[[], AbstractContextManager[None]] = nullcontext,
+        losses_unequal: Callable[[], AbstractContextManager[None]] | None = None,
+        preference: Preference | None = None,
     ) -> dict[str, float]:
         """All measurements of ``model`` at a step of the stage; all processes get the same.
 
@@ -75,10 +88,13 @@ class Evaluator:
             model: The model.
             stage_step: Steps of the stage before the one that was taken last.
             unequal: Makes the blocks in which processes run different numbers of forward passes.
+            losses_unequal: The same where the reference of ``preference`` runs as often as the model.
+                Left out, ``unequal``.
+            preference: What the model is compared with, in a preference stage: the margin is measured too.
         """
         model.eval()
         try:
-            measured = {"loss": self._loss(model, stage_step, unequal)}
+            measured = self._losses(model, stage_step, losses_unequal or unequal, preference)
             if self._questions:
                 measured |= self._answers(model, self._stage.block_length(stage_step), unequal)
         finally:
@@ -86,10 +102,15 @@ class Evaluator:
         return measured
 
     @torch.no_grad()
-    def _loss(
-        self, model: LanguageModel, stage_step: int, unequal: Callable[[], AbstractContextManager[None]]
-    ) -> float:
+    def _losses(
+        self,
+        model: LanguageModel,
+        stage_step: int,
+        unequal: Callable[[], AbstractContextManager[None]],
+        preference: Preference | None,
+    ) -> dict[str, float]:
         totals = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)
         layout = _first_rows(
             self._corpus,
             self._stage,
@@ -114,10 +135,17 @@ class Evaluator:
                     block_length=self._stage.block_length(stage_step),
                     noise_key=self._noise_key,
                 )
-                totals[0] += objective_sum(model, inputs.to(self._world.device))
+                if preference is None:
+                    totals[0] += objective_sum(model, inputs.to(self._world.device))
+                else:
+                    sums += preference_sums(model, inputs.to(self._world.device), preference)
                 totals[1] += inputs.normaliser
         self._world.sum(totals)
-        return float(totals[0] / totals[1].clamp(min=1))
+        if preference is not None:
+            self._world.sum(sums)
+            loss = {"loss": float(sums[0] / totals[1].clamp(min=1))}
+            return loss | preference_measures(sums, float(totals[1]))
+        return {"loss": float(totals[0] / totals[1].clamp(min=1))}
 
     def _answers(
         self, model: LanguageModel, block_length: int, unequal: Callable[[], AbstractContextManager[None]]
@@ -164,7 +192,7 @@ def _first_rows(corpus: Corpus, stage: StagePlan, multiple: int, *, rows: int) -
     document = corpus.once_through
     return lay_out(
         document,
-        corpus.lengths[document],
+        corpus.widths(multiple)[document],
         first_ordinal=0,
         rows=rows,
         length=stage.length,

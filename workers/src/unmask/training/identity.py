@@ -63,7 +63,8 @@ def identity(
 
 
 def _of_stage(stage: Stage) -> dict[str, Any]:
-    fields = stage.model_dump(mode="json", by_alias=True, exclude={"data", "export"})
+    unused = {"beta"} if stage.beta is None else set()
+    fields = stage.model_dump(mode="json", by_alias=True, exclude={"data", "export", *unused})
     return _used(stage, fields, _LATER_FIELDS)
 
 

@@ -12,7 +12,7 @@ do not depend on how many processes there are. Shape letters: N documents of a s
 B rows, L tokens of a row, T tokens of all rows' documents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Layout:
     """Where each document of a step goes; arrays of shape (N,)."""
 
     document: NDArray[np.int64]
-    """Number in the corpus."""
+    """Number in the corpus, of a document or of a pair."""
     ordinal: NDArray[np.int64]
     """Number in the stream."""
     tokens_used: NDArray[np.int64]
@@ -41,6 +41,8 @@ class Layout:
     """Tokens that it takes up, padding to a multiple of the block size included."""
     rows: int
     length: int
+    multiple: int
+    """What widths are multiples of."""
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,7 @@ def lay_out(
         width=width[:first],
         rows=len(counts),
         length=length,
+        multiple=multiple,
     )
 
 
@@ -106,7 +109,13 @@ def make_rows(
     eos_token_id: int,
     pad_token_id: int,
 ) -> PackedRows:
-    """Rows ``rank``, ``rank + world``, ... of ``layout``."""
+    """Rows ``rank``, ``rank + world``, ... of ``layout``.
+
+    Of a pair, the chosen answer comes first, behind it the rejected one: two documents of one number in
+    the stream, so that both are masked by the same random numbers.
+    """
+    if corpus.paired:
+        layout = _both(layout, corpus)
     mine = layout.row % world == rank
     document, width, row = layout.document[mine], layout.width[mine], layout.row[mine] // world
     number = np.arange(len(row)) - np.searchsorted(row, row)  # of the document inside its row
@@ -132,4 +141,21 @@ def make_rows(
         supervised=spread(within >= given if turn is None else turn >= 0, 0).astype(np.bool_),
         ordinal=spread(np.repeat(layout.ordinal[mine], width), 0),
         turn=None if turn is None else spread(turn, -1),
+    )
+
+
+def _both(layout: Layout, corpus: Corpus) -> Layout:
+    """The same with each pair's two documents in its place."""
+    document = (2 * layout.document[:, None] + np.arange(2)).ravel()
+    used = corpus.lengths[document]
+    width = padded(used, layout.multiple)
+    second = np.stack([np.zeros_like(layout.start), width[::2]], axis=1).ravel()
+    return replace(
+        layout,
+        document=document,
+        ordinal=np.repeat(layout.ordinal, 2),
+        row=np.repeat(layout.row, 2),
+        start=np.repeat(layout.start, 2) + second,
+        width=width,
+        tokens_used=used,
     )

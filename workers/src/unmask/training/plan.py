@@ -86,6 +86,8 @@ class StagePlan:
     train: tuple[Source, ...]
     validation: tuple[Source, ...]
     export: bool
+    beta: float | None = None
+    """Of a preference stage."""
     merge_best: int | None = None
     """Checkpoints whose mean the stage ends with; None: it ends with its last weights."""
 
@@ -105,6 +107,11 @@ class StagePlan:
         if step >= self.embedding_noise_steps:
             return 0.0
         return self.embedding_noise * (1 - step / self.embedding_noise_steps)
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """What widths are multiples of, over all steps."""
+        return tuple(sorted(set(self.blocks.sizes))) if self.blocks is not None else (1,)
 
     def multiple(self, step: int) -> int:
         """What the width of a document in its row is a multiple of."""
@@ -156,6 +163,7 @@ def plan_stages(
                 train=_sources(data.train),
                 validation=_sources(data.validation),
                 export=stage.export,
+                beta=float(stage.beta) if stage.beta is not None else None,
                 merge_best=stage.merge.best if stage.merge else None,
             )
         )

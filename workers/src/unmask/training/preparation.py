@@ -102,7 +102,9 @@ def _tokenizer(spec: TrainSpec, config: ModelConfig) -> Tokenizer:
 
 def _stage(plan: StagePlan, spec: TrainSpec, library: Library, world: World) -> PreparedStage:
     overlong = spec.data.overlong
-    corpus = library.corpus(plan.train, length=plan.length, overlong=overlong, turns=plan.turns)
+    corpus = library.corpus(
+        plan.train, length=plan.length, overlong=overlong, turns=plan.turns, multiples=plan.multiples
+    )
     evaluator = None
     if spec.evaluation is not None and plan.validation:
         evaluator = Evaluator(

@@ -1,4 +1,4 @@
-"""Data files as typed records: text, conversations, and prompts with their completions.
+"""Data files as typed records: text, conversations, prompts with their completions, and preferences.
 
 A ``.jsonl`` file has one JSON object per line; blank lines are ignored, and so are keys
 that are not named here. A ``.txt`` file, which only format ``text`` knows, holds
@@ -8,6 +8,8 @@ documents that blank lines separate.
 * ``messages``: ``{"messages": [{"role": "user", "content": "..."}, ...]}``, ending with the assistant
 * ``completion``: ``{"prompt": "...", "completion": "..."}``; ``"completions": [...]`` lists answers
   that an evaluation accepts as well (or instead: the first one is then what is learnt)
+* ``preference``: ``{"prompt": "...", "chosen": "...", "rejected": "..."}``; ``"messages"``, a conversation
+  up to the answer, may stand in place of the prompt
 
 Everything that can be wrong with a file is one :class:`~unmask.errors.DataError` that
 names the file and the line.
@@ -22,9 +24,9 @@ from typing import Any, Literal, TypeAlias
 
 from unmask.errors import DataError
 
-__all__ = ["Completion", "Format", "Messages", "Record", "Text", "read_records"]
+__all__ = ["Completion", "Document", "Format", "Messages", "Preference", "Record", "Text", "read_records"]
 
-Format: TypeAlias = Literal["text", "messages", "completion"]
+Format: TypeAlias = Literal["text", "messages", "completion", "preference"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -59,7 +61,17 @@ class Completion(_Located):
     """Includes ``completion``."""
 
 
-Record: TypeAlias = Text | Messages | Completion
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference(_Located):
+    """A prompt, or the conversation up to the answer, with the better and the worse of two answers."""
+
+    prompt: str | tuple[Mapping[str, str], ...]
+    chosen: str
+    rejected: str
+
+
+Document: TypeAlias = Text | Messages | Completion
+Record: TypeAlias = Document | Preference
 
 
 def read_records(path: Path, format: Format) -> list[Record]:  # noqa: A002  (the manifest's word)
@@ -127,15 +139,19 @@ def _text(entry: Mapping[str, Any], line: int) -> Text:
 
 
 def _messages(entry: Mapping[str, Any], line: int) -> Messages:
-    turns = entry.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise _Malformed(f'"messages" must be a list with at least one turn, got {_kind(turns)}')
-    messages = tuple(_turn(turn, place) for place, turn in enumerate(turns))
+    messages = _turns(entry)
     if messages[-1]["role"] != "assistant":
         raise _Malformed(
             f"the last turn must be the assistant's, for it is what is learnt; got {messages[-1]['role']}"
         )
     return Messages(messages=messages, line=line)
+
+
+def _turns(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
+    turns = entry.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise _Malformed(f'"messages" must be a list with at least one turn, got {_kind(turns)}')
+    return tuple(_turn(turn, place) for place, turn in enumerate(turns))
 
 
 def _turn(turn: object, place: int) -> Mapping[str, str]:
@@ -163,6 +179,24 @@ def _completion(entry: Mapping[str, Any], line: int) -> Completion:
     return Completion(prompt=prompt, completion=completion, accepted=tuple(unique), line=line)
 
 
+def _preference(entry: Mapping[str, Any], line: int) -> Preference:
+    prompt: str | tuple[Mapping[str, str], ...]
+    if "messages" in entry:
+        if "prompt" in entry:
+            raise _Malformed('"prompt" and "messages" are both there; keep one of them')
+        prompt = _turns(entry)
+        if prompt[-1]["role"] == "assistant":
+            raise _Malformed(
+                'the last turn is an answer already, but the answers are "chosen" and "rejected"; drop it'
+            )
+    else:
+        prompt = _string(entry, "prompt")
+    chosen, rejected = _string(entry, "chosen"), _string(entry, "rejected")
+    if chosen == rejected:
+        raise _Malformed('"chosen" and "rejected" are the same answer, which prefers nothing; drop the line')
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected, line=line)
+
+
 def _string(entry: Mapping[str, Any], key: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str):
@@ -182,4 +216,5 @@ _PARSERS: Mapping[Format, Callable[[Mapping[str, Any], int], Record]] = {
     "text": _text,
     "messages": _messages,
     "completion": _completion,
+    "preference": _preference,
 }

@@ -4,7 +4,8 @@
 
     checkpoints/step-00000100/   see docs/checkpoints.md
     metrics.jsonl                one line per step, measurement and stage
-    exports/<stage>/             models of stages with `export`
+    exports/<stage>/             models of stages with `export` or `merge`
+    references/<stage>/          what preference stages compare with: the model as they began
     model/                       the final model
     termination.json             how the last attempt ended
 """
@@ -69,6 +70,10 @@ class RunFolder:
         """The model at the end of ``stage``."""
         return self.path / "exports" / stage
 
+    def reference(self, stage: str) -> Path:
+        """The model at the beginning of ``stage``, a preference stage."""
+        return self.path / "references" / stage
+
     def log_lines(self) -> Iterator[dict[str, Any]]:
         """The entries of the log; what is not one, as the last line of a killed process, is left out.
 
@@ -118,7 +123,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove what exports that were cut off have left behind."""
-        for parent in (self.path, self.path / "exports"):
+        for parent in (self.path, self.path / "exports", self.path / "references"):
             for path in parent.glob(".*-*"):
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -5,15 +5,17 @@ the step. So it does not depend on how the rows are cut into micro-batches, nor 
 many processes share them (a mean of means would weigh rows with few predictions more).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
 from unmask.diffusion import layout, noise
 from unmask.diffusion.layout import ModelInputs
-from unmask.diffusion.losses import summed_loss
+from unmask.diffusion.losses import summed_loss, token_nll
+from unmask.diffusion.preference import answer_bounds, margins, paired, preference_losses
 from unmask.diffusion.rows import PackedRows
 from unmask.models.base import LanguageModel
 from unmask.training.balance import BalanceLosses, Balancing
@@ -21,7 +23,27 @@ from unmask.training.distributed import World
 from unmask.training.plan import StagePlan
 from unmask.training.weights import Weights
 
-__all__ = ["Totals", "gradient_step", "micro_batches", "model_inputs", "objective_sum"]
+__all__ = [
+    "Preference",
+    "Totals",
+    "gradient_step",
+    "micro_batches",
+    "model_inputs",
+    "objective_sum",
+    "preference_measures",
+    "preference_sums",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """What a preference stage compares the model with."""
+
+    beta: float
+    views: int
+    """Noisy copies of each answer."""
+    reference: Callable[[], AbstractContextManager[LanguageModel]]
+    """In the block, the model that does not learn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +51,7 @@ class Totals:
     """What all processes computed in one step."""
 
     loss: float
-    """In nats per predicted token, or per bound of one."""
+    """In nats per predicted token, or per bound of one; of preferences, per pair."""
     normaliser: float
     stop: bool
     """Whether a process was asked to stop."""
@@ -37,6 +59,8 @@ class Totals:
     """For each router, int64 (experts,): tokens that went to each expert."""
     balance: BalanceLosses | None = None
     """What the balance losses are worth, where there are any; not part of ``loss``."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What else is known of the step (:func:`preference_measures`)."""
 
 
 def model_inputs(
@@ -73,7 +97,7 @@ def model_inputs(
         return layout.full_sequence(
             seen, corruption, mask_token_id=model.mask_token_id, flat=flat, shifted=stage.shifted
         )
-    return layout.two_copy(
+    inputs = layout.two_copy(
         seen,
         corruption,
         block_length=block_length,
@@ -82,11 +106,12 @@ def model_inputs(
         shifted=stage.shifted,
         eos_token_id=model.config.eos_token_id,
     )
+    return paired(inputs, rows) if stage.objective == "dpo" else inputs
 
 
 def micro_batches(rows: PackedRows, size: int) -> Iterator[PackedRows]:
     """``rows``, at most ``size`` at a time."""
-    arrays = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    arrays = {one.name: getattr(rows, one.name) for one in fields(rows)}
     for first in range(0, rows.shape[0], size):
         part = slice(first, first + size)
         yield replace(rows, **{name: array[part] for name, array in arrays.items() if array is not None})
@@ -101,6 +126,34 @@ def _hidden(model: LanguageModel, inputs: ModelInputs) -> Tensor:
     return model.hidden(inputs.ids, inputs.metadata, disturb=inputs.disturbance)
 
 
+def preference_sums(model: LanguageModel, inputs: ModelInputs, preference: Preference) -> Tensor:
+    """Sums over the pairs of ``inputs``: of the loss, of the margin, and of 1 where it is above 0; (3,).
+
+    Only the first has a gradient. The model comes first, the reference after it, each once.
+    """
+    policy = _bounds(model, inputs, preference)
+    with torch.no_grad(), preference.reference() as frozen:
+        reference = _bounds(frozen, inputs, preference)
+    found = margins(policy, reference)
+    losses = preference_losses(found, beta=preference.beta)
+    return torch.stack([losses.sum(), found.detach().sum(), (found.detach() > 0).sum().to(losses.dtype)])
+
+
+def preference_measures(sums: Tensor, pairs: float) -> dict[str, float]:
+    """The mean margin in nats, and the share of pairs whose chosen answer has gained more than the other.
+
+    ``sums`` are as :func:`preference_sums` gives them, over ``pairs`` pairs; gains are those against the
+    reference.
+    """
+    return {"margin": float(sums[1]) / max(1.0, pairs), "preferred": float(sums[2]) / max(1.0, pairs)}
+
+
+def _bounds(model: LanguageModel, inputs: ModelInputs, preference: Preference) -> Tensor:
+    hidden_MD = _hidden(model, inputs).flatten(0, 1).index_select(0, inputs.predict)
+    nll = token_nll(hidden_MD, model.logits, inputs.targets)
+    return answer_bounds(nll, inputs, views=preference.views)
+
+
 def gradient_step(
     weights: Weights,
     batches: Iterator[ModelInputs],
@@ -109,6 +162,7 @@ def gradient_step(
     stop: bool,
     confidence_weight: float = 0.0,
     balancing: Balancing | None = None,
+    preference: Preference | None = None,
 ) -> Totals:
     """Add up the gradient of the step over ``batches`` and over all processes.
 
@@ -122,12 +176,18 @@ def gradient_step(
         stop: Whether this process was asked to stop.
         confidence_weight: Of the entropy of what is predicted rightly.
         balancing: Losses of the routers beside the objective's; None: there are none.
+        preference: What the model is compared with, in a preference stage.
     """
     model = weights.computing
     totals = torch.tensor([0.0, 0.0, float(stop)], dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
 
     def loss_of(inputs: ModelInputs) -> Tensor:
-        return objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
+        if preference is None:
+            return objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
+        found = preference_sums(model, inputs.to(world.device), preference)
+        sums.add_(found.detach())
+        return found[0]
 
     def learn(loss: Tensor, inputs: ModelInputs) -> None:
         loss.backward()
@@ -156,6 +216,8 @@ def gradient_step(
         counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
         world.sum(*counts)
     world.sum(totals)
+    if preference is not None:
+        world.sum(sums)
     weights.sum_gradient(world)
     for router in model.routers():
         router.tokens_per_expert.zero_()
@@ -167,4 +229,5 @@ def gradient_step(
         stop=stops > 0,
         expert_tokens=counts,
         balance=balance,
+        measures=preference_measures(sums, normaliser) if preference is not None else {},
     )

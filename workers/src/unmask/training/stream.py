@@ -64,7 +64,7 @@ class DocumentStream:
             multiple: What the width of a document is a multiple of.
             random_length: Share of the documents that are cut to a random length, see :meth:`cut`.
         """
-        shortest = int(padded(self.corpus.lengths.min(keepdims=True), multiple)[0])
+        shortest = int(padded(self.corpus.widths(multiple).min(keepdims=True), multiple)[0])
         count = rows * (length // shortest)
         while True:
             document = self.documents(cursor, count)
@@ -90,7 +90,7 @@ class DocumentStream:
         2502.09992, section 2.2, does so with 1 % of its sequences). Which, and how much of them, follows
         from the seed and the document's number in the stream alone.
         """
-        lengths = self.corpus.lengths[document]
+        lengths = self.corpus.widths(multiple)[document]
         if not share:
             return lengths
         lots, sizes = (

@@ -12,17 +12,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from unmask.errors import DivergedError, UsageError
+from unmask.models.base import LanguageModel
 from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
-from unmask.training.arrangement import blank_weights, first_weights
+from unmask.training.arrangement import blank_weights, first_weights, reference_model
 from unmask.training.balance import Balancing
 from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
 from unmask.training.distributed import World
@@ -36,7 +37,7 @@ from unmask.training.plan import StagePlan, stage_after
 from unmask.training.preparation import Preparation, PreparedStage
 from unmask.training.run_folder import RunFolder
 from unmask.training.stability import Past, Verdict, judge, remember
-from unmask.training.steps import Totals, gradient_step, micro_batches, model_inputs
+from unmask.training.steps import Preference, Totals, gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key
 
 __all__ = ["Ending", "Observer", "Trainer"]
@@ -97,6 +98,7 @@ class Trainer:
         self.checkpoint = self._find_checkpoint()
         """The newest committed one."""
         self._at = self._position()
+        self._compared: tuple[int, LanguageModel] | None = None
         with world.together():
             self._learner = self._first_learner()
         self._stage_started = time.monotonic()
@@ -211,6 +213,8 @@ class Trainer:
         self._stage_started = time.monotonic()
         if self._at.step == plan.first_step and self._learner.model.config != plan.config:
             self._learner = self._learner.recast(plan.config)
+        if plan.beta is not None and self._at.step == plan.first_step:
+            self._write_reference(plan)
         while self._at.step < plan.end:
             stop = self._one_step(stage)
             if self._spec.stability and self._at.past.skipped >= self._spec.stability.max_skips:
@@ -275,6 +279,7 @@ class Trainer:
             stop=self._stop_requested(),
             confidence_weight=plan.confidence_weight,
             balancing=Balancing.of(self._spec.balance),
+            preference=self._preference(plan),
         )
         norm = self._learner.gradient_norm(totals)
         verdict = self._judge(plan, totals, norm)
@@ -303,9 +308,43 @@ class Trainer:
                 **losses,
                 "seconds": time.monotonic() - started,
             }
+            | totals.measures
             | ({} if verdict is Verdict.TAKEN else {"skipped": verdict.value})
         )
         return totals.stop
+
+    def _write_reference(self, plan: StagePlan) -> None:
+        """Keep the model as it is when a preference stage begins: restarts within the stage need it too."""
+        with self._world.together():
+            self._learner.weights.export(self._folder.reference(plan.name), companions={})
+        self._compared = None
+
+    def _preference(self, plan: StagePlan) -> Preference | None:
+        """What ``plan`` compares the model with; loaded when it is first asked for."""
+        if plan.beta is None:
+            return None
+        if self._compared is None or self._compared[0] != plan.index:
+            path = self._folder.reference(plan.name)
+            with self._world.together():
+                frozen = reference_model(self._spec, path, self._world)
+            self._compared = (plan.index, frozen)
+        frozen = self._compared[1]
+        assert plan.noise is not None, "every diffusion objective has noise"
+        return Preference(beta=plan.beta, views=plan.noise.views, reference=lambda: nullcontext(frozen))
+
+    def _measured(self, stage: PreparedStage, stage_step: int) -> dict[str, float]:
+        """What the stage's evaluator measures of the weights as they are."""
+        assert stage.evaluator is not None, "the caller's part"
+        preference = self._preference(stage.plan)
+        followers = [self._compared[1]] if preference is not None and self._compared is not None else []
+        weights = self._learner.weights
+        return stage.evaluator.measure(
+            weights.computing,
+            stage_step=stage_step,
+            unequal=weights.unequal,
+            losses_unequal=lambda: weights.unequal(*followers),
+            preference=preference,
+        )
 
     def _judge(self, plan: StagePlan, totals: Totals, norm: float) -> Verdict:
         """Whether the step is taken; the same in all processes, for they have the same numbers."""
@@ -368,10 +407,7 @@ class Trainer:
     # What follows a step
 
     def _measure(self, stage: PreparedStage) -> None:
-        assert stage.evaluator is not None
-        stage_step = self._at.step - stage.plan.first_step - 1
-        weights = self._learner.weights
-        measured = stage.evaluator.measure(weights.computing, stage_step=stage_step, unequal=weights.unequal)
+        measured = self._measured(stage, self._at.step - stage.plan.first_step - 1)
         self._write({"kind": "eval", "step": self._at.step, "stage": stage.plan.name, **measured})
 
     def _close(self, plan: StagePlan) -> None:
@@ -414,12 +450,7 @@ class Trainer:
                 self._write_mean(plan, export)
         self._learner.weights.fill(read_values(export))
         if pending:
-            evaluator = self._prepared.stages[plan.index].evaluator
-            assert evaluator is not None, "the manifest's rules"
-            weights = self._learner.weights
-            measured = evaluator.measure(
-                weights.computing, stage_step=plan.steps - 1, unequal=weights.unequal
-            )
+            measured = self._measured(self._prepared.stages[plan.index], plan.steps - 1)
             line = {
                 "kind": "merge",
                 "step": self._at.step,

@@ -106,10 +106,11 @@ class Weights:
         if self.leads:
             loading.save(self.model, path, companions=companions)
 
-    def unequal(self) -> AbstractContextManager[None]:
+    def unequal(self, *followers: LanguageModel) -> AbstractContextManager[None]:
         """A block in which processes may run different numbers of forward passes, without gradients.
 
-        All processes enter it, and nothing else in it may need the others.
+        All processes enter it, and nothing else in it may need the others. Each of ``followers``, models that
+        are shared out alike, runs once after every forward pass of this one.
         """
         return nullcontext()
 

@@ -112,6 +112,13 @@ class ShardedWeights(Weights):
         other.changed()
         return other
 
+    def frozen(self) -> LanguageModel:
+        """The model, without gradients from now on; these weights are not to be used any more."""
+        for parameter, part in zip(self.model.parameters(), self.named.values(), strict=True):
+            parameter.grad = part.grad = None
+        self.gradient = torch.zeros(0)
+        return self.model.requires_grad_(False).eval()
+
     def export(self, path: Path, *, companions: Mapping[str, bytes]) -> None:
         """See :meth:`Weights.export`; all processes do this together, and hold one tensor at a time."""
         gathered = self._gathered(loading.slots_of(self.model.config))
@@ -129,7 +136,7 @@ class ShardedWeights(Weights):
                 pass
 
     @contextmanager
-    def unequal(self) -> Iterator[None]:
+    def unequal(self, *followers: LanguageModel) -> Iterator[None]:
         """See :meth:`Weights.unequal`: who is done keeps gathering layers until all are.
 
         Before each forward the processes tell each other whether any still computes.
@@ -148,7 +155,8 @@ class ShardedWeights(Weights):
         nothing = torch.zeros((1, 1), dtype=torch.int64, device=self._world.device)
         with torch.no_grad():
             while self._anyone(False):
-                run(nothing, AttentionMetadata.causal(nothing, nothing))
+                for forward in (run, *(follower.hidden for follower in followers)):
+                    forward(nothing, AttentionMetadata.causal(nothing, nothing))
 
     def _anyone(self, computes: bool) -> bool:
         number = torch.tensor([int(computes)], device=self._world.device)

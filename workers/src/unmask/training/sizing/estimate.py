@@ -187,6 +187,7 @@ def stage_memory(
                 predictions=work.predictions,
                 recompute=parallelism.activation_checkpointing == "Full",
                 plan=plan,
+                reference=stage.objective == "dpo",
             )
             for work in works
         ),
@@ -220,7 +221,8 @@ def _stage(
     flops, positions, predictions, tokens = Flops(linear=0, attention=0, head=0), 0, 0.0, 0
     for row, steps in _works(stage, assumptions.documents):
         work = row.times(stage.rows_per_step)
-        flops = flops.plus(flops_of(shape, work, recompute=recompute, counted=counted), steps)
+        done = flops_of(shape, work, recompute=recompute, counted=counted, reference=stage.objective == "dpo")
+        flops = flops.plus(done, steps)
         positions += work.positions * steps
         predictions += work.predictions * steps
         tokens += work.tokens * steps

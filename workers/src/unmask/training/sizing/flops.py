@@ -25,13 +25,15 @@ class Flops:
     attention: float
     head: float
     """Of the output layer."""
+    reference: float = 0.0
+    """Of the forward pass of a model that is compared with."""
     recomputed: float = 0.0
     """Of activations that backward computes again."""
 
     @property
     def useful(self) -> float:
         """What the mathematics asks for."""
-        return self.linear + self.attention + self.head
+        return self.linear + self.attention + self.head + self.reference
 
     @property
     def computed(self) -> float:
@@ -44,15 +46,18 @@ class Flops:
             linear=self.linear + count * other.linear,
             attention=self.attention + count * other.attention,
             head=self.head + count * other.head,
+            reference=self.reference + count * other.reference,
             recomputed=self.recomputed + count * other.recomputed,
         )
 
 
-def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False, counted: float = 0.0) -> Flops:
+def flops_of(
+    shape: ModelShape, work: Work, *, recompute: bool = False, counted: float = 0.0, reference: bool = False
+) -> Flops:
     """The arithmetic of training on ``work``.
 
     With ``recompute`` the layers run forward twice; and once more for the share ``counted`` of it, whose
-    experts are counted beforehand.
+    experts are counted beforehand. With ``reference`` a second model runs forward too.
     """
     linear = 2 * sum(layer.multiplied for layer in shape.layers) * work.positions
     attention = 4 * len(shape.layers) * shape.heads * shape.head_dim * work.pairs
@@ -61,5 +66,6 @@ def flops_of(shape: ModelShape, work: Work, *, recompute: bool = False, counted:
         linear=3 * linear,
         attention=3 * attention,
         head=3 * head,
+        reference=float(linear + attention + head) if reference else 0.0,
         recomputed=(linear + attention) * (recompute + counted),
     )

@@ -47,6 +47,8 @@ class Memory:
     """Of weights that are shared out: the layers that compute, and gradients on their way; else 0."""
     buffers: int
     """Router biases and counts, and a gradient before it is added up."""
+    reference: int = 0
+    """The weights of a model that is compared with, which has neither gradients nor optimiser state."""
 
     @property
     def total(self) -> int:
@@ -137,6 +139,7 @@ def memory_of(
     predictions: float,
     recompute: bool = False,
     plan: ShardingPlan | None = None,
+    reference: bool = False,
 ) -> Memory:
     """Bytes of one process.
 
@@ -147,6 +150,7 @@ def memory_of(
         predictions: Of one micro-batch.
         recompute: Whether layers keep only their input and compute the rest again in backward.
         plan: How weights are shared out; None: they are not.
+        reference: Whether a second model, which does not learn, is there to be compared with.
     """
     weights, gradients, optimizer = states_of(shape, precision, plan)
     b = _bytes(precision)
@@ -168,7 +172,17 @@ def memory_of(
         logits=round(most * shape.vocabulary * per_logit),
         gathered=_gathered(shape, b, plan) if plan else 0,
         buffers=copies * routers + transient,
+        reference=_reference(shape, precision, plan) if reference else 0,
     )
+
+
+def _reference(shape: ModelShape, precision: Precision, plan: ShardingPlan | None) -> int:
+    """Bytes of a model that only runs forward: in that format, or shared out like the one that learns."""
+    if plan:
+        return 4 * sum(piece(one, plan) for one in shape.stored)
+    if precision == "fp32":
+        return 4 * shape.parameters
+    return 2 * (shape.parameters - shape.routers) + 4 * shape.routers
 
 
 def _bytes(precision: Precision) -> int:

@@ -12,6 +12,7 @@ ar           d                                     d (d + 1) / 2                
 mdlm         V d                                   V d^2                                    V r (d - q)
 bdlm, sft    V d' (noisy) + d - B (clean)          V sum of B^2 (k + 1) over kept blocks    V r (d - q)
                                                    + B^2 n (n - 1) / 2
+dpo          as sft, for each of the two answers of a pair
 ===========  ====================================  =======================================  ===========
 
 with r the mean mask ratio, d' the tokens of blocks that hold something to predict, and k
@@ -34,7 +35,7 @@ class Documents:
     """What the data are assumed to be: documents of one length."""
 
     tokens: int
-    """Of a document, end of text included."""
+    """Of a document, end of text included; of a preference, of the prompt with one of the answers."""
     prompt: int = 0
     """Of them given, where a stage learns from answers alone."""
 
@@ -68,7 +69,8 @@ def work_of_row(stage: Stage, documents: Documents | None, *, block_length: int 
     Raises:
         UsageError: The documents do not fit the rows, or have no answer.
     """
-    documents = documents or Documents(tokens=stage.length)
+    answers = 2 if stage.objective == "dpo" else 1
+    documents = documents or Documents(tokens=stage.length // answers)
     if not 0 < documents.tokens <= stage.length:
         raise UsageError(
             f"document length: got {documents.tokens} tokens, but rows of stage {stage.name} hold "
@@ -83,8 +85,13 @@ def work_of_row(stage: Stage, documents: Documents | None, *, block_length: int 
     width = documents.tokens
     if block_length is not None:
         width = -(-width // block_length) * block_length
+    if answers * width > stage.length:
+        raise UsageError(
+            f"document length: got {documents.tokens} tokens, but a row of stage {stage.name} holds "
+            f"{stage.length} and both answers of a pair; give a shorter length"
+        )
     one = _document(stage, width, given, block_length)
-    return one.times(stage.length // width)
+    return one.times(stage.length // (answers * width) * answers)
 
 
 def _document(stage: Stage, width: int, given: int, block_length: int | None) -> Work:

@@ -539,9 +539,10 @@ class Checkpoint(ApiModel):
     resume: Literal["Auto", "Never"] = "Auto"
     """Go on from the newest committed checkpoint, or refuse to start in a run folder that holds one."""
     asynchronous: bool = False
-    """Train on while a checkpoint is written: it is copied to memory first, which needs as much again.
+    """Train on while a checkpoint is written: it is copied to host memory first, which needs as much again.
 
-    At most one is being written. If that fails, the run ends after the step at hand.
+    At most one is being written. If that fails, the run ends after the step at hand. Those at the end of a
+    stage and on request to stop are waited for.
     """
 
 
@@ -665,12 +666,6 @@ class TrainSpec(ApiModel):
             " checkpoint.everySteps a multiple of evaluation.everySteps, and stage steps of at least"
             " merge.best * checkpoint.everySteps",
             field_path=".stages",
-        ),
-        Rule(
-            rule="!self.checkpoint.asynchronous || self.parallelism.shard == 'None'",
-            message="checkpoint.asynchronous is for parallelism.shard None: parts of a model are written"
-            " together; set it to false, or shard to None",
-            field_path=".checkpoint",
         ),
         _immutable("managedBy"),
         _immutable("model"),

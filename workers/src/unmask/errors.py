@@ -6,7 +6,9 @@
     +-- UsageError      64  manifest, flag or argument
     +-- DataError       65  training or evaluation data
     +-- ModelError      66  checkpoint, weights, config.json, tokenizer
+    +-- HungError       70  no progress for too long
     +-- DivergedError   71  training cannot go on: the loss is not finite
+    +-- LostPeerError    1  another process of the job has ended
 
 A message is one line: what is wrong and where (field, file, line), what was
 found, what is allowed, and what to change. Anything that is not an
@@ -17,7 +19,15 @@ from typing import ClassVar
 
 from unmask_api.exit_codes import ExitCode
 
-__all__ = ["DataError", "DivergedError", "ModelError", "UnmaskError", "UsageError"]
+__all__ = [
+    "DataError",
+    "DivergedError",
+    "HungError",
+    "LostPeerError",
+    "ModelError",
+    "UnmaskError",
+    "UsageError",
+]
 
 
 class UnmaskError(Exception):
@@ -48,3 +58,13 @@ class DivergedError(UnmaskError):
     """Training produced a loss or gradient that is not finite."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class HungError(UnmaskError):
+    """Nothing has happened for longer than it may."""
+
+    exit_code = ExitCode.HUNG
+
+
+class LostPeerError(UnmaskError):
+    """Another process of the job has ended, and this one cannot go on without it."""

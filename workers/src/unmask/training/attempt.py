@@ -1,36 +1,41 @@
 """One attempt of a job, as a process: prepare, train, and say how it ended.
 
 However the attempt ends, short of being killed, ``termination.json`` says so: with the
-exit code that decides whether trying again can help.
+exit code that decides whether trying again can help. A process other than the first that
+fails by itself leaves ``termination.rank-N.json``, and the first one passes on what it says.
 """
 
-import logging
+import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from unmask.errors import UnmaskError
-from unmask.training.distributed import World, joined_world
+from unmask.errors import DataError, HungError, LostPeerError, UnmaskError, UsageError
+from unmask.training.distributed import World, joined_world, lost_peer, rank_from_environment
+from unmask.training.identity import first_difference
 from unmask.training.preparation import prepare
-from unmask.training.run_folder import RunFolder, Termination
+from unmask.training.run_folder import RunFolder, Termination, write_termination_log
 from unmask.training.trainer import Ending, Observer, Trainer
+from unmask.training.watchdog import Watchdog
 from unmask_api.exit_codes import ExitCode
 from unmask_api.train_job import DiffusionTrainJob
 
 __all__ = ["attempt"]
 
-_log = logging.getLogger(__name__)
-
 _REASONS = {
     ExitCode.USAGE: "UsageError",
     ExitCode.DATA: "DataError",
     ExitCode.MODEL: "ModelError",
+    ExitCode.HUNG: "Hung",
     ExitCode.DIVERGED: "Diverged",
 }
+_TERMINATION_LOG = "UNMASK_TERMINATION_LOG"
+"""Environment variable with the file that a container's supervisor reads, as Kubernetes does."""
 
 
 def attempt(job: DiffusionTrainJob, *, observe: Observer = lambda line: None) -> Termination:
@@ -40,33 +45,126 @@ def attempt(job: DiffusionTrainJob, *, observe: Observer = lambda line: None) ->
     otherwise until the process ends. To be called from the main thread.
 
     Raises:
-        UnmaskError: What a person can mend, the same in all processes.
+        UnmaskError: What a person can mend, the same in all processes but where one has died.
     """
-    stop_requested = _collect_stop_requests()
-    _make_deterministic()
-    folder = RunFolder(Path(job.spec.checkpoint.uri))
-    with joined_world() as world, ExitStack() as locks:
-        trainer: Trainer | None = None
+    own = _Attempt(job, observe)
+    try:
+        with joined_world() as world, ExitStack() as locks:
+            return own.run(world, locks)
+    except Exception as error:
+        lost = lost_peer(error)
+        if lost is None:
+            own.failed_by(error)
+            raise
+        known = own.explained(lost)
+        own.failed_by(known)
+        raise known from error
+
+
+class _Attempt:
+    """The attempt of one process, and what it says of its end."""
+
+    def __init__(self, job: DiffusionTrainJob, observe: Observer) -> None:
+        self._job, self._observe = job, observe
+        self._rank = rank_from_environment()
+        self._folder = RunFolder(Path(job.spec.checkpoint.uri))
+        self._trainer: Trainer | None = None
+        self._said = False
+        self._watchdog = Watchdog(
+            job.spec.run_policy.hang_timeout_seconds,
+            report=lambda message: self.failed_by(HungError(message)),
+        )
+
+    def run(self, world: World, locks: ExitStack) -> Termination:
+        """Train, while the first process holds the folder's lock in ``locks``."""
+        stop_requested = _collect_stop_requests()
+        _make_deterministic()
         try:
             with world.together():
                 if world.leads:
-                    locks.enter_context(folder.locked())
-                    folder.forget_termination()
+                    locks.enter_context(self._folder.locked())
+                    self._folder.forget_termination()
+            _refuse_different(self._job.to_json_dict(), world, "manifest", UsageError)
             with world.together():
-                preparation = prepare(job.spec, world)
-            trainer = Trainer(preparation, world, folder, stop_requested=stop_requested, observe=observe)
-            ending = trainer.run()
-        except UnmaskError as error:
-            _report(world, folder, trainer, error.exit_code, str(error))
-            raise
+                preparation = prepare(self._job.spec, world)
+            _refuse_different(preparation.identity, world, "data or model", DataError)
+            self._trainer = Trainer(
+                preparation,
+                world,
+                self._folder,
+                stop_requested=stop_requested,
+                observe=self._observe,
+                progress=self._watchdog.beat,
+            )
+            with self._watchdog:
+                ending = self._trainer.run()
         except Exception as error:
-            _report(world, folder, trainer, ExitCode.FAILURE, f"{type(error).__name__}: {error}")
+            # Before this process leaves the others, so that they find out why.
+            if lost_peer(error) is None:
+                self.failed_by(error)
             raise
-        termination = _ended(job, folder, trainer, ending)
-        if world.leads:
-            folder.report(termination)
+        termination = _ended(self._job, self._folder, self._trainer, ending)
+        self._report(termination)
         world.wait_for_all()
         return termination
+
+    def explained(self, lost: UnmaskError) -> UnmaskError:
+        """``lost``, with the reason for it where that is known."""
+        if self._watchdog.expired:
+            return HungError(self._watchdog.expired)
+        others = self._folder.reports_of_others(self._rank)
+        return LostPeerError(f"{lost}: {'; '.join(others)}") if others else lost
+
+    def failed_by(self, error: Exception) -> None:
+        """Report that ``error`` has ended the attempt; the first report counts."""
+        if isinstance(error, UnmaskError):
+            # All processes raise the same, so that of the first one will do.
+            reason = (
+                "PeerLost" if isinstance(error, LostPeerError) else _REASONS.get(error.exit_code, "Failed")
+            )
+            self._failed(reason, error.exit_code, str(error), alone=False)
+        else:
+            self._failed("Failed", ExitCode.FAILURE, f"{type(error).__name__}: {error}", alone=True)
+
+    def _failed(self, reason: str, code: ExitCode, message: str, *, alone: bool) -> None:
+        if self._said:
+            return
+        trainer = self._trainer
+        checkpoint = trainer.checkpoint if trainer else None
+        self._report(
+            Termination(
+                reason=reason,
+                exit_code=code,
+                step=trainer.step if trainer else 0,
+                message=" ".join(message.split()),
+                checkpoint=str(checkpoint.path) if checkpoint else None,
+            ),
+            alone=alone,
+        )
+
+    def _report(self, termination: Termination, *, alone: bool = False) -> None:
+        self._said = True
+        if self._rank == 0 or alone:
+            self._folder.report(termination, rank=self._rank)
+        log = os.environ.get(_TERMINATION_LOG)
+        if log and (os.environ.get("LOCAL_RANK", "0") == "0" or alone):
+            write_termination_log(Path(log), termination)
+
+
+def _refuse_different(own: Mapping[str, Any], world: World, what: str, kind: type[UnmaskError]) -> None:
+    """Refuse to train if a process was given other things than the first.
+
+    Raises:
+        UnmaskError: Of ``kind``, in all processes, naming the first that differs and its first field.
+    """
+    given = [json.loads(one) for one in world.all_bytes(json.dumps(own).encode())]
+    for rank, theirs in enumerate(given):
+        if (difference := first_difference(theirs, given[0])) is not None:
+            field, other, first = difference
+            raise kind(
+                f"process {rank} has another {what} than process 0: {field} is {other}, not {first}; give "
+                "all processes the same job and the same files"
+            )
 
 
 def _ended(job: DiffusionTrainJob, folder: RunFolder, trainer: Trainer, ending: Ending) -> Termination:
@@ -93,20 +191,6 @@ def _what_is_saved(trainer: Trainer) -> str:
     if checkpoint.manifest.step == trainer.step:
         return "saved"
     return f"goes on from step {checkpoint.manifest.step}: the steps since were being skipped"
-
-
-def _report(world: World, folder: RunFolder, trainer: Trainer | None, code: ExitCode, message: str) -> None:
-    if world.leads:
-        checkpoint = trainer.checkpoint if trainer else None
-        folder.report(
-            Termination(
-                reason=_REASONS.get(code, "Failed"),
-                exit_code=code,
-                step=trainer.step if trainer else 0,
-                message=" ".join(message.split()),
-                checkpoint=str(checkpoint.path) if checkpoint else None,
-            )
-        )
 
 
 def _collect_stop_requests() -> Callable[[], bool]:

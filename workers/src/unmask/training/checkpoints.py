@@ -175,7 +175,7 @@ class CheckpointStore:
         state: TrainingState,
         job: Mapping[str, Any],
         config: Mapping[str, Any],
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Iterable[tuple[str, Tensor | Box]],
         spared: Collection[int] = (),
     ) -> Checkpoint:
         """Write and commit a checkpoint, then remove those that are too many, but for steps ``spared``.

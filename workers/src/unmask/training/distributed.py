@@ -7,15 +7,23 @@ group. gloo on the CPU, NCCL on GPUs. Nothing that goes over the wire is pickled
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unmask.errors import DataError, DivergedError, ModelError, UnmaskError, UsageError
+from unmask.errors import (
+    DataError,
+    DivergedError,
+    HungError,
+    LostPeerError,
+    ModelError,
+    UnmaskError,
+    UsageError,
+)
 
-__all__ = ["World", "joined_world", "rank_from_environment"]
+__all__ = ["World", "joined_world", "lost_peer", "rank_from_environment"]
 
 _ERRORS: dict[int, type[UnmaskError]] = {
     int(error.exit_code): error for error in (UsageError, DataError, ModelError, DivergedError)
@@ -29,6 +37,17 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """What the collectives run in; None: the one that all joined."""
+
+    def beside(self) -> "World":
+        """The same processes on the CPU, for a thread whose collectives are not in order with the others.
+
+        Every process must call this.
+        """
+        group = dist.new_group(backend="gloo") if self.size > 1 else None
+        assert not isinstance(group, int), "this process is in the group"
+        return replace(self, device=torch.device("cpu"), group=group)
 
     @property
     def leads(self) -> bool:
@@ -39,14 +58,14 @@ class World:
         """Add up each tensor over all processes, in place and in the same order everywhere."""
         if self.size > 1:
             for tensor in tensors:
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self.group)
 
     def from_leader(self, number: int) -> int:
         """The number that the leader gives, which is below 2^63."""
         if self.size == 1:
             return number
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
-        dist.broadcast(shared, src=0)
+        dist.broadcast(shared, src=0, group=self.group)
         return int(shared)
 
     def all_bytes(self, own: bytes) -> list[bytes]:
@@ -54,13 +73,13 @@ class World:
         if self.size == 1:
             return [own]
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device))
+        dist.all_gather(sizes, torch.tensor([len(own)], device=self.device), group=self.group)
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
         if own:
             padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         bodies = [torch.empty_like(padded, device=self.device) for _ in lengths]
-        dist.all_gather(bodies, padded.to(self.device))
+        dist.all_gather(bodies, padded.to(self.device), group=self.group)
         return [body[:length].cpu().numpy().tobytes() for body, length in zip(bodies, lengths, strict=True)]
 
     def wait_for_all(self) -> None:
@@ -90,19 +109,32 @@ class World:
     def _first(self, fails: bool) -> int:
         """The lowest rank that fails, or the number of ranks."""
         rank = torch.tensor([self.rank if fails else self.size], device=self.device)
-        dist.all_reduce(rank, op=dist.ReduceOp.MIN)
+        dist.all_reduce(rank, op=dist.ReduceOp.MIN, group=self.group)
         return int(rank)
 
     def _shared_error(self, own: UnmaskError | None, source: int) -> UnmaskError:
         text = str(own).encode() if own else b""
         head = torch.tensor([len(text), own.exit_code if own else 0], device=self.device)
-        dist.broadcast(head, src=source)
+        dist.broadcast(head, src=source, group=self.group)
         length, code = head.tolist()
         body = torch.zeros(length, dtype=torch.uint8, device=self.device)
         if self.rank == source:
             body.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        dist.broadcast(body, src=source)
+        dist.broadcast(body, src=source, group=self.group)
         return _ERRORS.get(code, UnmaskError)(bytes(body.tolist()).decode())
+
+
+def lost_peer(error: Exception) -> UnmaskError | None:
+    """What ``error`` means if a collective has failed: that a process is gone, or does not answer."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in text):
+        return None
+    first = " ".join(text.split("\n")[0].split())[:200]
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return HungError(f"another process of the job does not answer ({first}); see the logs of all")
+    return LostPeerError(
+        f"another process of the job has ended, so this one cannot go on ({first}); see the others' logs"
+    )
 
 
 def rank_from_environment() -> int:

@@ -15,7 +15,7 @@ from unmask.training.plan import StagePlan
 from unmask_api.base import ApiModel
 from unmask_api.train_job import Stage, TrainSpec
 
-__all__ = ["identity", "refuse_other_job"]
+__all__ = ["first_difference", "identity", "refuse_other_job"]
 
 _LATER_FIELDS = (
     "document_mask",
@@ -86,6 +86,11 @@ def refuse_other_job(saved: Mapping[str, Any], own: Mapping[str, Any], *, where:
             f"spec.{field}: the job has {ours}, but the checkpoint {where} was made with {theirs}; "
             "change it back, or give the job another checkpoint.uri"
         )
+
+
+def first_difference(theirs: object, ours: object) -> tuple[str, str, str] | None:
+    """(path, theirs, ours) of the first field in which two JSON values differ."""
+    return next(_differences(theirs, ours, ""), None)
 
 
 def _differences(theirs: object, ours: object, path: str) -> Iterator[tuple[str, str, str]]:

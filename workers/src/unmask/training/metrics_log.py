@@ -7,9 +7,12 @@ computed, and logged, again. Floats are written so that they read back bit for b
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+
+from unmask.errors import UnmaskError
 
 __all__ = ["MetricsLog"]
 
@@ -31,9 +34,14 @@ class MetricsLog:
         self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, which has at least ``kind`` and ``step``."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append one line, which has at least ``kind`` and ``step``.
+
+        Raises:
+            UnmaskError: There is no room for it.
+        """
+        with self._refusals():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def cut_back(self, step: int) -> None:
         """Forget lines of later steps than ``step``."""
@@ -43,7 +51,18 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make all lines survive a loss of power."""
-        os.fsync(self._file.fileno())
+        with self._refusals():
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnmaskError(
+                f"{self._path}: cannot be written ({error.strerror}); make room or mend the volume; the run "
+                "goes on from its newest checkpoint"
+            ) from error
 
 
 def _cut_back(path: Path, step: int) -> None:

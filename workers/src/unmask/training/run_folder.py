@@ -8,6 +8,7 @@
     references/<stage>/          what preference stages compare with: the model as they began
     model/                       the final model
     termination.json             how the last attempt ended
+    termination.rank-1.json      how a process other than the first failed, if one did by itself
 """
 
 import fcntl
@@ -23,7 +24,7 @@ from typing import Any
 
 from unmask.errors import UsageError
 
-__all__ = ["RunFolder", "Termination"]
+__all__ = ["RunFolder", "Termination", "write_termination_log"]
 
 _log = logging.getLogger(__name__)
 
@@ -129,19 +130,52 @@ class RunFolder:
                     shutil.rmtree(path, ignore_errors=True)
 
     def forget_termination(self) -> None:
-        """Remove the report of an earlier attempt."""
-        (self.path / "termination.json").unlink(missing_ok=True)
+        """Remove the reports of an earlier attempt."""
+        for path in self.path.glob("termination*.json"):
+            path.unlink(missing_ok=True)
 
-    def report(self, termination: Termination) -> None:
-        """Write how the attempt ended, at once or not at all; nothing if the folder could not be made."""
+    def report(self, termination: Termination, *, rank: int = 0) -> None:
+        """Write how the attempt of process ``rank`` ended, at once or not at all.
+
+        Nothing is written if the folder could not be made.
+        """
+        name = "termination.json" if rank == 0 else f"termination.rank-{rank}.json"
         if not self.path.is_dir():
             return
-        scratch = self.path / ".termination.json.new"
+        scratch = self.path / f".{name}.new"
         try:
             scratch.write_text(json.dumps(asdict(termination), indent=1) + "\n", encoding="utf-8")
-            scratch.replace(self.path / "termination.json")
+            scratch.replace(self.path / name)
         except OSError as error:  # the exit code says the same, so the end is not held up
-            _log.warning("termination.json cannot be written: %s", error)
+            _log.warning("%s cannot be written: %s", name, error)
+
+    def reports_of_others(self, rank: int) -> list[str]:
+        """What processes other than ``rank`` said when they failed, a line each."""
+        said = []
+        for path in sorted(self.path.glob("termination*.json")):
+            other = int(path.stem.rpartition("-")[2]) if "-" in path.stem else 0
+            try:
+                report = json.loads(path.read_text(encoding="utf-8"))
+                if other != rank:
+                    said.append(f"process {other}: {report['message']}")
+            except (OSError, ValueError, KeyError):
+                continue
+        return said
+
+
+def write_termination_log(path: Path, termination: Termination) -> None:
+    """Write ``termination`` to the file from which a container's supervisor reads why it ended.
+
+    Kubernetes takes 4096 bytes of it; a longer message is cut. A lost peer is no news beside a reason.
+    """
+    content = asdict(termination)
+    content["message"] = content["message"][:2048]
+    try:
+        if termination.reason == "PeerLost" and path.exists() and path.stat().st_size:
+            return
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    except OSError as error:
+        _log.warning("%s cannot be written: %s", path, error)
 
 
 def _try_lock(descriptor: int) -> bool:

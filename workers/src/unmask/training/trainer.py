@@ -15,8 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import torch
 
 from unmask.errors import DivergedError, UsageError
 from unmask.models.base import LanguageModel
@@ -24,6 +27,7 @@ from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
 from unmask.training.arrangement import blank_weights, first_weights, reference_model
+from unmask.training.background import BackgroundWriter
 from unmask.training.balance import Balancing
 from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
 from unmask.training.distributed import World
@@ -43,6 +47,9 @@ from unmask.training.stream import Purpose, philox_key
 __all__ = ["Ending", "Observer", "Trainer"]
 
 _log = logging.getLogger(__name__)
+
+_SETTLE_S = 60.0
+"""How long a run that fails waits for a checkpoint that is being written."""
 
 Observer: TypeAlias = Callable[[Mapping[str, Any]], None]
 """Called by the leader with each line of the log."""
@@ -82,6 +89,7 @@ class Trainer:
         *,
         stop_requested: Callable[[], bool],
         observe: Observer,
+        progress: Callable[[str], None] = lambda done: None,
     ) -> None:
         """Look for a checkpoint to go on from, and restore or make the model.
 
@@ -91,7 +99,7 @@ class Trainer:
         """
         self._prepared, self._spec = preparation, preparation.spec
         self._world, self._folder = world, folder
-        self._stop_requested, self._observe = stop_requested, observe
+        self._stop_requested, self._observe, self._progress = stop_requested, observe, progress
         self._plans = [stage.plan for stage in preparation.stages]
         self._total_steps = self._plans[-1].end
         self._store = CheckpointStore(folder.checkpoints, keep_last=self._spec.checkpoint.keep_last)
@@ -101,6 +109,10 @@ class Trainer:
         self._compared: tuple[int, LanguageModel] | None = None
         with world.together():
             self._learner = self._first_learner()
+        self._writer = BackgroundWriter()
+        self._beside = world
+        if self._spec.checkpoint.asynchronous and self._learner.weights.shared_out:
+            self._beside = world.beside()
         self._stage_started = time.monotonic()
 
     @property
@@ -133,6 +145,7 @@ class Trainer:
                     return Ending.STOPPED
             self._merge(self._plans[-1])
         finally:
+            self.checkpoint = self._writer.settle(_SETTLE_S) or self.checkpoint
             if self._world.leads:
                 self._metrics.__exit__()
         return Ending.COMPLETED
@@ -217,19 +230,24 @@ class Trainer:
             self._write_reference(plan)
         while self._at.step < plan.end:
             stop = self._one_step(stage)
+            self._progress(f"step {self._at.step}")
+            self._heed_writer()
             if self._spec.stability and self._at.past.skipped >= self._spec.stability.max_skips:
                 self._roll_back(plan)
                 return stop  # what is left begins with this stage again
             done = self._at.step == plan.end
             if stage.evaluator is not None and (done or self._is_due(stage.evaluator.every_steps)):
                 self._measure(stage)
+                self._progress(f"the measurement after step {self._at.step}")
             if done:
                 self._close(plan)
             # Not while steps are skipped: it would be one to go back to that is no way back.
             due = stop or self._is_due(self._spec.checkpoint.every_steps)
             if done or (due and not self._at.past.skipped):
-                self._save(plan)
+                self._save(plan, wait=done or stop)
+                self._progress(f"the checkpoint of step {self._at.step}")
             if stop:
+                self._finish_writing()
                 return self._at.step < self._total_steps
             if done:
                 self._at = _Position(self._at.step, past=self._at.past.next_stage())
@@ -355,6 +373,7 @@ class Trainer:
             return verdict
         if math.isfinite(totals.loss) and math.isfinite(norm):
             return Verdict.TAKEN
+        self._finish_writing()
         saved = self.checkpoint.path if self.checkpoint else "none"
         raise DivergedError(
             f"stage {plan.name}, step {self._at.step + 1}: loss {totals.loss}, gradient norm {norm}; lower "
@@ -371,6 +390,7 @@ class Trainer:
         policy = self._spec.stability
         assert policy is not None
         failed, cursor, past = self._at.step, self._at.cursor, self._at.past
+        self._finish_writing()
         self.checkpoint = self._newest_checkpoint()
         if past.rollbacks == policy.max_rollbacks:
             raise DivergedError(
@@ -483,6 +503,7 @@ class Trainer:
         with self._world.together():
             for path in targets:
                 self._learner.weights.export(path, companions=self._companions(plan))
+                self._progress(f"the export {path.name}")
 
     def _companions(self, plan: StagePlan) -> dict[str, bytes]:
         """The tokenizer's files, and how the model is to be decoded."""
@@ -501,38 +522,55 @@ class Trainer:
         files = self._prepared.tokenizer.contents(mask_token_id=config.mask_token_id)
         return files | {"generation_config.json": (json.dumps(decoding, indent=2) + "\n").encode()}
 
-    def _save(self, plan: StagePlan) -> None:
-        """Commit a checkpoint; all processes wait for it."""
-        if self._learner.weights.shared_out:
-            self._save_shares(plan)
-            return
+    def _save(self, plan: StagePlan, *, wait: bool) -> None:
+        """Commit a checkpoint: now, or beside the steps that follow unless all are to ``wait`` for it."""
+        self._finish_writing()
         with self._world.together():
             if self._world.leads:
                 self._metrics.sync()
-                self.checkpoint = self._store.save(
-                    step=self._at.step,
-                    state=self._state(plan),
-                    job=self._prepared.identity,
-                    config=self._learner.config(),
-                    tensors=self._learner.tensors(),
-                    spared=self._best_steps(plan),
-                )
+        beside = self._spec.checkpoint.asynchronous and not wait
+        shared_out = self._learner.weights.shared_out
+        writes = shared_out or self._world.leads
+        about: dict[str, Any] = {
+            "step": self._at.step,
+            "state": self._state(plan),
+            "job": self._prepared.identity,
+            "config": self._learner.config(),
+            "spared": self._best_steps(plan),
+        }
+        boxes = self._learner.boxes()
+        if beside and writes:
+            boxes = iter(self._writer.copy(boxes))
+        save: Callable[[], Checkpoint | None]
+        if shared_out:
+            save = partial(
+                self._store.save_shares, self._beside if beside else self._world, boxes=boxes, **about
+            )
+        else:
+            save = partial(self._store.save, tensors=boxes, **about)
+        if beside and writes:
+            self._writer.start(save)
+        elif not beside:
+            with self._world.together():
+                self.checkpoint = (save() if writes else None) or self.checkpoint
 
-    def _save_shares(self, plan: StagePlan) -> None:
-        """The same, where every process writes the part that it holds."""
+    def _finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            UnmaskError: It could not be written.
+        """
         with self._world.together():
-            if self._world.leads:
-                self._metrics.sync()
-        saved = self._store.save_shares(
-            self._world,
-            step=self._at.step,
-            state=self._state(plan),
-            job=self._prepared.identity,
-            config=self._learner.config(),
-            boxes=self._learner.boxes(),
-            spared=self._best_steps(plan),
-        )
-        self.checkpoint = saved or self.checkpoint
+            self.checkpoint = self._writer.wait() or self.checkpoint
+
+    def _heed_writer(self) -> None:
+        """End the run if the checkpoint at hand has failed in any process."""
+        if not self._spec.checkpoint.asynchronous:
+            return
+        failed = torch.tensor([float(self._writer.failed)], device=self._world.device)
+        self._world.sum(failed)
+        if failed:
+            self._finish_writing()
 
     def _state(self, plan: StagePlan) -> TrainingState:
         past = self._at.past

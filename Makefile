@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE
 
-.PHONY: help setup setup-eval demo test test-fast test-training test-full lint format generate verify path lock bench clean
+.PHONY: help setup setup-eval demo test test-fast test-training test-kills test-full lint format generate verify path lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ test-fast: setup-eval ## Run the tests that take less than ten seconds each
 
 test-training: setup-eval ## Run the tests that prove the training invariants, on 1, 2 and 4 processes
 	@$(PYTEST) -m training
+
+# How often `make test-kills` kills.
+KILLS ?= 300
+
+test-kills: setup ## Kill one of two training ranks KILLS=300 times, and compare with a quiet run; prints JSON
+	@cd tests && $(RUN) OMP_NUM_THREADS=1 python -m support.kills --kills "$(KILLS)"
 
 test-full: setup-eval ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full

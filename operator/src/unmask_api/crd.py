@@ -161,5 +161,14 @@ def _inlined(node: Json, definitions: Json) -> Json:
         node = _inlined(target | node, definitions)
     if node.get("default", ...) is None:
         del node["default"]
+    if "default" in node:
+        node["default"] = _without_nulls(node["default"])
     node.pop("$defs", None)
     return node
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out what a default does not set: the API server refuses nulls in defaults."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

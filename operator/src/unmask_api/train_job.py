@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from unmask_api.base import ApiModel, Count, DataUri, DecimalString, FileWord, Name, Rule, Uri
+from unmask_api.base import ApiModel, Count, DecimalString, Name, Rule, Uri
 from unmask_api.cluster import (
     CoreObject,
     Elastic,
@@ -31,7 +31,6 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "Data",
-    "DataCache",
     "DataSource",
     "DiffusionTrainJob",
     "EmbeddingNoise",
@@ -107,21 +106,16 @@ class Model(ApiModel):
 
 
 class DataSource(ApiModel):
-    """One file of documents, or a folder of files."""
+    """One file of documents."""
 
-    uri: DataUri
-    """A ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.parquet`` or ``.txt`` file, or a folder of such files.
-
-    The files of a folder say in their names which split they belong to, as ``train-00000-of-00002.parquet``.
-    """
-    format: Literal["text", "messages", "completion", "preference", "tokens"]
+    uri: Uri
+    """The file: one document per line."""
+    format: Literal["text", "messages", "completion", "preference"]
     """What a document is.
 
-    Plain ``text``, chat ``messages``, a prompt and its ``completion``, a ``preference``: a prompt (or the
-    messages before the answer) with the answer ``chosen`` and the answer ``rejected``; or ``tokens`` already.
+    Plain ``text``, chat ``messages``, a prompt and its ``completion``, or a ``preference``: a prompt (or the
+    messages before the answer) with the answer ``chosen`` and the answer ``rejected``.
     """
-    split: FileWord | None = None
-    """Of a folder; left out, ``train`` for documents to learn from and ``validation`` for the others."""
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many times the documents of this file occur in one pass over the data."""
 
@@ -135,13 +129,6 @@ class StageData(ApiModel):
     """Documents to measure on; none: no evaluation."""
 
 
-class DataCache(ApiModel):
-    """A folder in which runs that read the same data with the same tokenizer share what they encoded."""
-
-    uri: Uri
-    """The folder; every process of the job must see it."""
-
-
 class Data(StageData):
     """The data of the job, and how they are read."""
 
@@ -150,12 +137,9 @@ class Data(StageData):
     overlong: Literal["Error", "Skip", "Split"] = "Error"
     """What to do with a document longer than a row.
 
-    ``Error``: stop. ``Skip``: leave it out and count it. ``Split``: cut ``text``, and ``tokens`` that are all
-    learnt, into pieces of a row each, and stop at anything else, since an answer without its prompt teaches
-    nothing.
+    ``Error``: stop. ``Skip``: leave it out and count it. ``Split``: cut ``text`` into pieces of a row each,
+    and stop at anything else, since an answer without its prompt teaches nothing.
     """
-    cache: DataCache | None = None
-    """Where data are kept as tokens; left out, in the run folder."""
 
 
 class Noise(ApiModel):
@@ -637,9 +621,9 @@ class TrainSpec(ApiModel):
         ),
         Rule(
             rule="!has(self.evaluation) || !has(self.evaluation.generation)"
-            " || self.data.validation.exists(source, source.format != 'text' && source.format != 'tokens')"
+            " || self.data.validation.exists(source, source.format != 'text')"
             " || self.stages.exists(stage, has(stage.data)"
-            " && stage.data.validation.exists(source, source.format != 'text' && source.format != 'tokens'))",
+            " && stage.data.validation.exists(source, source.format != 'text'))",
             message="evaluation.generation needs validation data of format completion or messages",
             field_path=".evaluation.generation",
         ),
@@ -660,22 +644,28 @@ class TrainSpec(ApiModel):
             field_path=".stages",
         ),
         Rule(
-            rule="self.stages.all(stage, (has(stage.data) ? stage.data.train : self.data.train)"
-            ".all(source, (source.format == 'preference') == (stage.objective == 'dpo')))",
+            rule="self.stages.all(stage, has(stage.data)"
+            " ? stage.data.train.all(source,"
+            " (source.format == 'preference') == (stage.objective == 'dpo'))"
+            " : self.data.train.all(source,"
+            " (source.format == 'preference') == (stage.objective == 'dpo')))",
             message="a dpo stage needs train data of format preference, and no other stage can use them:"
             " set data of the stage, or change objective",
             field_path=".stages",
         ),
         Rule(
-            rule="self.stages.all(stage, (has(stage.data) ? stage.data.validation : self.data.validation)"
-            ".all(source, (source.format == 'preference') == (stage.objective == 'dpo')))",
+            rule="self.stages.all(stage, has(stage.data)"
+            " ? stage.data.validation.all(source,"
+            " (source.format == 'preference') == (stage.objective == 'dpo'))"
+            " : self.data.validation.all(source,"
+            " (source.format == 'preference') == (stage.objective == 'dpo')))",
             message="a dpo stage is measured on validation data of format preference, and no other stage is:"
             " set data of the stage, or drop validation",
             field_path=".stages",
         ),
         Rule(
             rule="self.stages.all(stage, !has(stage.merge) || has(self.evaluation)"
-            " && size(has(stage.data) ? stage.data.validation : self.data.validation) > 0"
+            " && (has(stage.data) ? size(stage.data.validation) : size(self.data.validation)) > 0"
             " && self.checkpoint.everySteps % self.evaluation.everySteps == 0"
             " && stage.merge.best * self.checkpoint.everySteps <= stage.steps)",
             message="merge chooses among measured checkpoints: it needs evaluation and validation data,"

@@ -47,6 +47,9 @@ KILLS ?= 300
 test-kills: setup ## Kill one of two training ranks KILLS=300 times, and compare with a quiet run; prints JSON
 	@cd tests && $(RUN) OMP_NUM_THREADS=1 python -m support.kills --kills "$(KILLS)"
 
+test-faults: setup ## Fail each write of the operator in ten ways; UNMASK_FULL=1: 1,000 runs, 100 pauses of the leader
+	@$(RUN) PYTHONPATH=tests python -m support.fault_rig
+
 test-full: setup-eval ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
 

@@ -38,14 +38,15 @@ class Observed:
     conflicts: frozenset[tuple[str, str]] = frozenset()
     """(kind, name) of children that cannot be made: somebody else's object has the name.
 
-    Set in a second call, right after the first decision met them; of its answer only the status and events
-    count.
+    Set in the pass after one that met them, and until the child is made: go on listing it in ``apply``, since
+    it is tried again in each pass, with growing delays; say in the status and by an event what stands in the
+    way.
     """
     rejections: Mapping[tuple[str, str], str] = field(default_factory=dict)
     """(kind, name) -> the API server's message, of children it refused as invalid or forbidden (quota,
     admission).
 
-    Set in a second call as ``conflicts`` is. The pass is tried again with growing delays.
+    Set, kept and tried again as ``conflicts`` are.
     """
     served: frozenset[str] = frozenset()
     """Group and version of the APIs that the cluster serves, such as ``scheduling.k8s.io/v1beta1``."""

@@ -1,0 +1,321 @@
+"""Requests to the API server, in raw JSON over the official client's connections.
+
+The client brings what is laborious: where the server is, certificates, tokens that are read anew when they
+expire, the connection pool. Its typed models are left alone: reading a list through them takes ten times as
+long.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+from urllib.parse import urlencode
+
+from unmask_operator.control.clock import Clock
+from unmask_operator.control.workqueue import TokenBucket
+from unmask_operator.decision import JsonObject
+from unmask_operator.resources import MANAGER, Resource
+
+__all__ = ["Api", "ApiError", "Fenced", "KubernetesTransport", "Reply", "Request", "Transport", "Unreachable"]
+
+_WRITES = {"POST", "PUT", "PATCH", "DELETE"}
+_PAGE = 500
+_JSON = "application/json"
+_MERGE = "application/merge-patch+json"
+_APPLY = "application/apply-patch+yaml"  # JSON is YAML
+
+
+class ApiError(Exception):
+    """The API server said no."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status = status
+        """HTTP status, or the code of an error inside a watch."""
+        self.reason = reason
+        """Kubernetes' word for it, such as ``AlreadyExists``; may be empty."""
+        self.message = message
+        """The server's sentence."""
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait."""
+
+
+class Unreachable(Exception):
+    """No answer: the request may or may not have been carried out."""
+
+
+class Fenced(Exception):
+    """A write was not sent, because this process may no longer be the leader."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request."""
+
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
+    path: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    content_type: str = _JSON
+    timeout: float = 10.0
+    """Seconds without a byte after which it counts as unanswered."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one: ``headers`` in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport(Protocol):
+    """Carries requests; raises :class:`Unreachable` where there is no whole answer."""
+
+    def send(self, request: Request) -> Reply:
+        """Return the answer."""
+
+    def stream(self, request: Request) -> AbstractContextManager[tuple[Reply, Iterator[bytes]]]:
+        """Return the head of an answer (its body only where it is an error) and its lines as they come."""
+
+
+class KubernetesTransport:
+    """The official client's connections."""
+
+    def __init__(self, client: Any) -> None:
+        """Take a ``kubernetes.client.ApiClient``, configured."""
+        self._client = client
+        self._pool = client.rest_client.pool_manager
+
+    def send(self, request: Request) -> Reply:
+        """Return the answer, whatever its status."""
+        response = self._open(request, preload=True)
+        return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, response.data)
+
+    @contextmanager
+    def stream(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
+        """Yield the head of an answer and its lines; the connection is closed at the end."""
+        response = self._open(request, preload=False)
+        try:
+            body = response.data if response.status >= 400 else b""
+            headers = {k.lower(): v for k, v in response.headers.items()}
+            yield Reply(response.status, headers, body), _lines(response)
+        finally:
+            response.close()
+
+    def _open(self, request: Request, *, preload: bool) -> Any:
+        import urllib3
+
+        configuration = self._client.configuration
+        headers = {"Accept": _JSON, "User-Agent": MANAGER}
+        if request.body is not None:
+            headers["Content-Type"] = request.content_type
+        # Asked for each time: tokens on disk are replaced about every hour.
+        self._client.update_params_for_auth(headers, [], ["BearerToken"])
+        query = f"?{urlencode(request.query)}" if request.query else ""
+        try:
+            return self._pool.request(
+                request.method,
+                configuration.host + request.path + query,
+                body=request.body,
+                headers=headers,
+                timeout=urllib3.Timeout(connect=min(5.0, request.timeout), read=request.timeout),
+                preload_content=preload,
+                retries=False,
+                redirect=False,
+            )
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise Unreachable(f"{request.method} {request.path}: {error}") from error
+
+
+def _lines(response: Any) -> Iterator[bytes]:
+    """Yield what comes line by line; an incomplete last one is dropped."""
+    import urllib3
+
+    rest = b""
+    try:
+        # Watches come in chunks, one event or a few in each.
+        for piece in response.stream(1 << 16):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise Unreachable(f"a watch was cut: {error}") from error
+
+
+class Api:
+    """What the operator asks of the API server; every write passes the fence first."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Clock,
+        *,
+        bucket: TokenBucket | None = None,
+        fence: Callable[[], None] | None = None,
+        timeout: float = 10.0,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Make one.
+
+        Args:
+            transport: carries the requests.
+            clock: by which ``bucket`` is waited for.
+            bucket: how many requests a second, watches aside; without one, any number.
+            fence: called right before a write is sent; raises :class:`Fenced` where it must not be.
+            timeout: seconds to wait for an answer.
+            stop: ends waiting for the bucket.
+        """
+        self._transport = transport
+        self._clock = clock
+        self._bucket = bucket
+        self._fence = fence
+        self._timeout = timeout
+        self._stop = stop or threading.Event()
+
+    def get(self, resource: Resource, namespace: str | None, name: str) -> JsonObject:
+        """Return an object as it is now."""
+        return self._json("GET", resource.path(namespace, name))
+
+    def list(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> tuple[list[JsonObject], str]:
+        """Return all objects, read in pages, and the resource version they had together.
+
+        Raises:
+            ApiError: among others 410, where the pages took so long that the rest is gone.
+        """
+        query = {"limit": str(_PAGE)} | ({"labelSelector": selector} if selector else {})
+        items: list[JsonObject] = []
+        while True:
+            page = self._json("GET", resource.path(namespace), query)
+            items += page.get("items") or ()
+            following = page["metadata"].get("continue")
+            if not following:
+                return items, page["metadata"]["resourceVersion"]
+            query["continue"] = following
+
+    def watch(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        selector: str,
+        version: str,
+        seconds: int,
+        idle: float,
+    ) -> Iterator[JsonObject]:
+        """Yield watch events after ``version``, for ``seconds`` at most.
+
+        Raises:
+            ApiError: the server refuses, before or within the stream (410: the version is too old).
+            Unreachable: the stream broke, or nothing came for ``idle`` seconds; bookmarks come once a minute.
+        """
+        query = {
+            "watch": "true",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(seconds),
+        } | ({"labelSelector": selector} if selector else {})
+        request = Request("GET", resource.path(namespace), query, timeout=idle)
+        with self._transport.stream(request) as (head, lines):
+            _refuse(head)
+            for line in lines:
+                if not line.strip():
+                    continue
+                try:
+                    event = json.loads(line)
+                except ValueError as error:
+                    raise Unreachable(f"a watch sent what is no JSON: {line[:80]!r}") from error
+                if event["type"] == "ERROR":
+                    status = event["object"]
+                    raise ApiError(
+                        status.get("code", 500), status.get("reason", ""), status.get("message", "")
+                    )
+                yield event
+
+    def create(self, resource: Resource, namespace: str | None, body: JsonObject) -> JsonObject:
+        """Make an object that must not be there yet, and return it."""
+        return self._json("POST", resource.path(namespace), {"fieldManager": MANAGER}, body)
+
+    def replace(self, resource: Resource, body: JsonObject) -> JsonObject:
+        """Write a whole object, at the resource version in it, and return it."""
+        where = body["metadata"]
+        path = resource.path(where["namespace"], where["name"])
+        return self._json("PUT", path, {"fieldManager": MANAGER}, body)
+
+    def apply(self, resource: Resource, body: JsonObject, subresource: str | None = None) -> JsonObject:
+        """Set the fields in ``body`` and drop those we set before and left out now; return the object.
+
+        The UID and the resource version in the body are preconditions, so a late request changes nothing.
+        """
+        where = body["metadata"]
+        path = resource.path(where["namespace"], where["name"], subresource)
+        return self._json("PATCH", path, {"fieldManager": MANAGER, "force": "true"}, body, _APPLY)
+
+    def merge(self, resource: Resource, namespace: str | None, name: str, patch: JsonObject) -> JsonObject:
+        """Change some fields (RFC 7386) and return the object."""
+        return self._json("PATCH", resource.path(namespace, name), {"fieldManager": MANAGER}, patch, _MERGE)
+
+    def delete(
+        self,
+        resource: Resource,
+        namespace: str | None,
+        name: str,
+        uid: str,
+        version: str | None,
+        propagation: str,
+    ) -> JsonObject:
+        """Delete an object if it still has this UID and version; return it or the server's word."""
+        preconditions = {"uid": uid} | ({"resourceVersion": version} if version else {})
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": preconditions,
+            "propagationPolicy": propagation,
+        }
+        return self._json("DELETE", resource.path(namespace, name), {}, body)
+
+    def served(self) -> frozenset[str]:
+        """Return the group/version of every API that the cluster serves."""
+        groups = self._json("GET", "/apis").get("groups") or ()
+        return frozenset(version["groupVersion"] for group in groups for version in group["versions"])
+
+    def _json(
+        self,
+        method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"],
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: JsonObject | None = None,
+        content_type: str = _JSON,
+    ) -> JsonObject:
+        if self._bucket is not None:
+            self._clock.wait(self._bucket.reserve(), self._stop)
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(method, path, dict(query or {}), data, content_type, self._timeout)
+        if method in _WRITES and self._fence is not None:
+            self._fence()  # nothing may come between this and the sending
+        reply = self._transport.send(request)
+        _refuse(reply)
+        try:
+            answer: JsonObject = json.loads(reply.body)
+        except ValueError as error:
+            raise Unreachable(f"{method} {path}: the answer is no JSON") from error
+        return answer
+
+
+def _refuse(reply: Reply) -> None:
+    """Raise where an answer is an error."""
+    if reply.status < 400:
+        return
+    try:
+        status = json.loads(reply.body)
+    except ValueError:
+        status = {}
+    if not isinstance(status, dict):
+        status = {}
+    after = reply.headers.get("retry-after", "")
+    message = status.get("message") or reply.body[:200].decode(errors="replace")
+    # A date is allowed by HTTP and never sent by an API server.
+    raise ApiError(reply.status, status.get("reason", ""), message, float(after) if after.isdigit() else None)

@@ -1,0 +1,217 @@
+"""The operator's threads: copies, the lease, workers; started in this order and stopped in the other."""
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Sequence
+
+from unmask_operator.control.api import Api, ApiError, Transport, Unreachable
+from unmask_operator.control.clock import Clock
+from unmask_operator.control.controller import Controller
+from unmask_operator.control.lease import Elector
+from unmask_operator.control.metrics import Metrics, Reading, states
+from unmask_operator.control.reflector import Reflector
+from unmask_operator.control.workqueue import TokenBucket
+from unmask_operator.decision import JsonObject, Reconciler
+from unmask_operator.resources import MANAGED_BY, MANAGER, RESOURCES
+
+__all__ = ["Manager"]
+
+_log = logging.getLogger(__name__)
+
+_DISCOVERY = 600.0  # seconds between two looks at which APIs are served
+_HUNG = 300.0  # seconds; a watch says something every 90 or ends
+
+
+class Manager:
+    """Everything that one operator process runs."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Clock,
+        reconcilers: Sequence[Reconciler],
+        *,
+        identity: str,
+        namespace: str | None,
+        lease_namespace: str,
+        lease_name: str = MANAGER,
+        lease_seconds: float = 15.0,
+        workers: int = 4,
+        rate: float = 20.0,
+        burst: int = 50,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """Make one; :meth:`run` starts it.
+
+        Args:
+            transport: carries the requests.
+            clock: time and delays.
+            reconcilers: what decides, each about a kind of its own.
+            identity: unlike that of any other process.
+            namespace: where to work; ``None``: everywhere.
+            lease_namespace: where the Lease is.
+            lease_name: its name.
+            lease_seconds: how long others leave it alone.
+            workers: custom resources of a kind that are worked on at once.
+            rate: requests a second, watches and the lease aside.
+            burst: requests at once.
+            jitter: 0 to 1.
+        """
+        self.stop = threading.Event()
+        self._led = threading.Event()
+        self._clock = clock
+        self._workers = workers
+        self._threads: list[threading.Thread] = []
+        self.metrics = Metrics()
+        self.elector = Elector(
+            Api(transport, clock, timeout=lease_seconds / 3),
+            clock,
+            namespace=lease_namespace,
+            name=lease_name,
+            identity=identity,
+            duration=lease_seconds,
+            jitter=jitter,
+        )
+        self._api = Api(
+            transport, clock, bucket=TokenBucket(clock, rate, burst), fence=self.elector.fence, stop=self.stop
+        )
+        # Lists are not held up by writes: an old copy would only lead to more of them.
+        reading = Api(transport, clock, timeout=30.0)
+        self._served: frozenset[str] = frozenset()
+        own = {reconciler.kind for reconciler in reconcilers}
+        kinds = dict.fromkeys(kind for one in reconcilers for kind in (one.kind, *one.owns, *one.reads))
+        self.caches = {
+            kind: Reflector(
+                reading,
+                RESOURCES[kind],
+                clock,
+                self._notice,
+                namespace=namespace,
+                selector="" if kind in own else f"{MANAGED_BY}={MANAGER}",
+                jitter=jitter,
+            )
+            for kind in kinds
+        }
+        self.controllers = [
+            Controller(
+                reconciler,
+                self.caches,
+                self._api,
+                clock,
+                identity=identity,
+                metrics=self.metrics,
+                served=lambda: self._served,
+                jitter=jitter,
+            )
+            for reconciler in reconcilers
+        ]
+        self.metrics.read(self._readings)
+
+    def discover(self) -> None:
+        """Ask which APIs the cluster serves; what was known stays where there is no answer."""
+        try:
+            self._served = self._api.served()
+        except (ApiError, Unreachable) as error:
+            _log.warning("cannot tell which APIs are served: %s", error)
+
+    def run(self) -> bool:
+        """Work until :attr:`stop` is set or the lease is lost; return whether it was the former."""
+        lost = threading.Event()
+        for cache in self.caches.values():
+            self._start(f"watch-{cache.resource.plural}", cache.run, self.stop)
+        # A standby keeps its copies warm, so that it can take over at once.
+        synced = all(self._wait(cache.synced) for cache in self.caches.values())
+        if synced:
+            self.discover()
+            self._start("lease", self.elector.run, self.stop, self._led, lost.set)
+        if synced and self._wait(self._led):
+            _log.info("leading")
+            for controller in self.controllers:
+                for number in range(self._workers):
+                    self._start(f"{controller.reconciler.kind}-{number}", controller.run, self.stop)
+            looked = self._clock.steady()
+            while not lost.is_set() and not self._clock.wait(0.2, self.stop):
+                if self._clock.steady() - looked > _DISCOVERY:
+                    self.discover()
+                    looked = self._clock.steady()
+        self.stop.set()
+        for controller in self.controllers:
+            controller.queue.close()
+        for thread in self._threads:
+            if not thread.name.startswith("watch-"):  # those wait for bytes and hold nothing
+                thread.join(timeout=20.0)
+        self.elector.release()
+        return not lost.is_set()
+
+    def alive(self) -> str:
+        """Return what hangs, or nothing."""
+        hung = [kind for kind, cache in self.caches.items() if cache.stirred() > _HUNG]
+        dead = [thread.name for thread in self._threads if not thread.is_alive()]
+        if self.stop.is_set():
+            return ""
+        return ", ".join([f"watch of {kind} hangs" for kind in hung] + [f"{name} ended" for name in dead])
+
+    def ready(self) -> str:
+        """Return what is missing before decisions can be made, or nothing."""
+        missing = [kind for kind, cache in self.caches.items() if not cache.synced.is_set()]
+        old = [kind for kind, cache in self.caches.items() if cache.synced.is_set() and cache.age() > _HUNG]
+        if self.stop.is_set():
+            return "stopping"
+        return ", ".join(
+            [f"{kind} not listed yet" for kind in missing] + [f"{kind} out of date" for kind in old]
+        )
+
+    def _notice(self, item: JsonObject) -> None:
+        for controller in self.controllers:
+            controller.notice(item)
+
+    def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(name=name, target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _wait(self, event: threading.Event) -> bool:
+        """Wait for an event or for the end; return whether it came."""
+        while not event.is_set():
+            if self._clock.wait(0.05, self.stop):
+                return False
+        return True
+
+    def _readings(self) -> Sequence[Reading]:
+        leading = float(self.elector.leading())
+        readings: list[Reading] = [
+            ("unmask_operator_is_leader", "Whether this process acts.", {}, leading),
+        ]
+        for kind, cache in self.caches.items():
+            label = {"kind": kind}
+            readings += [
+                (
+                    "unmask_operator_watch_age_seconds",
+                    "Since the watch last told something.",
+                    label,
+                    cache.age(),
+                ),
+                ("unmask_operator_watch_failures_total", "Broken watches and lists.", label, cache.failures),
+                ("unmask_operator_lists_total", "Times all objects were listed.", label, cache.lists),
+            ]
+        for controller in self.controllers:
+            kind = controller.reconciler.kind
+            label, queue = {"kind": kind}, controller.queue
+            readings += [
+                (
+                    "unmask_operator_workqueue_depth",
+                    "Resources that wait to be looked at.",
+                    label,
+                    len(queue),
+                ),
+                ("unmask_operator_workqueue_adds_total", "Asked to be looked at.", label, queue.adds),
+                (
+                    "unmask_operator_workqueue_retries_total",
+                    "Come back after a failure.",
+                    label,
+                    queue.retried,
+                ),
+                *states(kind, self.caches[kind].all()),
+            ]
+        return readings

@@ -1,0 +1,73 @@
+"""The least permissions that the operator needs, made from what its reconcilers say they own and read."""
+
+from collections.abc import Sequence
+
+from unmask_operator.decision import JsonObject, Reconciler
+from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, Resource
+
+__all__ = ["SYSTEM_NAMESPACE", "lease_rules", "manifests", "rules"]
+
+SYSTEM_NAMESPACE = "unmask-system"
+"""Where the operator itself is installed by the manifests."""
+
+_LABELS = {"app.kubernetes.io/name": MANAGER, "app.kubernetes.io/part-of": "unmask"}
+
+
+def rules(reconcilers: Sequence[Reconciler]) -> list[JsonObject]:
+    """Return the rules of a Role (or ClusterRole) for all objects but the Lease.
+
+    No secrets, no exec, no wildcard: nothing that a reconciler does not name.
+    """
+    verbs: dict[tuple[str, str], set[str]] = {}
+
+    def allow(resource: Resource, *new: str, subresource: str = "") -> None:
+        plural = resource.plural + (f"/{subresource}" if subresource else "")
+        verbs.setdefault((resource.group, plural), set()).update(new)
+
+    for reconciler in reconcilers:
+        own = RESOURCES[reconciler.kind]
+        allow(own, "delete", "list", "watch")  # delete: its time to live is over
+        allow(own, "patch", subresource="status")
+        # Asked for by clusters that protect owners against being held up by what they own.
+        allow(own, "update", subresource="finalizers")
+        for kind in reconciler.owns:
+            allow(RESOURCES[kind], "create", "delete", "get", "list", "patch", "watch")
+        for kind in reconciler.reads:
+            allow(RESOURCES[kind], "list", "watch")
+    allow(EVENT, "create", "patch")
+    return [
+        {"apiGroups": [group], "resources": [plural], "verbs": sorted(allowed)}
+        for (group, plural), allowed in sorted(verbs.items())
+    ]
+
+
+def lease_rules() -> list[JsonObject]:
+    """Return the rules of the Role for the Lease, in the operator's own namespace."""
+    where: JsonObject = {"apiGroups": [LEASE.group], "resources": [LEASE.plural]}
+    return [
+        {**where, "verbs": ["create"]},  # a name cannot be asked for here
+        {**where, "resourceNames": [MANAGER], "verbs": ["get", "update"]},
+    ]
+
+
+def manifests(reconcilers: Sequence[Reconciler], namespace: str | None) -> list[JsonObject]:
+    """Return the account, roles and bindings; for one namespace, or for all of them where it is ``None``."""
+    account = {"kind": "ServiceAccount", "name": MANAGER, "namespace": SYSTEM_NAMESPACE}
+
+    def thing(api: str, kind: str, name: str, place: str | None, **rest: object) -> JsonObject:
+        metadata = {"name": name} | ({"namespace": place} if place else {}) | {"labels": dict(_LABELS)}
+        return {"apiVersion": api, "kind": kind, "metadata": metadata, **rest}
+
+    def granted(role: str, name: str, place: str | None, allowed: list[JsonObject]) -> list[JsonObject]:
+        group = "rbac.authorization.k8s.io"
+        reference = {"apiGroup": group, "kind": role, "name": name}
+        return [
+            thing(f"{group}/v1", role, name, place, rules=allowed),
+            thing(f"{group}/v1", f"{role}Binding", name, place, roleRef=reference, subjects=[dict(account)]),
+        ]
+
+    return [
+        thing("v1", "ServiceAccount", MANAGER, SYSTEM_NAMESPACE, automountServiceAccountToken=False),
+        *granted("Role" if namespace else "ClusterRole", MANAGER, namespace, rules(reconcilers)),
+        *granted("Role", f"{MANAGER}-lease", SYSTEM_NAMESPACE, lease_rules()),
+    ]

@@ -1,0 +1,60 @@
+"""The kinds of objects that the operator knows, and where the API server keeps them."""
+
+from dataclasses import dataclass
+
+from unmask_api import base, crd
+
+__all__ = ["EVENT", "LEASE", "MANAGED_BY", "MANAGER", "RESOURCES", "Resource"]
+
+MANAGER = "unmask-operator"
+"""The one field manager, the value of the label below, and the name that events report."""
+MANAGED_BY = "app.kubernetes.io/managed-by"
+"""The label by which the operator finds what it made."""
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind, with the names that its path is made of."""
+
+    kind: str
+    """Singular, in camel case, such as ``Job``."""
+    group: str
+    """API group; empty for the oldest kinds, such as ``Pod``."""
+    version: str
+    """Version of the group, such as ``v1``."""
+    plural: str
+    """What stands in the path, such as ``jobs``."""
+    custom: bool = False
+    """Whether it is one of our own kinds."""
+
+    @property
+    def api_version(self) -> str:
+        """Return what objects of the kind carry as ``apiVersion``."""
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+        """Return the path below the API server's address; without a namespace, that of all namespaces."""
+        parts = ["/apis", self.group, self.version] if self.group else ["/api", self.version]
+        if namespace:
+            parts += ["namespaces", namespace]
+        parts += [part for part in (self.plural, name, subresource) if part]
+        return "/".join(parts)
+
+
+LEASE = Resource("Lease", "coordination.k8s.io", "v1", "leases")
+EVENT = Resource("Event", "events.k8s.io", "v1", "events")
+
+RESOURCES = {
+    resource.kind: resource
+    for resource in (
+        *(
+            Resource(own.model.__name__, base.GROUP, own.version, own.plural, custom=True)
+            for own in crd.RESOURCES
+        ),
+        Resource("ConfigMap", "", "v1", "configmaps"),
+        Resource("Pod", "", "v1", "pods"),
+        Resource("Service", "", "v1", "services"),
+        Resource("Job", "batch", "v1", "jobs"),
+    )
+}
+"""Kind -> where it is, for every kind that a reconciler may own or read."""

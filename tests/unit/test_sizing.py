@@ -20,18 +20,26 @@ from unmask.errors import UsageError
 from unmask.models.conversion import converted_config
 from unmask.models.inspection import inspect_checkpoint, parameter_counts
 from unmask.models.loading import build
+from unmask.models.lora import attach
 from unmask.models.published import PUBLISHED, published_config
 from unmask.models.registry import parse_config
 from unmask.training.learner import Learner
 from unmask.training.sizing.devices import device_named
-from unmask.training.sizing.estimate import Assumptions, conversion_bytes, estimate, plan_of, stage_configs
+from unmask.training.sizing.estimate import (
+    Assumptions,
+    conversion_bytes,
+    estimate,
+    plan_of,
+    stage_configs,
+    stage_memory,
+)
 from unmask.training.sizing.flops import flops_of
 from unmask.training.sizing.memory import activations_of_layer, memory_of, piece, states_of
 from unmask.training.sizing.remedies import remedy_for
-from unmask.training.sizing.shape import shape_of
+from unmask.training.sizing.shape import adapters_of, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask.training.steps import objective_sum
-from unmask_api.train_job import Balance, DiffusionTrainJob, Stage
+from unmask_api.train_job import Balance, DiffusionTrainJob, LoRA, Stage
 from unmask_operator.launch.admission import admit
 
 LLAMA = {
@@ -139,6 +147,37 @@ def test_a_pair_of_answers_costs_what_both_cost(documents):
     assert pair.pairs == may_attend(inputs.metadata, inputs.metadata).sum()
     with pytest.raises(UsageError, match="holds 64 and both answers of a pair"):
         work_of_row(stage_of("dpo"), Documents(tokens=40), block_length=8)
+
+
+@pytest.mark.parametrize("config", [LLAMA, WIDER], ids=["dense", "experts"])
+def test_adapters_cost_two_passes_over_the_rest_and_three_over_themselves(config):
+    """As torch counts it; the first layer's input has no gradient, which is what the plan has too much."""
+    model = build(parse_config(config), dtype=torch.float64)
+    lora = LoRA(rank=4)
+    attach(model, rank=4, alpha=8.0, targets=lora.targets, seed=0).train()
+    shape = shape_of(model.config)
+    inputs = inputs_of("bdlm", packed_row(random_tokens(64), length=64))
+    with FlopCounterMode(display=False) as counter:
+        objective_sum(model, inputs).backward()
+    counted = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    work = Work(tokens=64, positions=inputs.ids.shape[1], predictions=len(inputs.predict), pairs=1)
+    planned = flops_of(shape, work, adapters=adapters_of(shape, lora)[0])
+    first = 2 * work.positions * (shape.layers[0].attention - shape.heads * shape.head_dim * shape.hidden)
+    products = counted["aten.mm"]
+    assert planned.linear + planned.head - 2 * first <= products <= planned.linear + planned.head
+    alone = flops_of(shape, work)
+    assert products < 0.9 * (alone.linear + alone.head)
+
+
+def test_a_job_with_adapters_is_planned_with_less_memory():
+    plain = spec_of()
+    adapted = plain.model_copy(update={"lora": LoRA(rank=2)})
+    shape = shape_of(parse_config(WIDER))
+    memory = [stage_memory(spec.stages[3], shape, spec, None)[0] for spec in (plain, adapted)]
+    assert memory[1].states < 0.4 * memory[0].states
+    count, tensors = adapters_of(shape, LoRA(rank=2))
+    assert memory[1].optimizer == 8 * count + 4 * tensors
+    assert memory[1].weights == 4 * (shape.parameters + count)
 
 
 def test_a_reference_runs_forward_and_holds_its_weights():

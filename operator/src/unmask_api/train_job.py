@@ -37,6 +37,7 @@ __all__ = [
     "Evaluation",
     "GenerationEvaluation",
     "LearningRate",
+    "LoRA",
     "Merge",
     "Model",
     "ModelInit",
@@ -440,6 +441,30 @@ class Balance(ApiModel):
     """Weight of the z-loss, which keeps the logits of routers small; LLaDA-MoE has 0.001."""
 
 
+class LoRA(ApiModel):
+    """Low-rank adapters, which learn while the model that they are put beside stays as it is."""
+
+    rules: ClassVar = (
+        Rule(rule="double(self.alpha) > 0.0", message="alpha must be above 0", field_path=".alpha"),
+        Rule(
+            rule="self.targets.all(target, self.targets.exists_one(other, other == target))",
+            message="targets must be unique: drop one",
+            field_path=".targets",
+        ),
+    )
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    """Rank of each adapter."""
+    alpha: DecimalString = "16"
+    """What an adapter adds is scaled by this over ``rank``."""
+    targets: Annotated[tuple[Literal["attention", "feedForward"], ...], Field(min_length=1, max_length=2)] = (
+        "attention",
+        "feedForward",
+    )
+    """Matrices with an adapter: the projections of ``attention``, and those of every ``feedForward`` that all
+    tokens pass (dense layers and shared experts)."""
+
+
 class Parallelism(ApiModel):
     """Processes that train together, and who of them holds what; a run may go on with another arrangement."""
 
@@ -673,6 +698,25 @@ class TrainSpec(ApiModel):
             " merge.best * checkpoint.everySteps",
             field_path=".stages",
         ),
+        Rule(
+            rule="!has(self.lora) || self.parallelism.shard == 'None'",
+            message="adapters are not shared out, and their base is whole in every process: set"
+            " parallelism.shard to None, or drop lora",
+            field_path=".lora",
+        ),
+        Rule(
+            rule="!has(self.lora) || self.stages.all(stage, !has(stage.convertTo) && !has(stage.merge)"
+            " && !has(stage.ropeTheta) && !has(stage.contextLength))",
+            message="the base of adapters stays as it is: drop convertTo, merge, ropeTheta and contextLength"
+            " of the stages (unmask convert does the first beforehand), or drop lora",
+            field_path=".lora",
+        ),
+        Rule(
+            rule="!has(self.lora) || (double(self.balance.loadBalanceWeight) == 0.0"
+            " && double(self.balance.routerZWeight) == 0.0)",
+            message="routers do not learn beside adapters: set the weights of balance to 0, or drop lora",
+            field_path=".lora",
+        ),
         _immutable("managedBy"),
         _immutable("model"),
         _immutable("data"),
@@ -734,6 +778,12 @@ class TrainSpec(ApiModel):
     """AdamW."""
     balance: Balance = Balance()
     """Balancing of experts."""
+    lora: LoRA | None = None
+    """Train adapters beside the model of ``model.init`` and leave it as it is; left out, all weights learn.
+
+    The base is held in the number format of ``precision``, which must be that of its files. Exports and the
+    final model have the adapters merged in.
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of forward and backward passes; weights and optimiser state are fp32 in any case."""
     parallelism: Parallelism = Parallelism()

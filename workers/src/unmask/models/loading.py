@@ -9,6 +9,7 @@ that names the file and the tensor. Where a folder has ``checksums.json`` (ours 
 every file is compared with its SHA-256 before it is used.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,22 @@ from unmask.models.checkpoint_files import (
     write_weights,
 )
 from unmask.models.config import ModelConfig
-from unmask.models.folder import new_folder
+from unmask.models.folder import CHECKSUMS, new_folder, read_json_inside
 from unmask.models.registry import CONFIG, family_of
 from unmask.models.slots import Slot
 from unmask.models.tensor_file import Piece, StoredTensor
 from unmask.models.tensor_pieces import DTYPES, as_bytes, dtype_name, finite
 
-__all__ = ["build", "initial_values", "load", "read_values", "save", "save_parts", "slots_of"]
+__all__ = [
+    "build",
+    "initial_values",
+    "load",
+    "read_values",
+    "save",
+    "save_parts",
+    "slots_of",
+    "weights_digest",
+]
 
 
 def build(
@@ -90,6 +100,22 @@ def load(
         model = _empty(checkpoint.config, device=device, dtype=dtype or own)
         _fill(model, slots, checkpoint)
     return model.eval()
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 over the weight files of the folder ``path`` with their names: what tells two models apart.
+
+    Raises:
+        ModelError: As :class:`~unmask.models.checkpoint_files.Checkpoint`.
+    """
+    with Checkpoint(path) as checkpoint:
+        listed = read_json_inside(path, CHECKSUMS) if checkpoint.checked else {}
+        digests = {}
+        for name, file in checkpoint.files.items():
+            file.seek(0)
+            digests[name] = listed.get(name) or hashlib.file_digest(file, "sha256").hexdigest()
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def save(

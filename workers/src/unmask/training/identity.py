@@ -31,7 +31,12 @@ _LATER_FIELDS = (
 
 
 def identity(
-    spec: TrainSpec, config: ModelConfig, stages: Sequence[StagePlan], library: Library
+    spec: TrainSpec,
+    config: ModelConfig,
+    stages: Sequence[StagePlan],
+    library: Library,
+    *,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """The identity of a job, as JSON.
 
@@ -40,8 +45,10 @@ def identity(
         config: Of the model that the run starts from.
         stages: The same job's stages.
         library: Where its data can be looked up.
+        base: Digest of the model beside which adapters learn, which their checkpoints do not hold.
     """
-    return {
+    lora = {} if spec.lora is None else {"lora": spec.lora.to_json_dict(), "base": base}
+    return lora | {
         "model": config.to_json_dict(),
         "data": {"seed": spec.data.seed, "overlong": spec.data.overlong},
         "stages": [

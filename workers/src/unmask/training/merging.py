@@ -51,6 +51,11 @@ class RunCheckpoint:
                 self._slots[slot.name] = slot
                 self.tensors[slot.name] = StoredTensor(slot.name, entry.dtype, slot.shape)
 
+        if not self.tensors:
+            raise UsageError(
+                f"{self.path}: holds adapters alone (spec.lora), which have no mean; merge exported models"
+            )
+
     def __enter__(self) -> "RunCheckpoint":
         return self
 

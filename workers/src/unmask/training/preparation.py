@@ -14,7 +14,7 @@ import torch
 from unmask.errors import ModelError, UsageError
 from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
-from unmask.models.loading import build, load
+from unmask.models.loading import build, load, weights_digest
 from unmask.models.registry import parse_config, read_config
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Library
@@ -67,8 +67,18 @@ def prepare(spec: TrainSpec, world: World) -> Preparation:
         config=config,
         tokenizer=tokenizer,
         stages=stages,
-        identity=identity(spec, config, plans, library),
+        identity=identity(spec, config, plans, library, base=_base_digest(spec, world)),
     )
+
+
+def _base_digest(spec: TrainSpec, world: World) -> str | None:
+    """What tells the base of adapters from any other; one process reads its files."""
+    uri = spec.model.init.uri
+    if spec.lora is None or uri is None:
+        return None
+    with world.together():
+        own = weights_digest(Path(uri)) if world.leads else ""
+    return world.all_bytes(own.encode())[0].decode()
 
 
 def first_model(spec: TrainSpec, config: ModelConfig, device: torch.device) -> LanguageModel:

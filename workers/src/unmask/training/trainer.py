@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -22,11 +22,10 @@ from typing import Any, TypeAlias
 import torch
 
 from unmask.errors import DivergedError, UsageError
-from unmask.models.base import LanguageModel
 from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
-from unmask.training.arrangement import blank_weights, first_weights, reference_model
+from unmask.training.arrangement import Reference, blank_weights, first_weights, reference_of
 from unmask.training.background import BackgroundWriter
 from unmask.training.balance import Balancing
 from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
@@ -106,7 +105,7 @@ class Trainer:
         self.checkpoint = self._find_checkpoint()
         """The newest committed one."""
         self._at = self._position()
-        self._compared: tuple[int, LanguageModel] | None = None
+        self._compared: tuple[int, Reference] | None = None
         with world.together():
             self._learner = self._first_learner()
         self._writer = BackgroundWriter()
@@ -303,7 +302,8 @@ class Trainer:
         verdict = self._judge(plan, totals, norm)
         rate = plan.rate.at(stage_step)
         if verdict is Verdict.TAKEN:
-            self._learner.step(totals, rate, freeze_router_bias=plan.freeze_router_bias)
+            frozen = plan.freeze_router_bias or self._spec.lora is not None
+            self._learner.step(totals, rate, freeze_router_bias=frozen)
         else:
             self._learner.skip()
         self._at.step += 1
@@ -334,7 +334,7 @@ class Trainer:
     def _write_reference(self, plan: StagePlan) -> None:
         """Keep the model as it is when a preference stage begins: restarts within the stage need it too."""
         with self._world.together():
-            self._learner.weights.export(self._folder.reference(plan.name), companions={})
+            self._learner.weights.keep_reference(self._folder.reference(plan.name))
         self._compared = None
 
     def _preference(self, plan: StagePlan) -> Preference | None:
@@ -344,17 +344,16 @@ class Trainer:
         if self._compared is None or self._compared[0] != plan.index:
             path = self._folder.reference(plan.name)
             with self._world.together():
-                frozen = reference_model(self._spec, path, self._world)
-            self._compared = (plan.index, frozen)
-        frozen = self._compared[1]
+                reference = reference_of(self._spec, path, self._learner.weights, self._world)
+            self._compared = (plan.index, reference)
         assert plan.noise is not None, "every diffusion objective has noise"
-        return Preference(beta=plan.beta, views=plan.noise.views, reference=lambda: nullcontext(frozen))
+        return Preference(beta=plan.beta, views=plan.noise.views, reference=self._compared[1].model)
 
     def _measured(self, stage: PreparedStage, stage_step: int) -> dict[str, float]:
         """What the stage's evaluator measures of the weights as they are."""
         assert stage.evaluator is not None, "the caller's part"
         preference = self._preference(stage.plan)
-        followers = [self._compared[1]] if preference is not None and self._compared is not None else []
+        followers = self._compared[1].followers if preference is not None and self._compared else ()
         weights = self._learner.weights
         return stage.evaluator.measure(
             weights.computing,

@@ -58,8 +58,12 @@ class Weights:
         """The model that forward passes run on."""
         if recompute:
             recompute_layers(self.computing)
-        parameters = list(model.parameters())
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=model.device)
+        self._lay_out_gradient()
+
+    def _lay_out_gradient(self) -> None:
+        """One buffer for the gradients of all parameters."""
+        parameters = list(self.named.values())
+        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=self.model.device)
         """float32 (number of parameters,); add up with :meth:`collect` after each backward pass."""
         parts = self.gradient.split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
@@ -105,6 +109,10 @@ class Weights:
         """Write the float32 model to the folder ``path`` as it is published; all processes call this."""
         if self.leads:
             loading.save(self.model, path, companions=companions)
+
+    def keep_reference(self, path: Path) -> None:
+        """Write to the folder ``path`` what a reference of a preference stage is made of; all call this."""
+        self.export(path, companions={})
 
     def unequal(self, *followers: LanguageModel) -> AbstractContextManager[None]:
         """A block in which processes may run different numbers of forward passes, without gradients.

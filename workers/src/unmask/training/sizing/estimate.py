@@ -13,7 +13,7 @@ from unmask.training.sharding.plan import ShardingPlan, check_experts, sharding_
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.flops import Flops, flops_of
 from unmask.training.sizing.memory import Memory, memory_of, states_of
-from unmask.training.sizing.shape import ModelShape, shape_of
+from unmask.training.sizing.shape import ModelShape, adapters_of, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask_api.train_job import Parallelism, Stage, TrainSpec
 
@@ -188,6 +188,7 @@ def stage_memory(
                 recompute=parallelism.activation_checkpointing == "Full",
                 plan=plan,
                 reference=stage.objective == "dpo",
+                lora=spec.lora,
             )
             for work in works
         ),
@@ -218,10 +219,18 @@ def _stage(
     recompute = spec.parallelism.activation_checkpointing == "Full"
     counted = _counted_beforehand(stage, spec)
     memory, converting = stage_memory(stage, shape, spec, assumptions.documents)
+    adapters = adapters_of(shape, spec.lora)[0] if spec.lora else 0
     flops, positions, predictions, tokens = Flops(linear=0, attention=0, head=0), 0, 0.0, 0
     for row, steps in _works(stage, assumptions.documents):
         work = row.times(stage.rows_per_step)
-        done = flops_of(shape, work, recompute=recompute, counted=counted, reference=stage.objective == "dpo")
+        done = flops_of(
+            shape,
+            work,
+            recompute=recompute,
+            counted=counted,
+            reference=stage.objective == "dpo",
+            adapters=adapters,
+        )
         flops = flops.plus(done, steps)
         positions += work.positions * steps
         predictions += work.predictions * steps

@@ -52,20 +52,29 @@ class Flops:
 
 
 def flops_of(
-    shape: ModelShape, work: Work, *, recompute: bool = False, counted: float = 0.0, reference: bool = False
+    shape: ModelShape,
+    work: Work,
+    *,
+    recompute: bool = False,
+    counted: float = 0.0,
+    reference: bool = False,
+    adapters: int = 0,
 ) -> Flops:
     """The arithmetic of training on ``work``.
 
     With ``recompute`` the layers run forward twice; and once more for the share ``counted`` of it, whose
-    experts are counted beforehand. With ``reference`` a second model runs forward too.
+    experts are counted beforehand. With ``reference`` a second model runs forward too. With
+    ``adapters``, so many weights learn, beside every token's path; the others have no gradient of their own.
     """
     linear = 2 * sum(layer.multiplied for layer in shape.layers) * work.positions
     attention = 4 * len(shape.layers) * shape.heads * shape.head_dim * work.pairs
     head = 2 * shape.vocabulary * shape.hidden * work.predictions
+    passes = 2 if adapters else 3  # forward, the gradient of the input, and that of the weights
+    product = 2 * adapters * work.positions
     return Flops(
-        linear=3 * linear,
+        linear=passes * linear + 3 * product,
         attention=3 * attention,
-        head=3 * head,
+        head=passes * head,
         reference=float(linear + attention + head) if reference else 0.0,
         recomputed=(linear + attention) * (recompute + counted),
     )

@@ -19,7 +19,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from unmask.training.sharding.plan import ShardingPlan
-from unmask.training.sizing.shape import LayerShape, ModelShape, Stored
+from unmask.training.sizing.shape import LayerShape, ModelShape, Stored, adapters_of
+from unmask_api.train_job import LoRA
 
 __all__ = ["CHUNK_BYTES", "Memory", "Precision", "activations_of_layer", "memory_of", "piece", "states_of"]
 
@@ -70,15 +71,25 @@ def piece(stored: Stored, plan: ShardingPlan) -> int:
 
 
 def states_of(
-    shape: ModelShape, precision: Precision, plan: ShardingPlan | None = None
+    shape: ModelShape, precision: Precision, plan: ShardingPlan | None = None, lora: LoRA | None = None
 ) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimiser state in one process."""
+    if lora is not None:
+        adapters, tensors = adapters_of(shape, lora)
+        return _forward_copy(shape, precision) + 4 * adapters, 4 * adapters, 8 * adapters + 4 * tensors
     count = sum(piece(one, plan) for one in shape.stored) if plan else shape.parameters
     optimizer = 8 * count + 4 * len(shape.stored)
     if precision == "fp32" or plan:
         return 4 * count, 4 * count, optimizer
-    copy = 2 * (count - shape.routers) + 4 * shape.routers
+    copy = _forward_copy(shape, precision)
     return 4 * count + copy, 4 * count + copy, optimizer
+
+
+def _forward_copy(shape: ModelShape, precision: Precision) -> int:
+    """Bytes of a model that only computes, in its number format; routers are float32 in any case."""
+    if precision == "fp32":
+        return 4 * shape.parameters
+    return 2 * (shape.parameters - shape.routers) + 4 * shape.routers
 
 
 def _gathered(shape: ModelShape, b: int, plan: ShardingPlan) -> int:
@@ -140,6 +151,7 @@ def memory_of(
     recompute: bool = False,
     plan: ShardingPlan | None = None,
     reference: bool = False,
+    lora: LoRA | None = None,
 ) -> Memory:
     """Bytes of one process.
 
@@ -151,8 +163,9 @@ def memory_of(
         recompute: Whether layers keep only their input and compute the rest again in backward.
         plan: How weights are shared out; None: they are not.
         reference: Whether a second model, which does not learn, is there to be compared with.
+        lora: Adapters that learn in place of the weights; None: there are none.
     """
-    weights, gradients, optimizer = states_of(shape, precision, plan)
+    weights, gradients, optimizer = states_of(shape, precision, plan, lora)
     b = _bytes(precision)
     layers = [activations_of_layer(shape, layer, precision) for layer in shape.layers]
     kept = sum(layers)
@@ -162,8 +175,9 @@ def memory_of(
     most = min(predictions, max(1, CHUNK_BYTES // 4 // shape.vocabulary))
     per_logit = 3 * 4 + (2 * b if b < 4 else 0)  # scores, log-softmax, gradient; also in bfloat16
     routers = sum(layer.num_experts * (8 + 4 * layer.biased) for layer in shape.layers)
-    copies = 1 if precision == "fp32" or plan else 2
-    transient = 4 * max(one.count for one in shape.stored) if precision == "fp32" and not plan else 0
+    copies = 1 if precision == "fp32" or plan or lora else 2
+    alone = precision == "fp32" and not plan and not lora
+    transient = 4 * max(one.count for one in shape.stored) if alone else 0
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -172,17 +186,17 @@ def memory_of(
         logits=round(most * shape.vocabulary * per_logit),
         gathered=_gathered(shape, b, plan) if plan else 0,
         buffers=copies * routers + transient,
-        reference=_reference(shape, precision, plan) if reference else 0,
+        reference=_reference(shape, precision, plan, lora) if reference else 0,
     )
 
 
-def _reference(shape: ModelShape, precision: Precision, plan: ShardingPlan | None) -> int:
-    """Bytes of a model that only runs forward: in that format, or shared out like the one that learns."""
+def _reference(shape: ModelShape, precision: Precision, plan: ShardingPlan | None, lora: LoRA | None) -> int:
+    """Bytes of a model to compare with: adapters of another time, a copy, or one that is shared out alike."""
+    if lora is not None:
+        return 4 * adapters_of(shape, lora)[0]
     if plan:
         return 4 * sum(piece(one, plan) for one in shape.stored)
-    if precision == "fp32":
-        return 4 * shape.parameters
-    return 2 * (shape.parameters - shape.routers) + 4 * shape.routers
+    return _forward_copy(shape, precision)
 
 
 def _bytes(precision: Precision) -> int:

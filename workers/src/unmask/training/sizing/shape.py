@@ -12,6 +12,7 @@ from itertools import groupby
 from unmask.models.checkpoint_files import slots_of
 from unmask.models.config import ModelConfig
 from unmask.models.slots import Slot
+from unmask_api.train_job import LoRA
 
 __all__ = ["LayerShape", "ModelShape", "Stored", "shape_of"]
 
@@ -102,6 +103,20 @@ class ModelShape:
 
 
 @lru_cache(maxsize=64)  # a large model is tens of thousands of tensors on disk
+def adapters_of(shape: ModelShape, lora: LoRA) -> tuple[int, int]:
+    """Weights of all adapters that ``lora`` puts beside a model of ``shape``, and their number of tensors."""
+    D, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    count = tensors = 0
+    for layer in shape.layers:
+        if "attention" in lora.targets:
+            count += lora.rank * ((D + q + 2 * k) + (q + D))
+            tensors += 4
+        if "feedForward" in lora.targets and layer.dense_width:
+            count += lora.rank * 3 * (D + layer.dense_width)
+            tensors += 6
+    return count, tensors
+
+
 def shape_of(config: ModelConfig) -> ModelShape:
     """Sum ``config`` up.
 

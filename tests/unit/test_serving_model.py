@@ -74,6 +74,7 @@ def test_every_decoder_of_the_wire_is_known_by_its_name() -> None:
         ({"steps_per_block": 33}, "steps_per_block: got 33, must be at most the block_length 32"),
         ({"edit_threshold": -0.1}, "edit_threshold: Input should be greater than or equal to 0"),
         ({"max_post_edit_steps": 1025}, "max_post_edit_steps: Input should be less than or equal to 1024"),
+        ({"prediction": "shifted"}, "prediction: Input should be 'same' .got 'shifted'."),
         ({"mask_token_id": 512}, "mask_token_id: got 512, the vocabulary has 512 tokens"),
         ([1], "got a JSON list, expected an object"),
         ("x", "got a JSON str, expected an object"),

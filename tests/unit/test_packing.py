@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask.diffusion.rows import uniform
@@ -54,6 +54,7 @@ def step(corpus, cursor, rows, multiple):
     return DocumentStream(corpus, seed=3, stage=0).step(cursor, rows=rows, length=LENGTH, multiple=multiple)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(**steps)
 def test_rows_hold_the_next_documents_of_the_stream_whole_and_in_order(corpus, cursor, rows, multiple):
     layout = step(corpus, cursor, rows, multiple)
@@ -75,6 +76,7 @@ def test_rows_hold_the_next_documents_of_the_stream_whole_and_in_order(corpus, c
     assert layout.tokens == (packed.document >= 0).sum()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(**steps)
 def test_a_document_starts_a_new_row_only_if_it_does_not_fit(corpus, cursor, rows, multiple):
     layout = step(corpus, cursor, rows, multiple)
@@ -85,6 +87,7 @@ def test_a_document_starts_a_new_row_only_if_it_does_not_fit(corpus, cursor, row
     assert used[-1] + following.width[0] > LENGTH
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(**steps, world=st.integers(1, 5))
 def test_the_rows_of_all_ranks_together_are_those_of_one(corpus, cursor, rows, multiple, world):
     layout = step(corpus, cursor, rows, multiple)
@@ -95,6 +98,7 @@ def test_the_rows_of_all_ranks_together_are_those_of_one(corpus, cursor, rows, m
             assert np.array_equal(getattr(part, name), getattr(alone, name)[rank::world]), name
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(**steps)
 def test_ordinals_number_the_documents_of_the_stream(corpus, cursor, rows, multiple):
     layout = step(corpus, cursor, rows, multiple)
@@ -114,6 +118,7 @@ def test_padding_behind_an_answer_is_learnt_and_the_prompt_and_the_rows_end_are_
     assert everything.supervised[0].tolist() == [True] * 12 + [False] * 4
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(corpus=corpora, cursor=st.integers(0, 90), count=st.integers(1, 90))
 def test_the_stream_passes_over_all_documents_before_one_comes_again(corpus, cursor, count):
     stream, size = DocumentStream(corpus, seed=1, stage=2), len(corpus)
@@ -153,6 +158,7 @@ def cut(corpus, cursor, count, *, multiple, share=0.3, seed=3):
     return corpus.lengths[document], used
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(corpus=corpora, cursor=st.integers(0, 100), count=st.integers(1, 40), multiple=steps["multiple"])
 def test_documents_cut_to_a_random_length_are_whole_blocks_and_the_others_whole(
     corpus, cursor, count, multiple
@@ -164,6 +170,7 @@ def test_documents_cut_to_a_random_length_are_whole_blocks_and_the_others_whole(
     assert (used[~shorter] == lengths[~shorter]).all()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(corpus=corpora, cursor=st.integers(0, 100), ahead=st.integers(0, 30))
 def test_how_a_document_is_cut_follows_from_its_number_alone(corpus, cursor, ahead):
     """So it does not depend on where a step, or an attempt, began."""
@@ -181,6 +188,7 @@ def test_the_share_that_is_cut_and_the_lengths_that_are_left_are_uniform():
     assert counts.max() < 1.2 * counts.mean()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(corpus=corpora, cursor=st.integers(0, 50), rows=st.integers(1, 4), multiple=steps["multiple"])
 def test_rows_are_full_though_documents_are_cut(corpus, cursor, rows, multiple):
     """Next-fit over many more documents than are needed gives the same rows."""
@@ -204,6 +212,7 @@ def test_a_document_that_is_cut_ends_in_the_middle_and_not_with_the_end_of_text(
     assert np.array_equal(rows.ids[real], 10 + rows.position[real])
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(first=st.integers(0, 50), count=st.integers(0, 20))
 def test_random_numbers_can_be_had_from_any_number_on(first, count):
     whole = uniform(5, 1, 2, 3, first + count)

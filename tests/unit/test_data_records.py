@@ -91,7 +91,8 @@ def test_a_missing_file_an_empty_file_and_a_folder_are_named(tmp_path):
     assert "holds no documents" in broken(tmp_path / "a.jsonl", "text")
     (tmp_path / "a.txt").touch()
     assert "holds no documents" in broken(tmp_path / "a.txt", "text")
-    assert "cannot be read" in broken(tmp_path, "text")
+    (tmp_path / "empty").mkdir()
+    assert "holds no data files; known are .jsonl" in broken(tmp_path / "empty", "text")
 
 
 def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):

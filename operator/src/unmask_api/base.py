@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import CoreSchema
 
 __all__ = [
+    "DATA_URI",
     "DECIMAL",
     "GROUP",
     "IDENTIFIER",
@@ -21,7 +22,9 @@ __all__ = [
     "PATTERNS",
     "ApiModel",
     "Count",
+    "DataUri",
     "DecimalString",
+    "FileWord",
     "Name",
     "Rule",
     "Uri",
@@ -92,12 +95,17 @@ NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 WORD = r"^[A-Za-z][A-Za-z0-9]*$"
 IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
+FILE_WORD = r"^[A-Za-z0-9_.-]+$"
+DATA_URI = rf"{URI[:-2]}|(file|memory|s3|gs|az|abfs|http|https|hf)://[^ ]+)$"
 
 PATTERNS = {
     DECIMAL: 'a decimal number in quotes, such as "0.5" or "3e-4"',
     NAME: "lowercase letters, digits and inner dashes, at most 40",
     WORD: "one word of letters and digits, such as OutOfMemory",
     IDENTIFIER: "letters, digits and underscores, not beginning with a digit",
+    DATA_URI: "pvc://CLAIM/path, an absolute path inside the worker, or a file that fsspec reads, "
+    "such as s3://BUCKET/path or gs://BUCKET/path",
+    FILE_WORD: "letters, digits, dots, dashes and underscores",
     URI: "pvc://CLAIM/path, or an absolute path inside the worker",
 }
 """What the patterns allow, in words."""
@@ -113,6 +121,12 @@ Name = Annotated[str, StringConstraints(pattern=NAME, max_length=40)]
 
 Uri = Annotated[str, StringConstraints(pattern=URI, max_length=1024)]
 """``pvc://CLAIM/path`` on a volume, or an absolute path inside the worker."""
+
+FileWord = Annotated[str, StringConstraints(pattern=FILE_WORD, max_length=64)]
+"""Part of a file's name."""
+
+DataUri = Annotated[str, StringConstraints(pattern=DATA_URI, max_length=1024)]
+"""The same, or ``SCHEME://path`` of a store that fsspec reads, such as ``s3://`` or ``gs://``."""
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 """A whole number of things, at least one."""

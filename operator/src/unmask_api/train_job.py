@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from unmask_api.base import ApiModel, Count, DecimalString, Name, Rule, Uri
+from unmask_api.base import ApiModel, Count, DataUri, DecimalString, FileWord, Name, Rule, Uri
 from unmask_api.cluster import (
     CoreObject,
     Elastic,
@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "Conversion",
     "Data",
+    "DataCache",
     "DataSource",
     "DiffusionTrainJob",
     "EmbeddingNoise",
@@ -107,16 +108,21 @@ class Model(ApiModel):
 
 
 class DataSource(ApiModel):
-    """One file of documents."""
+    """One file of documents, or a folder of files."""
 
-    uri: Uri
-    """The file: one document per line."""
-    format: Literal["text", "messages", "completion", "preference"]
+    uri: DataUri
+    """A ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.parquet`` or ``.txt`` file, or a folder of such files.
+
+    The files of a folder say in their names which split they belong to, as ``train-00000-of-00002.parquet``.
+    """
+    format: Literal["text", "messages", "completion", "preference", "tokens"]
     """What a document is.
 
-    Plain ``text``, chat ``messages``, a prompt and its ``completion``, or a ``preference``: a prompt (or the
-    messages before the answer) with the answer ``chosen`` and the answer ``rejected``.
+    Plain ``text``, chat ``messages``, a prompt and its ``completion``, a ``preference``: a prompt (or the
+    messages before the answer) with the answer ``chosen`` and the answer ``rejected``; or ``tokens`` already.
     """
+    split: FileWord | None = None
+    """Of a folder; left out, ``train`` for documents to learn from and ``validation`` for the others."""
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many times the documents of this file occur in one pass over the data."""
 
@@ -130,6 +136,13 @@ class StageData(ApiModel):
     """Documents to measure on; none: no evaluation."""
 
 
+class DataCache(ApiModel):
+    """A folder in which runs that read the same data with the same tokenizer share what they encoded."""
+
+    uri: Uri
+    """The folder; every process of the job must see it."""
+
+
 class Data(StageData):
     """The data of the job, and how they are read."""
 
@@ -138,9 +151,12 @@ class Data(StageData):
     overlong: Literal["Error", "Skip", "Split"] = "Error"
     """What to do with a document longer than a row.
 
-    ``Error``: stop. ``Skip``: leave it out and count it. ``Split``: cut ``text`` into pieces of a row each,
-    and stop at anything else, since an answer without its prompt teaches nothing.
+    ``Error``: stop. ``Skip``: leave it out and count it. ``Split``: cut ``text``, and ``tokens`` that are all
+    learnt, into pieces of a row each, and stop at anything else, since an answer without its prompt teaches
+    nothing.
     """
+    cache: DataCache | None = None
+    """Where data are kept as tokens; left out, in the run folder."""
 
 
 class Noise(ApiModel):
@@ -646,9 +662,9 @@ class TrainSpec(ApiModel):
         ),
         Rule(
             rule="!has(self.evaluation) || !has(self.evaluation.generation)"
-            " || self.data.validation.exists(source, source.format != 'text')"
+            " || self.data.validation.exists(source, source.format != 'text' && source.format != 'tokens')"
             " || self.stages.exists(stage, has(stage.data)"
-            " && stage.data.validation.exists(source, source.format != 'text'))",
+            " && stage.data.validation.exists(source, source.format != 'text' && source.format != 'tokens'))",
             message="evaluation.generation needs validation data of format completion or messages",
             field_path=".evaluation.generation",
         ),

@@ -15,9 +15,11 @@ Invariants:
 This module imports no torch.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -59,6 +61,7 @@ class Tokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens)
         self._template = None if chat_template is None else _compile(chat_template)
+        self._template_text = chat_template
         self.files = tuple(files)
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
@@ -92,7 +95,17 @@ class Tokenizer:
         except ModelError as error:
             raise ModelError(f"{folder}: {error}") from error
 
-    @property
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which tokens a text or a conversation becomes."""
+        parts = (
+            self._backend.to_str(),
+            json.dumps(self._special_tokens, sort_keys=True),
+            self._template_text,
+        )
+        return hashlib.sha256("\0".join(part or "" for part in parts).encode()).hexdigest()
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included: the embedding needs this many rows."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -122,6 +135,13 @@ class Tokenizer:
                 f"the tokenizer cannot encode {text[:40]!r}: {error}; repair tokenizer.json, "
                 f"or take it again from the checkpoint it came with"
             ) from error
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of each text, on all processors; raises for the first that cannot be encoded."""
+        try:
+            return [list(one.ids) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception:  # one of them is flawed: which, the slow way says
+            return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; an incomplete UTF-8 sequence shows as U+FFFD."""

@@ -1,27 +1,30 @@
-"""Documents as arrays of tokens, read once per file and kept in memory.
+"""Documents as arrays of tokens.
 
-All processes hold all documents: which of them a process needs depends on the step, and
-tokens of a fine-tuning corpus are small beside a model. Shape letters: N documents,
+All processes map all documents: which of them a process needs depends on the step. Tokens stay on disk until
+a step asks for them; what is held for each document is some numbers. Shape letters: N documents,
 T tokens of all of them.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unmask.errors import DataError, ModelError, UsageError
 from unmask.models.tokenizer import Tokenizer
-from unmask.training.encoding import Encoded, Question, encode, encode_pair, question
-from unmask.training.records import Format, Preference, Record, Text, read_records
+from unmask.training.encoding import Question, question
+from unmask.training.records import Format, Record, Text, Tokens, records_of
+from unmask.training.sources import DataFile, Location, data_files
+from unmask.training.token_cache import TokenCache, TokenFile
+from unmask_api.train_job import TrainSpec
 
-__all__ = ["Corpus", "Library", "Overlong", "Source"]
+__all__ = ["Corpus", "Joined", "Library", "Overlong", "Source", "cache_folder"]
 
 Overlong: TypeAlias = Literal["Error", "Skip", "Split"]
 
@@ -30,18 +33,44 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data file, and how often each of its documents occurs in one pass over the data."""
+    """Data files, and how often each of their documents occurs in one pass over the data."""
 
-    path: Path
+    path: Location
+    """A file, or a folder with files of several splits."""
     format: Format
     weight: int = 1
+    split: str | None = None
+    """Of a folder; None: train."""
+
+
+class Joined:
+    """Arrays laid end to end without being copied, as far as indexing goes."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        """One array after the other, all of one type."""
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of the elements: of a slice, or one for each entry of an array of indices from 0."""
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        found = np.empty(index.shape, self._parts[0].dtype)
+        owner = np.searchsorted(self._starts, index, side="right") - 1
+        for number in np.unique(owner):
+            mine = owner == number
+            found[mine] = self._parts[number][index[mine] - self._starts[number]]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
     """Documents laid end to end; of one that was split, each piece is a document."""
 
-    ids: NDArray[np.int32]
+    ids: NDArray[np.int32] | Joined
     """(T,)"""
     starts: NDArray[np.int64]
     """(N,): where each document begins in ``ids``."""
@@ -51,7 +80,7 @@ class Corpus:
     """(N,): how many of them are given."""
     repeats: NDArray[np.int64]
     """(N,): occurrences in one pass over the data."""
-    turns: NDArray[np.int16] | None = None
+    turns: NDArray[np.int16] | Joined | None = None
     """(T,): which answer of its document each token belongs to, from 0, and -1 for what is given; None where
     a document has no more than one."""
     skipped: int = 0
@@ -73,44 +102,15 @@ class Corpus:
         return _widths(self.lengths, multiple, paired=self.paired)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """One data file, encoded."""
-
-    path: Path
-    format: Format
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int64]
-    prompt_lengths: NDArray[np.int64]
-    lines: NDArray[np.int64]
-    turns: NDArray[np.int16] | None = None
-
-    def digest(self) -> str:
-        """SHA-256 of the documents as they are learnt: a change of file or tokenizer changes it."""
-        arrays = (self.ids, self.lengths, self.prompt_lengths, self.turns)
-        content = b"".join(array.tobytes() for array in arrays if array is not None)
-        return hashlib.sha256(content).hexdigest()
-
-    @property
-    def paired(self) -> bool:
-        """Whether it holds pairs of documents."""
-        return self.format == "preference"
-
-    def widest(self, multiples: Sequence[int]) -> NDArray[np.int64]:
-        """The widths (see :meth:`Corpus.widths`) with the multiple with which each is largest."""
-        widths = [_widths(self.lengths, multiple, paired=self.paired) for multiple in multiples]
-        most: NDArray[np.int64] = np.max(widths, axis=0)
-        return most
-
-
 class Library:
-    """The job's data files, each read and encoded when it is first asked for."""
+    """The job's data, each source read and encoded when it is first asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_token_id: int) -> None:
-        """Encode with ``tokenizer``; documents end with ``eos_token_id``."""
+    def __init__(self, tokenizer: Tokenizer, *, eos_token_id: int, cache: Path | None = None) -> None:
+        """Encode with ``tokenizer``, end documents with ``eos_token_id``; keep the result in ``cache``."""
         self._tokenizer = tokenizer
         self._eos = eos_token_id
-        self._files: dict[tuple[Path, Format, bool], _File] = {}
+        self._cache = TokenCache(tokenizer, eos_token_id=eos_token_id, folder=cache)
+        self._tokens: dict[tuple[str, str | None, Format, bool], TokenFile] = {}
 
     def corpus(
         self,
@@ -130,19 +130,19 @@ class Library:
             DataError: A file is not what it should be, or a document is too long and ``overlong`` is Error,
                 or is Split and the document holds an answer.
         """
-        files = [self._file(source, turns=turns) for source in sources]
+        files = [self.tokens(source, turns=turns) for source in sources]
         if overlong == "Split":
-            files = [_split(file, length) if file.format == "text" else file for file in files]
+            files = [_split(file, length) if _is_plain(file) else file for file in files]
         if overlong != "Skip":
             for file in files:
                 _refuse_overlong(file, length, multiples)
         paired = files[0].paired
         assert all(file.paired == paired for file in files), "the manifest's rules"
         what = "pairs" if paired else "documents"
-        whole = np.concatenate([file.widest(multiples) for file in files]) <= length
+        whole = np.concatenate([_widest(file, multiples) for file in files]) <= length
         if not whole.any():
             raise DataError(
-                f"{files[0].path}: all {len(whole)} {what} are longer than {length} tokens; raise length"
+                f"{sources[0].path}: all {len(whole)} {what} are longer than {length} tokens; raise length"
             )
         skipped = int((~whole).sum())
         if skipped:
@@ -150,14 +150,14 @@ class Library:
                 "%d of %d %s are longer than %d tokens and left out", skipped, len(whole), what, length
             )
         weights = [
-            np.full(len(file.widest(multiples)), source.weight)
+            np.full(len(_widest(file, multiples)), source.weight)
             for file, source in zip(files, sources, strict=True)
         ]
         lengths = np.concatenate([file.lengths for file in files])
         fits = np.repeat(whole, 2) if paired else whole
         return Corpus(
-            ids=np.concatenate([file.ids for file in files]),
-            turns=np.concatenate([file.turns for file in files if file.turns is not None]) if turns else None,
+            ids=_joined([file.ids for file in files]),
+            turns=_joined([file.turns for file in files if file.turns is not None]) if turns else None,
             starts=(np.cumsum(lengths) - lengths)[fits],
             lengths=lengths[fits],
             prompt_lengths=np.concatenate([file.prompt_lengths for file in files])[fits],
@@ -170,73 +170,63 @@ class Library:
         """The first ``count`` prompts of the sources that hold any, with their answers."""
         questions: list[Question] = []
         for source in sources:
-            if source.format == "text" or len(questions) >= count:
+            if source.format in ("text", "tokens"):
                 continue
-            for record in read_records(source.path, source.format)[: count - len(questions)]:
-                questions.append(self._question(record, source.path))
+            for file in data_files(source.path, split=source.split):
+                for record in islice(records_of(file, source.format), count - len(questions)):
+                    questions.append(self._question(record, file))
         return questions
 
     def digest(self, source: Source, *, turns: bool = False) -> str:
         """SHA-256 of the encoded documents of ``source``."""
-        return self._file(source, turns=turns).digest()
+        return self.tokens(source, turns=turns).digest
 
-    def _file(self, source: Source, *, turns: bool) -> _File:
-        key = (source.path, source.format, turns)
-        if key not in self._files:
-            self._files[key] = self._read(source, turns=turns)
-        return self._files[key]
+    def tokens(self, source: Source, *, turns: bool = False) -> TokenFile:
+        """The encoded documents of ``source``; raises as :meth:`corpus`."""
+        key = (str(source.path), source.split, source.format, turns)
+        if key not in self._tokens:
+            files = data_files(source.path, split=source.split)
+            self._tokens[key] = self._cache.tokens(files, source.format, turns=turns)
+        return self._tokens[key]
 
-    def _read(self, source: Source, *, turns: bool) -> _File:
-        records = read_records(source.path, source.format)
-        parts = [self._encode(record, source.path, turns=turns) for record in records]
-        encoded = [document for documents in parts for document in documents]
-        return _File(
-            path=source.path,
-            format=source.format,
-            ids=np.concatenate([np.array(one.ids, np.int32) for one in encoded]),
-            lengths=np.array([len(one.ids) for one in encoded], np.int64),
-            prompt_lengths=np.array([one.prompt_length for one in encoded], np.int64),
-            lines=np.array(
-                [record.line for record, part in zip(records, parts, strict=True) for _ in part], np.int64
-            ),
-            turns=np.concatenate([_turn_of_each_token(one) for one in encoded]) if turns else None,
-        )
-
-    def _encode(self, record: Record, path: Path, *, turns: bool) -> tuple[Encoded, ...]:
-        """The document of a record, or the two of a preference."""
-        try:
-            if isinstance(record, Preference):
-                return encode_pair(record, self._tokenizer, eos_token_id=self._eos)
-            return (encode(record, self._tokenizer, eos_token_id=self._eos, turns=turns),)
-        except (UsageError, ModelError) as error:
-            raise DataError(f"{path}:{record.line}: {error}") from None
-
-    def _question(self, record: Record, path: Path) -> Question:
-        assert not isinstance(record, Text), "text asks nothing"
+    def _question(self, record: Record, file: DataFile) -> Question:
+        assert not isinstance(record, Text | Tokens), "it asks nothing"
         try:
             found = question(record, self._tokenizer, eos_token_id=self._eos)
         except (UsageError, ModelError) as error:
-            raise DataError(f"{path}:{record.line}: {error}") from None
+            raise DataError(f"{file.place(record.line)}: {error}") from None
         if not found.prompt:
-            raise DataError(f"{path}:{record.line}: the prompt has no tokens, so nothing can be asked")
+            raise DataError(f"{file.place(record.line)}: the prompt has no tokens, so nothing can be asked")
         return found
 
 
-def _turn_of_each_token(document: Encoded) -> NDArray[np.int16]:
-    """-1 for what is given, and the number of its answer for every other token."""
-    numbers = np.full(len(document.ids), -1, np.int16)
-    for number, (start, stop) in enumerate(document.turns):
-        numbers[start:stop] = number
-    return numbers
+def cache_folder(spec: TrainSpec) -> Path:
+    """Where a job keeps its encoded data: where it says, else in its run folder."""
+    return Path(spec.data.cache.uri) if spec.data.cache else Path(spec.checkpoint.uri) / "data"
 
 
-def _split(file: _File, length: int) -> _File:
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any] | Joined:
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def _is_plain(file: TokenFile) -> bool:
+    """Whether its documents are nothing but learnt, so that each piece of one is worth learning."""
+    return file.format == "text" or (
+        file.format == "tokens" and file.turns is None and not file.prompt_lengths.any()
+    )
+
+
+def _split(file: TokenFile, length: int) -> TokenFile:
     """The same tokens, documents longer than ``length`` cut into pieces of it; the last one has the rest."""
     pieces = -(-file.lengths // length)
     lengths = np.full(pieces.sum(), length)
     lengths[np.cumsum(pieces) - 1] = file.lengths - (pieces - 1) * length
     return replace(
-        file, lengths=lengths, prompt_lengths=np.zeros_like(lengths), lines=np.repeat(file.lines, pieces)
+        file,
+        lengths=lengths,
+        prompt_lengths=np.zeros_like(lengths),
+        lines=np.repeat(file.lines, pieces),
+        file_numbers=np.repeat(file.file_numbers, pieces),
     )
 
 
@@ -247,12 +237,20 @@ def _widths(lengths: NDArray[np.int64], multiple: int, *, paired: bool) -> NDArr
     return both
 
 
-def _refuse_overlong(file: _File, length: int, multiples: Sequence[int]) -> None:
-    way_out = "Skip or Split" if file.format == "text" else "Skip"
-    widths, lines = file.widest(multiples), file.lines[:: 2 if file.paired else 1]
+def _widest(file: TokenFile, multiples: Sequence[int]) -> NDArray[np.int64]:
+    """The widths (see :meth:`Corpus.widths`) with the multiple with which each is largest."""
+    widths = [_widths(file.lengths, multiple, paired=file.paired) for multiple in multiples]
+    most: NDArray[np.int64] = np.max(widths, axis=0)
+    return most
+
+
+def _refuse_overlong(file: TokenFile, length: int, multiples: Sequence[int]) -> None:
+    way_out = "Skip or Split" if _is_plain(file) else "Skip"
+    widths = _widest(file, multiples)
     what = "tokens with both answers in whole blocks" if file.paired else "tokens"
     for place in np.flatnonzero(widths > length)[:1]:
         raise DataError(
-            f"{file.path}:{lines[place]}: {widths[place]} {what}, but rows hold {length}; "
+            f"{file.place(place * 2 if file.paired else place)}: {widths[place]} {what}, "
+            f"but rows hold {length}; "
             f"shorten it, raise length, or set data.overlong to {way_out}"
         )

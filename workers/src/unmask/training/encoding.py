@@ -1,18 +1,32 @@
 """A record as token ids: what is given, what is learnt, and what an evaluation accepts.
 
-Every document ends with the end of text, unless its text already does. The prompt of a
+Every document ends with the end of text, unless its text already does, or it came as tokens: those stay
+as they are. The prompt of a
 completion is a user's turn where the tokenizer has a chat template, so that a model is
 asked later in the form it was taught in; otherwise it is the plain text.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from unmask.errors import ModelError
+from unmask.errors import DataError, ModelError
 from unmask.models.tokenizer import Tokenizer
-from unmask.training.records import Completion, Document, Messages, Preference, Text
+from unmask.training.records import Completion, Document, Messages, Preference, Text, Tokens
 
-__all__ = ["Encoded", "Question", "encode", "encode_pair", "prompt_ids", "question"]
+__all__ = [
+    "ENCODING_VERSION",
+    "Encoded",
+    "Question",
+    "encode",
+    "encode_pair",
+    "encode_texts",
+    "prompt_ids",
+    "question",
+]
+
+ENCODING_VERSION = 1
+"""To be raised when the same record gives other tokens than before: what is cached is then encoded anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +56,13 @@ def encode(record: Document, tokenizer: Tokenizer, *, eos_token_id: int, turns: 
     Raises:
         UsageError: The text is not valid Unicode, or the chat template refuses the conversation.
         ModelError: Conversations are to be read, and the tokenizer has no chat template.
+        DataError: The record has tokens that the tokenizer lacks, or learns what ``turns`` alone can.
     """
     if turns and isinstance(record, Messages):
         return _encoded_turns(record.messages, tokenizer, eos_token_id)
     match record:
+        case Tokens():
+            return _encoded_tokens(record, tokenizer, turns=turns)
         case Text(text=text):
             prompt, answer = [], tokenizer.encode(text)
         case Completion(prompt=asked, completion=completion):
@@ -55,6 +72,41 @@ def encode(record: Document, tokenizer: Tokenizer, *, eos_token_id: int, turns: 
             prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
     ids = prompt + _ended(answer, eos_token_id)
     return Encoded(ids, len(prompt), ((len(prompt), len(ids)),) if turns else ())
+
+
+def encode_texts(
+    records: Sequence[Text], tokenizer: Tokenizer, *, eos_token_id: int, turns: bool = False
+) -> list[Encoded]:
+    """:func:`encode` of each, on all processors."""
+    found = []
+    for ids in tokenizer.encode_many([record.text for record in records]):
+        if not ids or ids[-1] != eos_token_id:
+            ids.append(eos_token_id)
+        found.append(Encoded(ids, 0, ((0, len(ids)),) if turns else ()))
+    return found
+
+
+def _encoded_tokens(record: Tokens, tokenizer: Tokenizer, *, turns: bool) -> Encoded:
+    ids, learnt = list(record.ids), record.learnt
+    if max(ids) >= tokenizer.vocab_size:
+        place = next(place for place, one in enumerate(ids) if one >= tokenizer.vocab_size)
+        raise DataError(
+            f'"input_ids"[{place}] is {ids[place]}, but the tokenizer has ids up to '
+            f"{tokenizer.vocab_size - 1}; tokenise with the model's own tokenizer"
+        )
+    if learnt is None:
+        learnt = (True,) * len(ids)
+    changes = [place + 1 for place, (one, other) in enumerate(pairwise(learnt)) if one != other]
+    edges = [*([0] if learnt[0] else []), *changes, *([len(ids)] if learnt[-1] else [])]
+    answers = tuple(zip(edges[::2], edges[1::2], strict=True))
+    if turns:
+        return Encoded(ids, answers[0][0], answers)
+    if len(answers) > 1 or answers[0][1] != len(ids):
+        raise DataError(
+            "tokens that are given follow tokens that are learnt, which stages with supervise: AllTurns "
+            "alone can learn; set that, or drop loss_mask and labels"
+        )
+    return Encoded(ids, answers[0][0])
 
 
 def encode_pair(record: Preference, tokenizer: Tokenizer, *, eos_token_id: int) -> tuple[Encoded, Encoded]:

@@ -7,7 +7,6 @@ Pure functions of the job. Steps of the run count from 0 before a step is taken 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from unmask.diffusion.noise import NoiseConfig
 from unmask.diffusion.schedule import BlockSchedule
@@ -160,8 +159,8 @@ def plan_stages(
                 random_length=float(stage.random_length),
                 freeze_router_bias=stage.router_bias == "Frozen",
                 rate=_rate(stage.learning_rate, stage.steps),
-                train=_sources(data.train),
-                validation=_sources(data.validation),
+                train=_sources(data.train, "train"),
+                validation=_sources(data.validation, "validation"),
                 export=stage.export,
                 beta=float(stage.beta) if stage.beta is not None else None,
                 merge_best=stage.merge.best if stage.merge else None,
@@ -243,5 +242,7 @@ def _rate(rate: LearningRate, steps: int) -> RateSchedule:
     )
 
 
-def _sources(sources: Sequence[DataSource]) -> tuple[Source, ...]:
-    return tuple(Source(Path(source.uri), source.format, source.weight) for source in sources)
+def _sources(sources: Sequence[DataSource], split: str) -> tuple[Source, ...]:
+    return tuple(
+        Source(source.uri, source.format, source.weight, source.split or split) for source in sources
+    )

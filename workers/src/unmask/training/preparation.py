@@ -17,7 +17,7 @@ from unmask.models.config import ModelConfig
 from unmask.models.loading import build, load, weights_digest
 from unmask.models.registry import parse_config, read_config
 from unmask.models.tokenizer import Tokenizer
-from unmask.training.corpus import Library
+from unmask.training.corpus import Library, cache_folder
 from unmask.training.distributed import World
 from unmask.training.evaluation import Evaluator
 from unmask.training.identity import identity
@@ -60,7 +60,7 @@ def prepare(spec: TrainSpec, world: World) -> Preparation:
     check_parallelism(spec.parallelism, config, processes=world.size)
     tokenizer = _tokenizer(spec, config)
     plans = plan_stages(spec, config, tokenizer)
-    library = Library(tokenizer, eos_token_id=config.eos_token_id)
+    library = Library(tokenizer, eos_token_id=config.eos_token_id, cache=cache_folder(spec))
     stages = tuple(_stage(plan, spec, library, world) for plan in plans)
     return Preparation(
         spec=spec,

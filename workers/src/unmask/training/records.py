@@ -1,32 +1,45 @@
-"""Data files as typed records: text, conversations, prompts with their completions, and preferences.
+"""Data files as typed records: text, conversations, prompts with their completions, preferences, and tokens.
 
 A ``.jsonl`` file has one JSON object per line; blank lines are ignored, and so are keys
-that are not named here. A ``.txt`` file, which only format ``text`` knows, holds
-documents that blank lines separate.
+that are not named here. A ``.parquet`` file has columns of the same names. A ``.txt`` file, which only
+format ``text`` knows, holds documents that blank lines separate.
 
 * ``text``: ``{"text": "..."}``
 * ``messages``: ``{"messages": [{"role": "user", "content": "..."}, ...]}``, ending with the assistant
-* ``completion``: ``{"prompt": "...", "completion": "..."}``; ``"completions": [...]`` lists answers
-  that an evaluation accepts as well (or instead: the first one is then what is learnt)
+* ``completion``: ``{"prompt": "...", "completion": "..."}``, or ``response`` in place of ``completion``;
+  ``"completions": [...]`` lists answers that an evaluation accepts as well (or instead: the first one is
+  then what is learnt)
 * ``preference``: ``{"prompt": "...", "chosen": "...", "rejected": "..."}``; ``"messages"``, a conversation
   up to the answer, may stand in place of the prompt
+* ``tokens``: ``{"input_ids": [...]}``, with ``"loss_mask": [...]`` of 1 for what is learnt and 0 for what is
+  given, or ``"labels": [...]`` of the same tokens with -100 for what is given, or neither
 
 Everything that can be wrong with a file is one :class:`~unmask.errors.DataError` that
-names the file and the line.
+names the file, the line (of a table, the row) and the field.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from unmask.errors import DataError
+from unmask.training.sources import DataFile, Location, data_files, entry_rows, lines
 
-__all__ = ["Completion", "Document", "Format", "Messages", "Preference", "Record", "Text", "read_records"]
+__all__ = [
+    "Completion",
+    "Document",
+    "Format",
+    "Messages",
+    "Preference",
+    "Record",
+    "Text",
+    "Tokens",
+    "read_records",
+    "records_of",
+]
 
-Format: TypeAlias = Literal["text", "messages", "completion", "preference"]
+Format: TypeAlias = Literal["text", "messages", "completion", "preference", "tokens"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -34,7 +47,7 @@ ROLES = ("system", "user", "assistant", "tool")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Located:
     line: int
-    """Of the file, from 1."""
+    """Of the file, from 1; of a table, the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,64 +83,76 @@ class Preference(_Located):
     rejected: str
 
 
-Document: TypeAlias = Text | Messages | Completion
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens(_Located):
+    """A document that is tokens already."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[bool, ...] | None = None
+    """For each token; None: all are."""
+
+
+Document: TypeAlias = Text | Messages | Completion | Tokens
 Record: TypeAlias = Document | Preference
 
 
-def read_records(path: Path, format: Format) -> list[Record]:  # noqa: A002  (the manifest's word)
-    """Read all of ``path``.
+def read_records(location: Location, format: Format) -> list[Record]:  # noqa: A002  (the manifest's word)
+    """Read all of ``location``.
 
     Raises:
         DataError: The file is missing, empty, not UTF-8, or a line of it is not what ``format`` says.
     """
-    content = _read_text(path)
-    if path.suffix == ".txt":
-        if format != "text":
-            raise DataError(f"{path}: a .txt file is of format text, got {format}; write it as .jsonl")
-        records: list[Record] = list(_paragraphs(content))
-    else:
-        records = list(_json_lines(path, content, _PARSERS[format]))
+    records = [record for file in data_files(location) for record in records_of(file, format)]
     if not records:
-        raise DataError(f"{path}: holds no documents; a data file needs at least one")
+        raise DataError(f"{location}: holds no documents; a data file needs at least one")
     return records
 
 
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; correct the uri in data") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 ({error.reason}); convert the file") from None
+def records_of(file: DataFile, format: Format) -> Iterator[Record]:  # noqa: A002
+    """The records of one file, read as they are asked for; none is no error here.
+
+    Raises:
+        DataError: As :func:`read_records`.
+    """
+    if file.kind == "paragraphs":
+        if format != "text":
+            raise DataError(f"{file.uri}: a .txt file is of format text, got {format}; write it as .jsonl")
+        yield from _paragraphs(lines(file))
+        return
+    parse = _PARSERS[format]
+    entries = entry_rows(file, _COLUMNS[format]) if file.kind == "table" else _json_lines(file)
+    for number, entry in entries:
+        try:
+            yield parse(entry, number)
+        except _Malformed as error:
+            raise DataError(f"{file.place(number)}: {error}") from None
 
 
-def _paragraphs(content: str) -> Iterator[Text]:
-    for match in re.finditer(r"\S(?:.|\n(?!\s*\n))*", content):
-        yield Text(text=match.group().rstrip(), line=content.count("\n", 0, match.start()) + 1)
+def _paragraphs(numbered: Iterator[tuple[int, str]]) -> Iterator[Text]:
+    paragraph: list[str] = []
+    first = 0
+    for number, line in numbered:
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield Text(text="\n".join(paragraph).strip(), line=first)
+            paragraph = []
+    if paragraph:
+        yield Text(text="\n".join(paragraph).strip(), line=first)
 
 
-def _json_lines(
-    path: Path, content: str, parse: Callable[[Mapping[str, Any], int], Record]
-) -> Iterator[Record]:
-    # Not splitlines(): that also splits at characters which JSON strings may hold.
-    for number, line in enumerate(content.split("\n"), start=1):
+def _json_lines(file: DataFile) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in lines(file):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+            raise DataError(f"{file.place(number)}: not valid JSON: {error}") from None
         if not isinstance(entry, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, got {_kind(entry)}")
-        try:
-            yield parse(entry, number)
-        except _Malformed as error:
-            raise DataError(f"{path}:{number}: {error}") from None
+            raise DataError(f"{file.place(number)}: expected a JSON object, got {_kind(entry)}")
+        yield number, entry
 
 
 class _Malformed(Exception):
@@ -168,11 +193,15 @@ def _turn(turn: object, place: int) -> Mapping[str, str]:
 
 def _completion(entry: Mapping[str, Any], line: int) -> Completion:
     prompt = _string(entry, "prompt")
-    accepted = entry.get("completions", [])
+    accepted = entry.get("completions")
+    accepted = [] if accepted is None else accepted
     if not isinstance(accepted, list) or not all(isinstance(one, str) and one for one in accepted):
         raise _Malformed('"completions" must be a list of strings that are not empty')
-    if "completion" in entry or not accepted:
-        completion = _string(entry, "completion")
+    key = (
+        "response" if entry.get("completion") is None and entry.get("response") is not None else "completion"
+    )
+    if entry.get(key) is not None or not accepted:
+        completion = _string(entry, key)
     else:
         completion = accepted[0]
     unique = dict.fromkeys([completion, *accepted])
@@ -181,8 +210,8 @@ def _completion(entry: Mapping[str, Any], line: int) -> Completion:
 
 def _preference(entry: Mapping[str, Any], line: int) -> Preference:
     prompt: str | tuple[Mapping[str, str], ...]
-    if "messages" in entry:
-        if "prompt" in entry:
+    if entry.get("messages") is not None:
+        if entry.get("prompt") is not None:
             raise _Malformed('"prompt" and "messages" are both there; keep one of them')
         prompt = _turns(entry)
         if prompt[-1]["role"] == "assistant":
@@ -195,6 +224,47 @@ def _preference(entry: Mapping[str, Any], line: int) -> Preference:
     if chosen == rejected:
         raise _Malformed('"chosen" and "rejected" are the same answer, which prefers nothing; drop the line')
     return Preference(prompt=prompt, chosen=chosen, rejected=rejected, line=line)
+
+
+def _tokens(entry: Mapping[str, Any], line: int) -> Tokens:
+    ids = _whole_numbers(entry, "input_ids", least=0)
+    if not ids:
+        raise _Malformed('"input_ids" is empty; drop the line or fill it in')
+    learnt = None
+    if entry.get("loss_mask") is not None:
+        mask = _whole_numbers(entry, "loss_mask", least=0)
+        if max(mask, default=0) > 1:
+            raise _Malformed('"loss_mask" must hold 1 for what is learnt and 0 for what is given')
+        learnt = tuple(bool(one) for one in mask)
+    elif entry.get("labels") is not None:
+        labels = _whole_numbers(entry, "labels", least=-100)
+        learnt = tuple(label != -100 for label in labels)
+        if len(labels) == len(ids):
+            for place, (label, token) in enumerate(zip(labels, ids, strict=True)):
+                if label not in (-100, token):
+                    raise _Malformed(
+                        f'"labels"[{place}] is {label}, but "input_ids"[{place}] is {token}: labels must be '
+                        "the same tokens, not shifted, or -100 for what is given"
+                    )
+    if learnt is not None and len(learnt) != len(ids):
+        name = "loss_mask" if entry.get("loss_mask") is not None else "labels"
+        raise _Malformed(f'"{name}" has {len(learnt)} entries, "input_ids" {len(ids)}; they must be as many')
+    if learnt is not None and not any(learnt):
+        raise _Malformed("no token of the document is learnt; drop the line")
+    return Tokens(ids=ids, learnt=learnt, line=line)
+
+
+def _whole_numbers(entry: Mapping[str, Any], key: str, *, least: int) -> tuple[int, ...]:
+    values = entry.get(key)
+    if not isinstance(values, list):
+        raise _Malformed(f'"{key}" must be a list of whole numbers, got {_kind(values)}')
+    for place, value in enumerate(values):
+        if not isinstance(value, int) or (isinstance(value, bool) and key != "loss_mask") or value < least:
+            raise _Malformed(
+                f'"{key}"[{place}] must be a whole number of at least {least}, '
+                f"got {value if isinstance(value, int | float) else _kind(value)}"
+            )
+    return tuple(values)
 
 
 def _string(entry: Mapping[str, Any], key: str) -> str:
@@ -217,4 +287,13 @@ _PARSERS: Mapping[Format, Callable[[Mapping[str, Any], int], Record]] = {
     "messages": _messages,
     "completion": _completion,
     "preference": _preference,
+    "tokens": _tokens,
 }
+_COLUMNS: Mapping[Format, tuple[str, ...]] = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "completion": ("prompt", "completion", "response", "completions"),
+    "preference": ("prompt", "messages", "chosen", "rejected"),
+    "tokens": ("input_ids", "loss_mask", "labels"),
+}
+"""Of a table; it needs one of them, and a row without the others says what it lacks."""

@@ -110,6 +110,19 @@ class Model(ApiModel):
 class DataSource(ApiModel):
     """One file of documents, or a folder of files."""
 
+    rules: ClassVar = (
+        Rule(
+            rule="!has(self.share) || double(self.share) > 0.0",
+            message="share must be above 0: drop the source instead",
+            field_path=".share",
+        ),
+        Rule(
+            rule="!has(self.share) || self.weight == 1",
+            message="share and weight are two ways to say how much of a source is learnt: drop one",
+            field_path=".weight",
+        ),
+    )
+
     uri: DataUri
     """A ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``, ``.parquet`` or ``.txt`` file, or a folder of such files.
 
@@ -125,10 +138,29 @@ class DataSource(ApiModel):
     """Of a folder; left out, ``train`` for documents to learn from and ``validation`` for the others."""
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many times the documents of this file occur in one pass over the data."""
+    share: DecimalString | None = None
+    """Of the tokens that are learnt, relative to the shares of the other sources.
+
+    Sources then come in these proportions at any time, however large they are: a small one is passed through
+    more often, in another order each time. Either all sources to learn from have one, or none.
+    """
 
 
 class StageData(ApiModel):
     """What a stage learns from and is measured on."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="self.train.all(source, has(source.share)) || self.train.all(source, !has(source.share))",
+            message="either all sources to learn from have a share, or none: add or drop one",
+            field_path=".train",
+        ),
+        Rule(
+            rule="self.validation.all(source, !has(source.share))",
+            message="a share is of what is learnt: drop it from validation",
+            field_path=".validation",
+        ),
+    )
 
     train: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=32)]
     """Documents to learn from."""

@@ -8,6 +8,7 @@ T tokens of all of them.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from unmask.errors import DataError, ModelError, UsageError
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.encoding import Question, question
+from unmask.training.mixing import Mix
 from unmask.training.records import Format, Record, Text, Tokens, records_of
 from unmask.training.sources import DataFile, Location, data_files
 from unmask.training.token_cache import TokenCache, TokenFile
@@ -41,6 +43,8 @@ class Source:
     weight: int = 1
     split: str | None = None
     """Of a folder; None: train."""
+    share: Fraction | None = None
+    """Of the tokens of a mix; None where a pass over the data has each document ``weight`` times."""
 
 
 class Joined:
@@ -88,6 +92,9 @@ class Corpus:
     paired: bool = False
     """Whether documents 2i and 2i + 1 are the chosen and the rejected answer of pair i, and come together:
     pairs then are what a pass over the data counts, so that ``repeats`` has one entry for each."""
+
+    mix: Mix | None = None
+    """The proportions in which sources come; None: as often as ``repeats`` says."""
 
     def __len__(self) -> int:
         return len(self.starts) // (2 if self.paired else 1)
@@ -164,6 +171,7 @@ class Library:
             repeats=np.concatenate(weights)[whole],
             skipped=skipped,
             paired=paired,
+            mix=_mix(sources, files, lengths, whole, paired=paired),
         )
 
     def questions(self, sources: Sequence[Source], *, count: int) -> list[Question]:
@@ -203,6 +211,33 @@ class Library:
 def cache_folder(spec: TrainSpec) -> Path:
     """Where a job keeps its encoded data: where it says, else in its run folder."""
     return Path(spec.data.cache.uri) if spec.data.cache else Path(spec.checkpoint.uri) / "data"
+
+
+def _mix(
+    sources: Sequence[Source],
+    files: Sequence[TokenFile],
+    lengths: NDArray[np.int64],
+    kept: NDArray[np.bool_],
+    *,
+    paired: bool,
+) -> Mix | None:
+    """The proportions that the sources ask for, by what is left of them; ``kept``: per document or pair."""
+    shares = [source.share for source in sources if source.share is not None]
+    if not shares:
+        return None
+    assert len(shares) == len(sources), "the manifest's rules"
+    if paired:
+        lengths = lengths.reshape(-1, 2).sum(1)
+    ends = np.cumsum([len(file.lengths) // (2 if paired else 1) for file in files])[:-1]
+    sizes = [int(part.sum()) for part in np.split(kept, ends)]
+    tokens = [int(part.sum()) for part in np.split(lengths * kept, ends)]
+    for source, size in zip(sources, sizes, strict=True):
+        if not size:
+            raise DataError(
+                f"{source.path}: has a share of the mix, but no document that fits a row; raise length, "
+                "or drop the source"
+            )
+    return Mix.of_tokens(shares, sizes, tokens)
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any] | Joined:

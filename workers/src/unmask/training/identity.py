@@ -5,13 +5,15 @@ processes share the work, how often it is measured and saved are not part of it;
 data files hold is, by digest.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
-from unmask.training.corpus import Library
+from unmask.training.corpus import Library, Source
 from unmask.training.plan import StagePlan
+from unmask.training.token_cache import TokenFile
 from unmask_api.base import ApiModel
 from unmask_api.train_job import Stage, TrainSpec
 
@@ -53,12 +55,7 @@ def identity(
         "data": {"seed": spec.data.seed, "overlong": spec.data.overlong},
         "stages": [
             _of_stage(stage)
-            | {
-                "train": [
-                    {"sha256": library.digest(one, turns=plan.turns), "weight": one.weight}
-                    for one in plan.train
-                ]
-            }
+            | {"train": [_of_source(one, library.tokens(one, turns=plan.turns)) for one in plan.train]}
             for stage, plan in zip(spec.stages, stages, strict=True)
         ],
         "optimizer": spec.optimizer.to_json_dict(),
@@ -67,6 +64,18 @@ def identity(
         ),
         "precision": spec.precision,
     }
+
+
+def _of_source(source: Source, tokens: TokenFile) -> dict[str, Any]:
+    """What is learnt of a source and how often; ``about`` is for people, and may differ."""
+    share = {} if source.share is None else {"share": str(source.share)}
+    about = {
+        "documents": len(tokens.lengths),
+        "tokens": len(tokens.ids),
+        "content": tokens.content,
+        "tokenizer": tokens.tokenizer,
+    }
+    return {"sha256": tokens.digest, "weight": source.weight, **share, "about": about}
 
 
 def _of_stage(stage: Stage) -> dict[str, Any]:
@@ -89,6 +98,12 @@ def refuse_other_job(saved: Mapping[str, Any], own: Mapping[str, Any], *, where:
         UsageError: Naming the first field that differs.
     """
     for field, theirs, ours in _differences(saved, own, ""):
+        if data := _other_data(saved, own, field):
+            has, had, back = data
+            raise UsageError(
+                f"spec.{field}: the job has {has}, but the checkpoint {where} was made with {had}; "
+                f"put the {back} of then back, or give the job another checkpoint.uri"
+            )
         raise UsageError(
             f"spec.{field}: the job has {ours}, but the checkpoint {where} was made with {theirs}; "
             "change it back, or give the job another checkpoint.uri"
@@ -104,6 +119,8 @@ def _differences(theirs: object, ours: object, path: str) -> Iterator[tuple[str,
     """(path, theirs, ours) of everything that differs."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if key == "about":
+                continue
             below = f"{path}.{key}" if path else str(key)
             yield from _differences(theirs.get(key), ours.get(key), below)
     elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
@@ -111,6 +128,23 @@ def _differences(theirs: object, ours: object, path: str) -> Iterator[tuple[str,
             yield from _differences(*pair, f"{path}[{place}]")
     elif theirs != ours:
         yield path, _shown(theirs), _shown(ours)
+
+
+def _other_data(saved: Mapping[str, Any], own: Mapping[str, Any], field: str) -> tuple[str, str, str] | None:
+    """What the job has, what the checkpoint was made with, and what to put back; None for what is no data."""
+    found = re.fullmatch(r"stages\[(\d+)\]\.train\[(\d+)\]\.sha256", field)
+    if found is None:
+        return None
+    stage, source = map(int, found.groups())
+    old, new = (one["stages"][stage]["train"][source].get("about") for one in (saved, own))
+    if old is None or new is None:
+        return None
+    changed = [name for name in ("content", "tokenizer") if old[name] != new[name]]
+    words = {"content": "files of other content", "tokenizer": "another tokenizer or chat template"}
+    cause = " and ".join(words[name] for name in changed) or "another way of encoding them"
+    back = " and ".join({"content": "files", "tokenizer": "tokenizer"}[name] for name in changed) or "version"
+    had = f"{old['documents']} documents of {old['tokens']} tokens"
+    return f"{new['documents']} documents of {new['tokens']} tokens, from {cause}", had, back
 
 
 def _shown(value: object) -> str:

@@ -7,6 +7,7 @@ Pure functions of the job. Steps of the run count from 0 before a step is taken 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from unmask.diffusion.noise import NoiseConfig
 from unmask.diffusion.schedule import BlockSchedule
@@ -244,5 +245,12 @@ def _rate(rate: LearningRate, steps: int) -> RateSchedule:
 
 def _sources(sources: Sequence[DataSource], split: str) -> tuple[Source, ...]:
     return tuple(
-        Source(source.uri, source.format, source.weight, source.split or split) for source in sources
+        Source(
+            source.uri,
+            source.format,
+            source.weight,
+            source.split or split,
+            None if source.share is None else Fraction(source.share),
+        )
+        for source in sources
     )

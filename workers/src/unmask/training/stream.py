@@ -1,8 +1,9 @@
 """The order in which a stage sees its documents, and its only state: how many it has seen.
 
 A pass over the data is a permutation of all documents that depends on nothing but
-(seed, stage, pass). The next documents go into the next step's rows, as many as fit. So a
-step's batch is a function of the cursor alone, and a checkpoint holds that one number.
+(seed, stage, pass); of a mix in fixed proportions, each source has passes of its own. The
+next documents go into the next step's rows, as many as fit. So a step's batch is a
+function of the cursor alone, and a checkpoint holds that one number.
 
 Permutations sort the raw outputs of the counter-based generator Philox, which numpy
 guarantees never to change, where its ``permutation`` might.
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from unmask.diffusion.rows import uniform
 from unmask.training.corpus import Corpus
+from unmask.training.mixing import Mix
 from unmask.training.packing import Layout, lay_out, padded
 
 __all__ = ["DocumentStream", "Purpose", "philox_key"]
@@ -44,9 +46,14 @@ class DocumentStream:
         self._key = philox_key(seed, Purpose.ORDER, stage)
         self._length_key = philox_key(seed, Purpose.LENGTH, stage)
         self._pass = lru_cache(maxsize=2)(self._shuffled)
+        self._pass_of = lru_cache(maxsize=2 * len(corpus.mix.sizes) if corpus.mix else 0)(
+            self._shuffled_source
+        )
 
     def documents(self, cursor: int, count: int) -> NDArray[np.int64]:
         """Corpus numbers of documents ``cursor`` to ``cursor + count - 1`` of the stream."""
+        if self.corpus.mix is not None:
+            return self._mixed(self.corpus.mix, cursor, count)
         size = len(self.corpus.once_through)
         first, last = cursor // size, (cursor + max(count, 1) - 1) // size
         passes = np.concatenate([self._pass(number) for number in range(first, last + 1)])
@@ -99,7 +106,28 @@ class DocumentStream:
         kept = padded(1 + (sizes * length).astype(np.int64), multiple)
         return np.where(lots < share, np.minimum(lengths, kept), lengths)
 
+    def _mixed(self, mix: Mix, cursor: int, count: int) -> NDArray[np.int64]:
+        """As :meth:`documents`: each source is passed through in an order of its own, over and over."""
+        source, number = mix.drawn(cursor, count)
+        sizes = np.array(mix.sizes)
+        passes, place = np.divmod(number, sizes[source])
+        found = np.empty(count, np.int64)
+        for one in range(len(sizes)):
+            for pass_number in np.unique(passes[source == one]):
+                mine = (source == one) & (passes == pass_number)
+                found[mine] = self._pass_of(one, int(pass_number))[place[mine]]
+        found += (np.cumsum(sizes) - sizes)[source]
+        return found
+
+    def _shuffled_source(self, source: int, number: int) -> NDArray[np.int64]:
+        assert self.corpus.mix is not None, "the caller's part"
+        return self._order(self.corpus.mix.sizes[source], number, source + 1)
+
+    def _order(self, count: int, number: int, source: int) -> NDArray[np.int64]:
+        """Of ``count`` things, the order of pass ``number``; ``source`` counts from 1, 0: all."""
+        lots = np.random.Philox(key=self._key, counter=[0, number, source, 0]).random_raw(count)
+        return np.argsort(lots, kind="stable")
+
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         once_through = self.corpus.once_through
-        lots = np.random.Philox(key=self._key, counter=[0, number, 0, 0]).random_raw(len(once_through))
-        return once_through[np.argsort(lots, kind="stable")]
+        return once_through[self._order(len(once_through), number, 0)]

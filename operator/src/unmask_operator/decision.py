@@ -14,10 +14,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Decision", "Deletion", "Event", "JsonObject", "Observed", "Reconciler"]
+__all__ = [
+    "Answer",
+    "Decision",
+    "Deletion",
+    "Event",
+    "JsonObject",
+    "Observed",
+    "Question",
+    "Reconciler",
+]
 
 JsonObject = dict[str, Any]
 """A Kubernetes object, or a part of one, as JSON: keys in camel case."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask a pod over HTTP, between this pass and the next."""
+
+    uid: str
+    """``metadata.uid`` of the pod: its successor of the same name is another one."""
+    url: str
+    """``http://ADDRESS:PORT/PATH``; no redirect is followed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a pod last answered. Whoever can reach its port may have written it: check it."""
+
+    text: bytes
+    """The body, 4,096 bytes at most."""
+    at: float
+    """When it came, in seconds since 1970-01-01 UTC."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,8 @@ class Observed:
 
     Set, kept and tried again as ``conflicts`` are.
     """
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    """Pod's ``metadata.uid`` -> its last answer to what earlier decisions asked."""
     served: frozenset[str] = frozenset()
     """Group and version of the APIs that the cluster serves, such as ``scheduling.k8s.io/v1beta1``."""
 
@@ -99,6 +130,8 @@ class Decision:
     requeue_after: float | None = None
     """Seconds until the function is to be called again though nothing changed; ``None``: only upon a
     change."""
+    ask: Sequence[Question] = ()
+    """What to ask before the next pass; a question without an answer in two seconds is dropped."""
     events: Sequence[Event] = ()
     """Written before the status, so that a crash between the two repeats an event rather than losing it."""
 

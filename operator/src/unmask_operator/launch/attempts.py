@@ -4,9 +4,10 @@ from enum import Enum
 
 from unmask_api.exit_codes import ExitCode
 
-__all__ = ["Next", "after"]
+__all__ = ["FINAL", "Next", "after"]
 
-_FINAL = {ExitCode.USAGE, ExitCode.DATA, ExitCode.MODEL, ExitCode.DIVERGED}
+FINAL = frozenset({ExitCode.USAGE, ExitCode.DATA, ExitCode.MODEL, ExitCode.DIVERGED})
+"""What another attempt cannot mend."""
 
 
 class Next(Enum):
@@ -26,6 +27,6 @@ def after(exit_code: int, *, restarts: int, max_restarts: int) -> Next:
         return Next.DONE
     if exit_code == ExitCode.SAVED:
         return Next.RESUME
-    if exit_code in _FINAL or restarts >= max_restarts:
+    if exit_code in FINAL or restarts >= max_restarts:
         return Next.FAIL
     return Next.RESTART

@@ -17,6 +17,10 @@ def train(
     image: str = "",
     python: str = "python",
     module: str = "unmask.cli.main",
+    launcher: str = "unmask_operator.launch.agent",
+    min_nodes: int = 0,
+    max_nodes: int = 0,
+    max_restarts: int = 0,
 ) -> AppDef:
     """Train a diffusion language model: one elastic agent per node, each with its worker processes.
 
@@ -27,19 +31,23 @@ def train(
         image: container image
         python: the interpreter
         module: the module that each worker process runs
+        launcher: the module that runs torchrun
+        min_nodes: fewest machines to train on; 0 for neither fewer nor more than nodes
+        max_nodes: most machines to train on, with min_nodes
+        max_restarts: times that the worker processes are started again on their machines
     """
     agent = {
-        "nnodes": nodes,
+        "nnodes": f"{min_nodes}:{max_nodes}" if min_nodes else nodes,
         "nproc-per-node": processes_per_node,
         "rdzv-backend": "c10d",
-        "max-restarts": 0,
+        "max-restarts": max_restarts,
     }
     options = [f"--{name}={value}" for name, value in agent.items()]
     trainer = Role(
         name="trainer",
         image=image,
         entrypoint=python,
-        args=["-m", "unmask_operator.launch.agent", *options, "-m", module, "train", "--job", job],
+        args=["-m", launcher, *options, "-m", module, "train", "--job", job],
         num_replicas=nodes,
     )
     return AppDef(name="train", roles=[trainer])

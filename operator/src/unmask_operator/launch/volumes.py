@@ -14,9 +14,14 @@ from unmask_api.base import ApiModel
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator.launch.admission import FieldPath, field_path
 
-__all__ = ["resolve"]
+__all__ = ["claims", "resolve"]
 
 _SCHEME = "pvc://"
+
+
+def claims(job: DiffusionTrainJob) -> list[str]:
+    """Return the names of the volumes that ``job`` mentions, in order."""
+    return sorted({_claim(uri)[0] for _, uri in _uris(job, ()) if uri.startswith(_SCHEME)})
 
 
 def resolve(job: DiffusionTrainJob, folders: Mapping[str, Path]) -> DiffusionTrainJob:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.cluster import RECONCILER, START, Cluster
 from support import counts
+from support.cluster import RECONCILER, START, Cluster
 from unmask_operator.decision import Answer, Decision
 from unmask_operator.training import Settings, reconciler
 from unmask_operator.training.times import seconds, stamp

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support import counts
 from support.ranks import join, start_ranks, train_to_the_end
 from support.training import metrics, training_job
 from unmask.cli.main import main
@@ -159,3 +160,28 @@ def test_a_run_without_enough_measured_checkpoints_says_what_to_change(run, caps
     assert "1 checkpoints of stage answers are there and measured, but 3 are to be merged" in told
     assert "checkpoint.keepLast" in told
     assert not (folder / "never").exists()
+
+
+@pytest.mark.slow
+def test_the_mean_of_checkpoints_predicts_better_than_they_do_on_average(tmp_path, record_measurement):
+    """At a learning rate that never falls; whether it is better than the best of them is recorded."""
+    against_each, against_best = [], []
+    for seed in range(counts.of(sample=2, full=10)):
+        stage = BLOCKS | {"steps": 300, "merge": {"best": 8}} | SHARED | {"learningRate": {"peak": "1e-2"}}
+        values = {"spec.data.seed": seed, "spec.checkpoint.everySteps": 20, "spec.stages": [stage]}
+        values |= {"spec.evaluation": {"everySteps": 20, "batches": 4}}
+        train_to_the_end(job_in(tmp_path, f"seed-{seed}", **values))
+        lines = metrics(tmp_path / f"seed-{seed}")
+        (merged,) = [line for line in lines if line["kind"] == "merge"]
+        losses = evaluated(tmp_path / f"seed-{seed}", "blocks")
+        own = [losses[step] for step in merged["steps"]]
+        against_each.append(sum(own) / len(own) - merged["loss"])
+        against_best.append(min(own) - merged["loss"])
+    runs = len(against_each)
+    record_measurement(
+        "mean loss of 8 checkpoints less the loss of their mean, nats", sum(against_each) / runs
+    )
+    record_measurement("loss of the best of 8 less the loss of their mean, nats", sum(against_best) / runs)
+    record_measurement("runs whose best 8 checkpoints were merged", runs)
+    record_measurement("of them, runs whose mean is better than their best", sum(x > 0 for x in against_best))
+    assert sum(against_each) > 0

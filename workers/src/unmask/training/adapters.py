@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
 from torch import Tensor
 
 from unmask.errors import ModelError, UsageError
@@ -88,7 +89,7 @@ class AdaptedWeights(Weights):
         if self.leads:
             now = {name: tensor.detach().cpu().contiguous() for name, tensor in self.named.items()}
             with new_folder(path) as folder:
-                folder.write(_FILE, safetensors.torch.save(now))
+                folder.write(_FILE, bytes_of(now))
 
     def read_reference(self, path: Path) -> dict[str, Tensor]:
         """What :meth:`keep_reference` wrote.
@@ -98,7 +99,7 @@ class AdaptedWeights(Weights):
         """
         if verify_checksums(path) is None:
             raise ModelError(f"{path}: no such reference; restore it, or begin the run anew")
-        found = safetensors.torch.load(read_inside(path, _FILE))
+        found = tensors_of(read_inside(path, _FILE))
         shapes = {name: tensor.shape for name, tensor in self.named.items()}
         if {name: tensor.shape for name, tensor in found.items()} != shapes:
             raise ModelError(f"{path / _FILE}: holds other adapters than the job's")

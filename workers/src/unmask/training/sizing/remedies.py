@@ -92,7 +92,7 @@ def _candidates(spec: TrainSpec, shapes: Sequence[ModelShape], nodes: int) -> It
     arrangements: list[dict[str, object]] = [
         {"shard": own.shard, "replicas": own.replicas, "expert_parallel": own.expert_parallel}
     ]
-    if processes > 1:
+    if processes > 1 and spec.lora is None:  # adapters are not shared out
         arrangements += [
             {"shard": "Full", "replicas": None, "expert_parallel": number}
             for number in range(1, processes + 1)

@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-full lint format generate verify path lock bench clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full lint format generate verify path lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -10,6 +10,8 @@ from support import counts
 from support.ranks import join, start_ranks, train_to_the_end
 from support.training import metrics, preferences, training_job, write_data, write_lines
 
+pytestmark = pytest.mark.training
+
 SHARED = {"length": 32, "rowsPerStep": 4, "learningRate": {"peak": "1e-2", "warmupSteps": 2}}
 ANSWERS = {
     "name": "answers",

@@ -25,6 +25,8 @@ from unmask.training.records import Preference as Record
 from unmask.training.steps import Preference, gradient_step, micro_batches, model_inputs, preference_sums
 from unmask.training.stream import Purpose, philox_key
 
+pytestmark = pytest.mark.training
+
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 BAND = NoiseConfig(low=0.3, high=0.8, scope="document", weight="elbo")
 DPO = {"name": "prefer", "objective": "dpo", "blockSizes": [4], "steps": 4}

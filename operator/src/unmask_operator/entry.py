@@ -16,7 +16,7 @@ from unmask_operator.control.clock import SystemClock
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.manager import Manager
 from unmask_operator.decision import Reconciler
-from unmask_operator.reconcilers import RECONCILERS
+from unmask_operator.reconcilers import reconcilers
 from unmask_operator.resources import MANAGER
 
 __all__ = ["main", "parser"]
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="file that says where the cluster is; by default the pod's own account, or $KUBECONFIG",
     )
+    flags.add_argument("--image", help="container image of jobs that name none")
     flags.add_argument("--workers", type=_count, default=4, help="resources worked on at once (default: 4)")
     flags.add_argument(
         "--qps", type=_positive, default=20.0, help="requests a second in the long run (default: 20)"
@@ -71,17 +72,19 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main(arguments: Sequence[str] | None = None, reconcilers: Sequence[Reconciler] = RECONCILERS) -> int:
-    """Run the operator until it is told to stop; return the exit code."""
+def main(arguments: Sequence[str] | None = None, others: Sequence[Reconciler] | None = None) -> int:
+    """Run the operator until it is told to stop; return the exit code.
+
+    Args:
+        arguments: the command line, without the program; by default the process's own.
+        others: reconcilers to run instead of the built-in ones.
+    """
     flags = parser().parse_args(arguments)
     logging.basicConfig(
         level=flags.log_level,
         format="%(asctime)s %(levelname)s %(threadName)s %(message)s",
         stream=sys.stderr,
     )
-    if not reconcilers:
-        _log.error("this build has no custom resource to act upon")
-        return USAGE
     lease_namespace = flags.lease_namespace or _own_namespace() or flags.namespace
     if not lease_namespace:
         _log.error("no namespace for the lease outside of a pod; name one with --lease-namespace")
@@ -94,7 +97,7 @@ def main(arguments: Sequence[str] | None = None, reconcilers: Sequence[Reconcile
     manager = Manager(
         KubernetesTransport(client),
         SystemClock(),
-        reconcilers,
+        reconcilers(flags.image) if others is None else others,
         # Unlike that of any other process; a pod that starts anew keeps its name.
         identity=f"{socket.gethostname()}_{uuid.uuid4().hex[:12]}",
         namespace=flags.namespace,

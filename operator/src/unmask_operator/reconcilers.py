@@ -1,8 +1,15 @@
 """The custom resources that the operator acts upon, each with the function that decides about it."""
 
+from unmask_operator import training
 from unmask_operator.decision import Reconciler
 
-__all__ = ["RECONCILERS"]
+__all__ = ["RECONCILERS", "reconcilers"]
 
-RECONCILERS: tuple[Reconciler, ...] = ()
-"""One for each kind; the operator's permissions are made from it, too."""
+
+def reconcilers(image: str | None) -> tuple[Reconciler, ...]:
+    """Return one for each kind; ``image`` is run for resources that name none."""
+    return (training.reconciler(training.Settings(image=image)),)
+
+
+RECONCILERS = reconcilers(None)
+"""What the operator's permissions are made from, too."""

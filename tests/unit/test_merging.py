@@ -160,6 +160,7 @@ def test_the_best_steps_are_those_of_least_loss_and_the_later_of_two_alike():
         {"kind": "eval", "step": 3, "stage": "a", "loss": 1.0},
         {"kind": "eval", "step": 6, "stage": "a", "loss": float("nan")},
         {"kind": "step", "step": 6, "stage": "a", "loss": 0.5},
+        {"kind": "eval", "step": 7, "stage": "a", "loss": None},
         {"kind": "eval", "step": 9, "stage": "b", "loss": 0.1},
     ]
     assert losses_of(lines, "a") == {3: 1.0}

@@ -111,7 +111,9 @@ def losses_of(lines: Iterable[Mapping[str, Any]], stage: str) -> dict[int, float
     found = {
         int(line["step"]): float(line["loss"])
         for line in lines
-        if line["kind"] == "eval" and line["stage"] == stage
+        if line["kind"] == "eval"
+        and line["stage"] == stage
+        and line["loss"] is not None  # not finite, in JSON
     }
     return {step: loss for step, loss in found.items() if math.isfinite(loss)}
 

@@ -135,4 +135,7 @@ def start_training(job_file: Path, *, processes: int = 1, **environment: str) ->
 def metrics(run: Path) -> list[Json]:
     """The log without wall times, which alone may differ between two runs."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in {"seconds", "telemetry"}}
+        for line in lines
+    ]

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "Say what a training job takes, and whether it fits.",
     "run": "Run a training job on this machine.",
     "train": "Train: one worker process of a job.",
+    "plot": "Draw the curves of a training run.",
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
     "convert": "Convert a checkpoint on disk.",

@@ -59,6 +59,8 @@ class ModelInputs:
     """What the weighted sum is to be divided by; it adds up over micro-batches and ranks."""
     disturbance: Disturbance | None = None
     """What is added to the embeddings of masked tokens; None: nothing."""
+    ratio: Tensor | None = None
+    """float32 (M,): the probability with which each target was to be masked; None: without noise."""
     answer: Tensor | None = None
     """int64 (M,): which answer each prediction belongs to, where preferences are learnt."""
     answers: int = 0
@@ -72,6 +74,8 @@ class ModelInputs:
         }
         if self.answer is not None:
             moved["answer"] = self.answer.to(device)
+        if self.ratio is not None:
+            moved["ratio"] = self.ratio.to(device)
         if self.disturbance is not None:
             moved["disturbance"] = self.disturbance.to(device)
         return replace(self, **moved)
@@ -91,6 +95,8 @@ class _Copy:
     target: NDArray[np.int64]
     """What they should predict."""
     weight: NDArray[np.float32]
+    ratio: NDArray[np.float32]
+    """The probability with which each was to be masked; 0 in the clean copy."""
     lots: NDArray[np.int64]
     """What the disturbance of each embedding is drawn from; 0 where there is none."""
 
@@ -192,6 +198,7 @@ def two_copy(
         nothing.astype(np.bool_),
         rows.ids,
         nothing.astype(np.float32),
+        nothing.astype(np.float32),
         nothing,
     )
     copies = [*noisy, clean]
@@ -246,7 +253,7 @@ def _noisy_copies(
             if corruption.lots is not None:
                 lots = np.where(hidden, corruption.lots[view], 0)
             which = view * len(answers) + number + 1
-            copies.append(_Copy(ids, block, which, answer.kept, hidden, answer.ids, weight, lots))
+            copies.append(_Copy(ids, block, which, answer.kept, hidden, answer.ids, weight, ratio, lots))
     return copies
 
 
@@ -261,7 +268,8 @@ def _shifted(rows: PackedRows, copies: list[_Copy]) -> list[_Copy]:
     """The same, each token predicted from the place before: where that is in an earlier block, the clean one.
 
     A token at the clean place is predicted from the same logits whichever views masked it, so its weights
-    add up. The first token of a document has no place before it, and is not to be masked.
+    add up, and its ratio is that of the last of them. The first token of a document has no place before it,
+    and is not to be masked.
     """
     goes_on = np.zeros(rows.shape, np.bool_)
     goes_on[:, :-1] = (rows.document[:, 1:] == rows.document[:, :-1]) & (rows.document[:, :-1] >= 0)
@@ -271,14 +279,21 @@ def _shifted(rows: PackedRows, copies: list[_Copy]) -> list[_Copy]:
     across = goes_on & ~inside
 
     shifted, from_clean = [], np.zeros(rows.shape, np.float32)
+    clean_ratio = np.zeros(rows.shape, np.float32)
     for copy in copies:
         predicted, weight = _before(copy.predicted), _before(copy.weight)
+        ratio = _before(copy.ratio)
         target = np.where(goes_on, _before(copy.target), copy.target)
         if copy.view == CLEAN:
-            shifted.append(replace(copy, predicted=from_clean > 0, target=target, weight=from_clean))
+            shifted.append(
+                replace(copy, predicted=from_clean > 0, target=target, weight=from_clean, ratio=clean_ratio)
+            )
         else:
             from_clean += np.where(across & predicted, weight, 0)
-            shifted.append(replace(copy, predicted=inside & predicted, target=target, weight=weight))
+            clean_ratio = np.where(across & predicted, ratio, clean_ratio)
+            shifted.append(
+                replace(copy, predicted=inside & predicted, target=target, weight=weight, ratio=ratio)
+            )
     return shifted
 
 
@@ -317,6 +332,7 @@ def _assemble(
             gathered([copy.weight for copy in copies]).ravel()[predict].astype(np.float32)
         ),
         normaliser=normaliser,
+        ratio=torch.from_numpy(gathered([copy.ratio for copy in copies]).ravel()[predict].astype(np.float32)),
         disturbance=None
         if corruption.lots is None
         else Disturbance(tensor([copy.lots for copy in copies]), corruption.disturbance),

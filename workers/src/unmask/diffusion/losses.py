@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unmask.diffusion.layout import ModelInputs
 
-__all__ = ["confident_nll", "summed_loss", "token_nll"]
+__all__ = ["confident_nll", "loss_terms", "summed_loss", "token_nll"]
 
 _CHUNK_LOGITS = 1 << 25
 """Logits held at a time: 2^25, or 128 MiB of float32."""
@@ -79,12 +79,22 @@ def summed_loss(
     for the loss, which then depends on neither. With a ``confidence_weight``, each term is
     that of :func:`confident_nll`.
     """
+    terms = loss_terms(hidden_BSD, logits, inputs, confidence_weight=confidence_weight)
+    return (terms * inputs.weights).sum()
+
+
+def loss_terms(
+    hidden_BSD: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    inputs: ModelInputs,
+    *,
+    confidence_weight: float = 0.0,
+) -> Tensor:
+    """What :func:`summed_loss` weighs and adds up: float32 (M,)."""
     hidden_MD = hidden_BSD.flatten(0, 1).index_select(0, inputs.predict)
     if confidence_weight:
-        terms = confident_nll(hidden_MD, logits, inputs.targets, confidence_weight=confidence_weight)
-    else:
-        terms = token_nll(hidden_MD, logits, inputs.targets)
-    return (terms * inputs.weights).sum()
+        return confident_nll(hidden_MD, logits, inputs.targets, confidence_weight=confidence_weight)
+    return token_nll(hidden_MD, logits, inputs.targets)
 
 
 def _chunk(hidden_MD: Tensor, logits: Callable[[Tensor], Tensor]) -> int:

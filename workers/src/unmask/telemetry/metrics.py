@@ -1,4 +1,4 @@
-"""Every metric a server exports, declared once; exporter and reference page are made from this table.
+"""Every metric a server or a training job exports, declared once; exporters and the reference are made of it.
 
 A metric is a constant of this module, so recording an undeclared one cannot be written. No label tells
 requests apart: the number of time series does not depend on traffic. Which model and pod a series is of,
@@ -11,7 +11,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-__all__ = ["SERVING", "Metric", "Recorder"]
+__all__ = ["SERVING", "TRAINING", "Metric", "Recorder"]
 
 _PER_FORWARD = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -175,6 +175,101 @@ SERVING: tuple[Metric, ...] = (
     TOKENS_ACCEPTED_PER_STEP,
     TOKENS_EDITED,
     CANVAS_UPDATES_MERGED,
+)
+
+
+TRAIN_STEP = Metric(name="unmask_train_step", kind="gauge", help="Steps done in the run.")
+TRAIN_STEPS = Metric(
+    name="unmask_train_steps_total",
+    kind="counter",
+    help="Steps done by this process, by what became of them: Taken, NotFinite or Spike.",
+    labels=("verdict",),
+)
+TRAIN_ROLLBACKS = Metric(
+    name="unmask_train_rollbacks_total", kind="counter", help="Times that the run went back to a checkpoint."
+)
+TRAIN_LOSS = Metric(
+    name="unmask_train_loss",
+    kind="gauge",
+    help="Of the last step of each stage that was taken, in nats per predicted token or per bound of one.",
+    labels=("stage",),
+)
+TRAIN_LOSS_BY_RATIO = Metric(
+    name="unmask_train_loss_by_ratio",
+    kind="gauge",
+    help="Of the last step, the mean over the predictions whose ratio of masks is in a range, unweighted.",
+    labels=("stage", "ratio"),
+)
+TRAIN_EVAL_LOSS = Metric(
+    name="unmask_train_eval_loss", kind="gauge", help="Of the last measurement of a stage.", labels=("stage",)
+)
+TRAIN_GRAD_NORM = Metric(
+    name="unmask_train_grad_norm", kind="gauge", help="Of the last step's gradient, before clipping."
+)
+TRAIN_LEARNING_RATE = Metric(name="unmask_train_learning_rate", kind="gauge", help="Of the last step.")
+TRAIN_TOKENS = Metric(
+    name="unmask_train_tokens_total",
+    kind="counter",
+    help="Tokens that went into steps, over all processes: clean ones of documents, or those to be learnt.",
+    labels=("kind",),
+)
+TRAIN_TOKENS_PER_SECOND = Metric(
+    name="unmask_train_tokens_per_second",
+    kind="gauge",
+    help="Of the last step, over all processes: clean tokens of documents, or those to be learnt.",
+    labels=("kind",),
+)
+TRAIN_MFU = Metric(
+    name="unmask_train_mfu",
+    kind="gauge",
+    help="Useful operations of the last step, as a share of `telemetry.peakFlops` of all devices.",
+)
+TRAIN_STEP_SECONDS = Metric(
+    name="unmask_train_step_seconds",
+    kind="histogram",
+    help="Wall time of a step.",
+    buckets=(*_LATENCY, 120.0, 300.0),
+)
+TRAIN_PHASE_SECONDS = Metric(
+    name="unmask_train_phase_seconds_total",
+    kind="counter",
+    help="Wall time by phase: data, forward_backward, reduce, optimizer, checkpoint (waiting for one).",
+    labels=("phase",),
+)
+TRAIN_CHECKPOINT_WRITE_SECONDS = Metric(
+    name="unmask_train_checkpoint_write_seconds",
+    kind="gauge",
+    help="From the start to the commit of the last checkpoint that was written beside the training.",
+)
+TRAIN_EXPERT_IMBALANCE = Metric(
+    name="unmask_train_expert_imbalance",
+    kind="gauge",
+    help="For each router, tokens of the busiest expert over the mean, in the last step; 1 is balanced.",
+    labels=("router",),
+)
+TRAIN_EXPERTS_UNUSED = Metric(
+    name="unmask_train_experts_unused",
+    kind="gauge",
+    help="Experts of all routers that had no token in the last step.",
+)
+
+TRAINING: tuple[Metric, ...] = (
+    TRAIN_STEP,
+    TRAIN_STEPS,
+    TRAIN_ROLLBACKS,
+    TRAIN_LOSS,
+    TRAIN_LOSS_BY_RATIO,
+    TRAIN_EVAL_LOSS,
+    TRAIN_GRAD_NORM,
+    TRAIN_LEARNING_RATE,
+    TRAIN_TOKENS,
+    TRAIN_TOKENS_PER_SECOND,
+    TRAIN_MFU,
+    TRAIN_STEP_SECONDS,
+    TRAIN_PHASE_SECONDS,
+    TRAIN_CHECKPOINT_WRITE_SECONDS,
+    TRAIN_EXPERT_IMBALANCE,
+    TRAIN_EXPERTS_UNUSED,
 )
 
 

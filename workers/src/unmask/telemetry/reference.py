@@ -1,6 +1,6 @@
 """The reference page of the metrics, written from their table."""
 
-from unmask.telemetry.metrics import SERVING, Metric
+from unmask.telemetry.metrics import SERVING, TRAINING, Metric
 
 __all__ = ["markdown"]
 
@@ -20,6 +20,17 @@ request took part in (`unmask_tokens_per_forward`), denoise and persist (`..._de
 |---|---|---|---|
 """
 
+_TRAINING = """
+## Training
+
+The first process of a training job exports these at `http://HOST:PORT/metrics` if the manifest has
+`telemetry.port`; `/healthz` answers 200 while there is progress, and 503 once
+`runPolicy.hangTimeoutSeconds` have passed without.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+
 _BUCKETS = """
 ## Buckets
 
@@ -31,8 +42,9 @@ Upper bounds of the histograms; `+Inf` is the last of each.
 def markdown() -> str:
     """The content of ``docs/reference/metrics.md``."""
     rows = "\n".join(_row(metric) for metric in SERVING)
-    bounds = "\n".join(_bounds(metric) for metric in SERVING if metric.buckets)
-    return f"{_INTRODUCTION}{rows}\n{_BUCKETS}{bounds}\n"
+    training = "\n".join(_row(metric) for metric in TRAINING)
+    bounds = "\n".join(_bounds(metric) for metric in (*SERVING, *TRAINING) if metric.buckets)
+    return f"{_INTRODUCTION}{rows}\n{_TRAINING}{training}\n{_BUCKETS}{bounds}\n"
 
 
 def _row(metric: Metric) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from unmask.errors import DataError, HungError, LostPeerError, UnmaskError, UsageError
 from unmask.training.distributed import World, joined_world, lost_peer, rank_from_environment
+from unmask.training.exporting import Exporter
 from unmask.training.identity import first_difference
 from unmask.training.preparation import prepare
 from unmask.training.run_folder import RunFolder, Termination, write_termination_log
@@ -70,8 +71,10 @@ class _Attempt:
         self._folder = RunFolder(Path(job.spec.checkpoint.uri))
         self._trainer: Trainer | None = None
         self._said = False
+        limit_s = job.spec.run_policy.hang_timeout_seconds
+        self._exporter = Exporter(hang_timeout_s=limit_s)
         self._watchdog = Watchdog(
-            job.spec.run_policy.hang_timeout_seconds,
+            limit_s,
             report=lambda message: self.failed_by(HungError(message)),
         )
 
@@ -88,13 +91,16 @@ class _Attempt:
             with world.together():
                 preparation = prepare(self._job.spec, world)
             _refuse_different(preparation.identity, world, "data or model", DataError)
+            with world.together():
+                if world.leads:
+                    locks.enter_context(self._exporter.listening(self._job.spec.telemetry.port))
             self._trainer = Trainer(
                 preparation,
                 world,
                 self._folder,
                 stop_requested=stop_requested,
-                observe=self._observe,
-                progress=self._watchdog.beat,
+                observe=self._seen,
+                progress=self._progress,
             )
             with self._watchdog:
                 ending = self._trainer.run()
@@ -107,6 +113,14 @@ class _Attempt:
         self._report(termination)
         world.wait_for_all()
         return termination
+
+    def _seen(self, line: Mapping[str, Any]) -> None:
+        self._exporter.observe(line)
+        self._observe(line)
+
+    def _progress(self, done: str) -> None:
+        self._watchdog.beat(done)
+        self._exporter.progress()
 
     def explained(self, lost: UnmaskError) -> UnmaskError:
         """``lost``, with the reason for it where that is known."""

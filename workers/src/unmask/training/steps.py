@@ -6,7 +6,7 @@ many processes share them (a mean of means would weigh rows with few predictions
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from unmask.diffusion import layout, noise
 from unmask.diffusion.layout import ModelInputs
-from unmask.diffusion.losses import summed_loss, token_nll
+from unmask.diffusion.losses import loss_terms, summed_loss, token_nll
 from unmask.diffusion.preference import answer_bounds, margins, paired, preference_losses
 from unmask.diffusion.rows import PackedRows
 from unmask.models.base import LanguageModel
 from unmask.training.balance import BalanceLosses, Balancing
 from unmask.training.distributed import World
+from unmask.training.observation import StepWatch
 from unmask.training.plan import StagePlan
 from unmask.training.weights import Weights
 
@@ -163,6 +164,7 @@ def gradient_step(
     confidence_weight: float = 0.0,
     balancing: Balancing | None = None,
     preference: Preference | None = None,
+    watch: StepWatch | None = None,
 ) -> Totals:
     """Add up the gradient of the step over ``batches`` and over all processes.
 
@@ -177,15 +179,22 @@ def gradient_step(
         confidence_weight: Of the entropy of what is predicted rightly.
         balancing: Losses of the routers beside the objective's; None: there are none.
         preference: What the model is compared with, in a preference stage.
+        watch: What notes how the step goes; no result depends on it.
     """
     model = weights.computing
     totals = torch.tensor([0.0, 0.0, float(stop)], dtype=torch.float64, device=world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
 
     def loss_of(inputs: ModelInputs) -> Tensor:
+        inputs = inputs.to(world.device)
         if preference is None:
-            return objective_sum(model, inputs.to(world.device), confidence_weight=confidence_weight)
-        found = preference_sums(model, inputs.to(world.device), preference)
+            terms = loss_terms(
+                _hidden(model, inputs), model.logits, inputs, confidence_weight=confidence_weight
+            )
+            if watch is not None:
+                watch.note_losses(terms, inputs)
+            return (terms * inputs.weights).sum()
+        found = preference_sums(model, inputs, preference)
         sums.add_(found.detach())
         return found[0]
 
@@ -212,13 +221,16 @@ def gradient_step(
     else:
         for inputs in batches:
             learn(loss_of(inputs), inputs)
-    if counts is None:
-        counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
-        world.sum(*counts)
-    world.sum(totals)
-    if preference is not None:
-        world.sum(sums)
-    weights.sum_gradient(world)
+    with nullcontext() if watch is None else watch.phase("reduce"):
+        if counts is None:
+            counts = tuple(router.tokens_per_expert.clone() for router in model.routers())
+            world.sum(*counts)
+        world.sum(totals)
+        if preference is not None:
+            world.sum(sums)
+        weights.sum_gradient(world)
+        if watch is not None:
+            watch.add_up(world)
     for router in model.routers():
         router.tokens_per_expert.zero_()
     loss_sum, normaliser, stops = totals.tolist()

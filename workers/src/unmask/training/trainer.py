@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 
 from unmask.errors import DivergedError, UsageError
+from unmask.models.config import ModelConfig
 from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
@@ -35,10 +36,13 @@ from unmask.training.learner import Learner
 from unmask.training.manifest import StepsBefore, TrainingState
 from unmask.training.merging import best_of, losses_of, open_checkpoint
 from unmask.training.metrics_log import MetricsLog
+from unmask.training.observation import StepWatch
 from unmask.training.packing import make_rows
 from unmask.training.plan import StagePlan, stage_after
 from unmask.training.preparation import Preparation, PreparedStage
 from unmask.training.run_folder import RunFolder
+from unmask.training.sizing.flops import flops_of
+from unmask.training.sizing.shape import ModelShape, adapters_of, shape_of
 from unmask.training.stability import Past, Verdict, judge, remember
 from unmask.training.steps import Preference, Totals, gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key
@@ -109,6 +113,8 @@ class Trainer:
         with world.together():
             self._learner = self._first_learner()
         self._writer = BackgroundWriter()
+        self._saving_s = 0.0
+        self._shape: tuple[ModelConfig, ModelShape] | None = None
         self._beside = world
         if self._spec.checkpoint.asynchronous and self._learner.weights.shared_out:
             self._beside = world.beside()
@@ -258,24 +264,27 @@ class Trainer:
     def _one_step(self, stage: PreparedStage) -> bool:
         """Take one step and log it; whether any process was asked to stop."""
         started = time.monotonic()
+        watch = StepWatch(self._world.device)
         plan, stage_step = stage.plan, self._at.step - stage.plan.first_step
-        layout = stage.stream.step(
-            self._at.cursor,
-            rows=plan.rows,
-            length=plan.length,
-            multiple=plan.multiple(stage_step),
-            random_length=plan.random_length,
-        )
-        config = self._learner.model.config
-        rows = make_rows(
-            layout,
-            stage.stream.corpus,
-            rank=self._world.rank,
-            world=self._world.size,
-            responses_only=plan.responses_only,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-        )
+        with watch.phase("data"):
+            layout = stage.stream.step(
+                self._at.cursor,
+                rows=plan.rows,
+                length=plan.length,
+                multiple=plan.multiple(stage_step),
+                random_length=plan.random_length,
+            )
+            config = self._learner.model.config
+            rows = make_rows(
+                layout,
+                stage.stream.corpus,
+                rank=self._world.rank,
+                world=self._world.size,
+                responses_only=plan.responses_only,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            )
+            watch.note_rows(rows)
         key = philox_key(self._spec.data.seed, Purpose.NOISE, plan.index)
         block_length = plan.block_length(stage_step)
         batches = (
@@ -291,21 +300,23 @@ class Trainer:
         )
         totals = gradient_step(
             self._learner.weights,
-            batches,
+            watch.batches(batches),
             self._world,
             stop=self._stop_requested(),
             confidence_weight=plan.confidence_weight,
             balancing=Balancing.of(self._spec.balance),
             preference=self._preference(plan),
+            watch=watch,
         )
-        norm = self._learner.gradient_norm(totals)
-        verdict = self._judge(plan, totals, norm)
-        rate = plan.rate.at(stage_step)
-        if verdict is Verdict.TAKEN:
-            frozen = plan.freeze_router_bias or self._spec.lora is not None
-            self._learner.step(totals, rate, freeze_router_bias=frozen)
-        else:
-            self._learner.skip()
+        with watch.phase("optimizer"):
+            norm = self._learner.gradient_norm(totals)
+            verdict = self._judge(plan, totals, norm)
+            rate = plan.rate.at(stage_step)
+            if verdict is Verdict.TAKEN:
+                frozen = plan.freeze_router_bias or self._spec.lora is not None
+                self._learner.step(totals, rate, freeze_router_bias=frozen)
+            else:
+                self._learner.skip()
         self._at.step += 1
         self._at.cursor += len(layout.document)
         balance = totals.balance
@@ -324,12 +335,36 @@ class Trainer:
                 "lr": rate,
                 "tokens": layout.tokens,
                 **losses,
-                "seconds": time.monotonic() - started,
+                "seconds": (seconds := time.monotonic() - started),
             }
             | totals.measures
+            | {"telemetry": self._telemetry(plan, watch, totals, tokens=layout.tokens, seconds=seconds)}
             | ({} if verdict is Verdict.TAKEN else {"skipped": verdict.value})
         )
         return totals.stop
+
+    def _telemetry(
+        self, plan: StagePlan, watch: StepWatch, totals: Totals, *, tokens: int, seconds: float
+    ) -> dict[str, Any]:
+        config = self._learner.model.config
+        if self._shape is None or self._shape[0] is not config:
+            self._shape = (config, shape_of(config))
+        shape, lora = self._shape[1], self._spec.lora
+        flops = flops_of(
+            shape,
+            watch.work(tokens),
+            reference=plan.objective == "dpo",
+            adapters=adapters_of(shape, lora)[0] if lora else 0,
+        )
+        watch.seconds["checkpoint"], self._saving_s = self._saving_s, 0.0
+        peak = self._spec.telemetry.peak_flops
+        return watch.summary(
+            tokens=tokens,
+            seconds=seconds,
+            useful_flops=flops.useful,
+            peak_flops=float(peak) * self._world.size if peak is not None else None,
+            expert_tokens=totals.expert_tokens,
+        ) | ({"checkpoint_write_seconds": self._writer.seconds} if self._writer.seconds else {})
 
     def _write_reference(self, plan: StagePlan) -> None:
         """Keep the model as it is when a preference stage begins: restarts within the stage need it too."""
@@ -523,6 +558,7 @@ class Trainer:
 
     def _save(self, plan: StagePlan, *, wait: bool) -> None:
         """Commit a checkpoint: now, or beside the steps that follow unless all are to ``wait`` for it."""
+        started = time.monotonic()
         self._finish_writing()
         with self._world.together():
             if self._world.leads:
@@ -552,6 +588,7 @@ class Trainer:
         elif not beside:
             with self._world.together():
                 self.checkpoint = (save() if writes else None) or self.checkpoint
+        self._saving_s += time.monotonic() - started
 
     def _finish_writing(self) -> None:
         """Wait for the checkpoint that is being written.

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from unmask_operator.control.executor import contains
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.lease import Elector
 from unmask_operator.control.metrics import Metrics
+from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
+from unmask_operator.decision import Question
 from unmask_operator.reconcilers import RECONCILERS
 from unmask_operator.resources import LEASE, RESOURCES
 
@@ -451,6 +455,46 @@ def test_health_is_served_within_limits() -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+# Questions
+
+
+def test_pods_are_asked_for_short_answers() -> None:
+    class Pod(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/elsewhere":
+                self.send_response(302)
+                self.send_header("Location", "/progress")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x" * (10 if self.path == "/progress" else 100_000))
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pod)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+    questions = Questions(Clock())
+    try:
+        for uid, address in {
+            "short": f"http://127.0.0.1:{port}/progress",
+            "long": f"http://127.0.0.1:{port}/long",
+            "elsewhere": f"http://127.0.0.1:{port}/elsewhere",
+            "name": f"http://localhost:{port}/progress",
+            "file": "file:///etc/hostname",
+            "nobody": "http://127.0.0.1:1/progress",
+        }.items():
+            questions.ask([Question(uid, address)])
+    finally:
+        server.shutdown()
+        server.server_close()
+    answers = questions.answers()
+    assert {uid: len(one.text) for uid, one in answers.items()} == {"short": 10, "long": 4096}
+    assert answers["short"].at == Clock().now()
 
 
 # Permissions

@@ -11,6 +11,7 @@ from unmask_operator.control.clock import Clock
 from unmask_operator.control.events import EventRecorder
 from unmask_operator.control.executor import Executor, Expectations, Later, Outcome
 from unmask_operator.control.metrics import Metrics
+from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
 from unmask_operator.decision import JsonObject, Observed, Reconciler
@@ -59,6 +60,7 @@ class Controller:
         self._clock = clock
         self._metrics = metrics
         self._served = served
+        self._questions = Questions(clock)
         self._expectations = Expectations(caches)
         self._executor = Executor(api, EventRecorder(api, clock, identity), self._expectations, metrics.wrote)
         self._kinds = tuple(dict.fromkeys((*reconciler.owns, *reconciler.reads)))
@@ -125,6 +127,7 @@ class Controller:
         observed = self._observe(resource)
         decision = self.reconciler.decide(observed)
         outcome = self._executor.carry_out(observed, decision)
+        self._questions.ask(decision.ask)
         tried = {(child["kind"], child["metadata"]["name"]) for child in decision.apply}
         if self._remember(uid, outcome, tried):
             self.queue.retry(key)
@@ -153,7 +156,8 @@ class Controller:
                 if one["kind"] == kind and one["metadata"]["namespace"] == namespace
             ]
             children[kind] = sorted(of_kind, key=lambda one: str(one["metadata"]["name"]))
-        observed = Observed(resource, children, self._clock.now(), served=self._served())
+        answers = {uid: answer for uid, answer in self._questions.answers().items() if uid in seen}
+        observed = Observed(resource, children, self._clock.now(), served=self._served(), answers=answers)
         since, outcome = self._refused.get(resource["metadata"]["uid"], (0.0, Outcome()))
         if self._clock.steady() - since > _REMEMBERED:
             return observed

@@ -156,7 +156,7 @@ class Rendezvous(ApiModel):
     join_timeout_seconds: Seconds = 600
     """Longest time to wait for the other pods."""
     process_group_timeout_seconds: Seconds = 600
-    """Longest time of a collective operation before its process gives up."""
+    """With GPUs, the longest time that NCCL's watchdog waits for a sign of life before its process ends."""
 
 
 class Gang(ApiModel):

@@ -242,7 +242,6 @@ def _environment(attempt: Attempt) -> dict[str, str]:
         "UNMASK_ATTEMPT": str(attempt.number),
         "UNMASK_PROGRESS_PORT": str(spec.observability.port),
         "UNMASK_GRACE_SECONDS": str(spec.termination_grace_period_seconds),
-        "UNMASK_COLLECTIVE_TIMEOUT_SECONDS": str(spec.rendezvous.process_group_timeout_seconds),
         "OMP_NUM_THREADS": str(_threads(attempt.job)),
         "HOME": "/tmp",
         "PYTHONSAFEPATH": "1",

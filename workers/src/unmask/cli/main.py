@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "Check manifests as a cluster would.",
     "explain": "Describe the fields of a manifest.",
     "plan": "Say what a training job takes, and whether it fits.",
+    "data": "Encode the data of a job, and say what they hold.",
     "run": "Run a training job on this machine.",
     "train": "Train: one worker process of a job.",
     "plot": "Draw the curves of a training run.",

@@ -12,7 +12,7 @@ from unmask.errors import UsageError
 if TYPE_CHECKING:
     from unmask_api.train_job import DiffusionTrainJob
 
-__all__ = ["command"]
+__all__ = ["command", "volume_option"]
 
 
 def _folders(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
@@ -25,9 +25,7 @@ def _folders(context: click.Context, option: click.Parameter, values: tuple[str,
     return folders
 
 
-@click.command("run", short_help="Run a training job on this machine.")
-@click.option("-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The manifest.")
-@click.option(
+volume_option = click.option(
     "--volume",
     "folders",
     multiple=True,
@@ -35,6 +33,11 @@ def _folders(context: click.Context, option: click.Parameter, values: tuple[str,
     callback=_folders,
     help="The folder that stands for pvc://NAME; once for each volume.",
 )
+
+
+@click.command("run", short_help="Run a training job on this machine.")
+@click.option("-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The manifest.")
+@volume_option
 @click.option("--dry-run", is_flag=True, help="Print the application and the trainer's job file only.")
 @click.pass_context
 def command(context: click.Context, path: Path, folders: dict[str, Path], dry_run: bool) -> None:

@@ -17,9 +17,17 @@ from unmask.models.conversion import converted_config, extended_config
 from unmask.models.loading import build
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Source
-from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, TrainSpec
+from unmask_api.train_job import DataSource, LearningRate, Noise, Objective, Stage, StageData, TrainSpec
 
-__all__ = ["RateSchedule", "StagePlan", "check_fit", "plan_stages", "stage_after", "with_context"]
+__all__ = [
+    "RateSchedule",
+    "StagePlan",
+    "check_fit",
+    "plan_stages",
+    "sources_of",
+    "stage_after",
+    "with_context",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +249,11 @@ def _rate(rate: LearningRate, steps: int) -> RateSchedule:
         steps=steps,
         cosine=rate.decay == "Cosine",
     )
+
+
+def sources_of(data: StageData) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+    """What is learnt from, and what is measured on."""
+    return _sources(data.train, "train"), _sources(data.validation, "validation")
 
 
 def _sources(sources: Sequence[DataSource], split: str) -> tuple[Source, ...]:

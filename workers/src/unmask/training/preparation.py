@@ -26,7 +26,7 @@ from unmask.training.sharding.plan import check_parallelism
 from unmask.training.stream import DocumentStream
 from unmask_api.train_job import TrainSpec
 
-__all__ = ["PreparedStage", "Preparation", "first_model", "prepare"]
+__all__ = ["PreparedStage", "Preparation", "first_model", "prepare", "starting_point"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,12 @@ def _base_digest(spec: TrainSpec, world: World) -> str | None:
     with world.together():
         own = weights_digest(Path(uri)) if world.leads else ""
     return world.all_bytes(own.encode())[0].decode()
+
+
+def starting_point(spec: TrainSpec) -> tuple[ModelConfig, Tokenizer]:
+    """The configuration of the model that the run starts from, and the tokenizer."""
+    config = _config(spec)
+    return config, _tokenizer(spec, config)
 
 
 def first_model(spec: TrainSpec, config: ModelConfig, device: torch.device) -> LanguageModel:

@@ -105,7 +105,7 @@ def test_torchx_and_kubernetes_are_the_pair_that_is_tested():
 
 
 def test_what_the_sources_import_is_declared():
-    everything = {*declared(), *declared("worker", "operator", "eval")}
+    everything = {*declared(), *declared("worker", "operator", "data", "eval")}
     assert imports("operator/src", "workers/src") <= everything
 
 
@@ -115,7 +115,7 @@ def test_what_the_operator_and_the_client_import_is_declared_for_them():
 
 
 def test_what_is_declared_is_imported():
-    everything = {*declared(), *declared("worker", "operator", "eval")}
+    everything = {*declared(), *declared("worker", "operator", "data", "eval")}
     assert everything - imports("operator/src", "workers/src") - INDIRECT.keys() == set()
 
 

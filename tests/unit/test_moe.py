@@ -57,6 +57,41 @@ def test_tokens_are_counted_in_training_alone():
     assert made.tokens_per_expert.sum() == 5 * 2
 
 
+def kept(compute):
+    """Elements of the distinct tensors that autograd keeps of ``compute``, and the result."""
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        result = compute()
+    return sum(t.untyped_storage().nbytes() for t in storages.values()), result
+
+
+def test_experts_keep_gates_and_ups_and_no_copies_of_tokens():
+    experts = stacked(6, 64, 8)
+    hidden = torch.randn(50, 64, requires_grad=True)
+    routing = Routing(torch.randint(0, 6, (50, 2)), torch.rand(50, 2))
+    size, _ = kept(lambda: experts(hidden, routing))
+    weights = sum(p.numel() for p in experts.parameters())
+    gates_and_ups = 100 * 2 * 8
+    indices = 100 * 8 + 6 * 8
+    assert size <= 4 * (hidden.numel() + weights + gates_and_ups + 100) + indices
+    assert size < 4 * (weights + 100 * 64 + gates_and_ups)  # no room for a copy of each routed token
+
+
+def test_experts_are_exact_in_float64():
+    experts = stacked(6, 16, 8, torch.float64)
+    routing = Routing(torch.randint(0, 5, (9, 2)), torch.rand(9, 2, dtype=torch.float64).requires_grad_())
+    hidden = torch.randn(9, 16, dtype=torch.float64, requires_grad=True)
+    inputs = [hidden, routing.weights, *experts.parameters()]
+    fast, slow = experts(hidden, routing), experts_one_by_one(experts, hidden, routing)
+    upstream = torch.randn_like(fast)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-13)
+    pairs = zip(*(torch.autograd.grad(out, inputs, upstream) for out in (fast, slow)), strict=True)
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def stacked(num_experts, hidden, width, dtype=torch.float32):
     torch.manual_seed(0)
     experts = Experts(num_experts, hidden, width).to(dtype)

@@ -11,7 +11,7 @@ chosen per token, I expert width, N = T x K routed copies.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,11 +159,61 @@ class Experts(nn.Module):
         ends_E = torch.bincount(chosen_N, minlength=len(self.gate_up_proj)).cumsum(0)
         token_N = order_N.div(routing.experts.shape[1], rounding_mode="floor")
 
-        routed_ND = hidden_TD.index_select(0, token_N)
-        gate_NI, up_NI = grouped_linear(routed_ND, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        out_ND = grouped_linear(F.silu(gate_NI) * up_NI, self.down_proj, ends_E)
-        out_ND = out_ND * routing.weights.flatten()[order_N].unsqueeze(1).to(out_ND.dtype)
-        return torch.zeros_like(hidden_TD).index_add(0, token_N, out_ND)
+        weights_N = routing.weights.flatten()[order_N].to(hidden_TD.dtype)
+        out: Tensor = _Routed.apply(hidden_TD, weights_N, self.gate_up_proj, self.down_proj, token_N, ends_E)
+        return out
+
+
+class _Routed(torch.autograd.Function):
+    """What experts make of the tokens sent to them, added up by token; keeps gates and ups alone.
+
+    Copies of the tokens, products of gates and ups, and the experts' results are what a
+    layer's memory is spent on: K copies of D numbers each. They are gathered or computed
+    again, none of which is a matrix product. A weight's gradient needs the expert's result
+    only in its product with the upstream gradient, which is that of the inner product
+    with the upstream gradient taken through ``down_proj``, a step on the way in any case.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weights_N: Tensor,
+        gate_up_EOD: Tensor,
+        down_EDI: Tensor,
+        token_N: Tensor,
+        ends_E: Tensor,
+    ) -> Tensor:
+        """The weighted sum of each token's experts, (T, D); ``token_N`` are the tokens sorted by expert."""
+        gate_up_NO = grouped_linear(hidden_TD.index_select(0, token_N), gate_up_EOD, ends_E)
+        gate_NI, up_NI = gate_up_NO.chunk(2, dim=-1)
+        out_ND = grouped_linear(F.silu(gate_NI).mul_(up_NI), down_EDI, ends_E).mul_(weights_N.unsqueeze(1))
+        ctx.save_for_backward(hidden_TD, weights_N, gate_up_EOD, down_EDI, token_N, ends_E, gate_up_NO)
+        return torch.zeros_like(hidden_TD).index_add_(0, token_N, out_ND)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weights and both projections."""
+        hidden_TD, weights_N, gate_up_EOD, down_EDI, token_N, ends_E, gate_up_NO = ctx.saved_tensors
+        gate_NI, up_NI = gate_up_NO.chunk(2, dim=-1)
+        up_ND = upstream[0].index_select(0, token_N)
+        slope_NI = torch.sigmoid(gate_NI)
+        silu_NI = gate_NI * slope_NI
+        inner_NI = silu_NI * up_NI
+        grad_NI = grouped_linear(up_ND, down_EDI.transpose(1, 2), ends_E)
+        weights_grad_N = (grad_NI * inner_NI).sum(-1)
+        down_grad = _grouped_outer(up_ND, inner_NI.mul_(weights_N.unsqueeze(1)), ends_E)
+        del up_ND, inner_NI
+        grad_NI.mul_(weights_N.unsqueeze(1))
+        # silu'(x) = s + x s (1 - s), with s the sigmoid of x.
+        slope_NI.add_(silu_NI * (1 - slope_NI)).mul_(up_NI).mul_(grad_NI)
+        gate_up_grad_NO = torch.cat((slope_NI, silu_NI.mul_(grad_NI)), dim=-1)
+        del slope_NI, silu_NI, grad_NI
+        gate_up_grad = _grouped_outer(gate_up_grad_NO, hidden_TD.index_select(0, token_N), ends_E)
+        routed_grad_ND = grouped_linear(gate_up_grad_NO, gate_up_EOD.transpose(1, 2), ends_E)
+        hidden_grad = torch.zeros_like(hidden_TD).index_add_(0, token_N, routed_grad_ND)
+        return hidden_grad, weights_grad_N, gate_up_grad, down_grad, None, None
 
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -172,6 +222,16 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         parts = x_NI.tensor_split(ends_E[:-1].cpu())
         return torch.cat([x @ weight.T for x, weight in zip(parts, weight_EOI.unbind(), strict=True)])
     product: Tensor = F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+    return product
+
+
+def _grouped_outer(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor) -> Tensor:
+    """The gradient of :func:`grouped_linear`'s weights: left^T right of each expert's rows, (E, O, I)."""
+    if left_NO.dtype == torch.float64:
+        cuts = ends_E[:-1].cpu()
+        pairs = zip(left_NO.tensor_split(cuts), right_NI.tensor_split(cuts), strict=True)
+        return torch.stack([left.T @ right for left, right in pairs])
+    product: Tensor = F.grouped_mm(left_NO.T, right_NI, offs=ends_E.to(torch.int32))
     return product
 
 

@@ -104,7 +104,12 @@ def _gathered(shape: ModelShape, b: int, plan: ShardingPlan) -> int:
 
 
 def activations_of_layer(
-    shape: ModelShape, layer: LayerShape, precision: Precision, *, fused_norms: bool = True
+    shape: ModelShape,
+    layer: LayerShape,
+    precision: Precision,
+    *,
+    fused_norms: bool = True,
+    spread_experts: bool = False,
 ) -> int:
     """Bytes per position that autograd keeps of ``layer``.
 
@@ -114,6 +119,7 @@ def activations_of_layer(
         precision: Number format of the forward.
         fused_norms: Whether a norm is one kernel that keeps its input, as on a GPU, or is made of steps
             that keep a float32 copy of input and result, as on a CPU.
+        spread_experts: Whether experts are dealt out to processes.
     """
     b, q, k = _bytes(precision), shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * _norm(shape.hidden, b, fused_norms) + 2 * shape.hidden * b  # the results are products' inputs
@@ -123,14 +129,14 @@ def activations_of_layer(
         # Their input is the projection, kept already, but for a float32 copy of it.
         attended += 4 * (shape.heads + shape.kv_heads)
         attended += 0 if fused_norms else (q + k) * (4 if b == 4 else 8)
-    return norms + projected + attended + _feed_forward(shape, layer, b)
+    return norms + projected + attended + _feed_forward(shape, layer, b, spread=spread_experts)
 
 
 def _norm(width: int, b: int, fused: bool) -> int:
     return width * b + 4 if fused else 8 * width + 4
 
 
-def _feed_forward(shape: ModelShape, layer: LayerShape, b: int) -> int:
+def _feed_forward(shape: ModelShape, layer: LayerShape, b: int, *, spread: bool) -> int:
     """Gate, its silu, up, and their product: four times the inner width; and the routing."""
     dense = 4 * layer.dense_width * b
     if not layer.experts:
@@ -138,7 +144,10 @@ def _feed_forward(shape: ModelShape, layer: LayerShape, b: int) -> int:
     K, E, D = layer.chosen, layer.num_experts, shape.hidden
     in_float32 = 4 * D if b < 4 else 0  # routers compute in float32
     routing = in_float32 + 4 * E + 4 * K + 3 * 8 * K + K * b  # scores, weights, three indices, weights again
-    routed = K * (3 * D + 4 * layer.expert_width) * b  # input, result, and that weighted
+    # Gates and ups alone where a process has all experts; the rest is computed again.
+    routed = K * 2 * layer.expert_width * b
+    if spread:  # sent away and back: input, result, and that weighted; and all that an expert makes
+        routed = K * (3 * D + 4 * layer.expert_width) * b
     return dense + routing + routed
 
 
@@ -167,7 +176,8 @@ def memory_of(
     """
     weights, gradients, optimizer = states_of(shape, precision, plan, lora)
     b = _bytes(precision)
-    layers = [activations_of_layer(shape, layer, precision) for layer in shape.layers]
+    spread = plan is not None and plan.experts > 1
+    layers = [activations_of_layer(shape, layer, precision, spread_experts=spread) for layer in shape.layers]
     kept = sum(layers)
     if recompute:  # each layer's input, and which experts were chosen; one layer at a time has everything
         kept = sum(shape.hidden * b + 8 * layer.chosen for layer in shape.layers) + max(layers)

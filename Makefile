@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full lint format generate verify path lock bench clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ bench: setup ## Time block generation on this machine and write benchmarks/gener
 
 ablations: setup ## Train the quickstart without each of its parts, over SEEDS seeds, and report (hours)
 	@$(RUN) python benchmarks/ablations.py --seeds $(or $(SEEDS),3) --report docs/reports/ablations
+
+bench-train: setup ## Time a training step against the public recipe's, for speed and memory (minutes)
+	@$(RUN) python benchmarks/training.py $(BENCH)
 
 clean: ## Remove this checkout's environment and the tools' caches
 	rm -rf "$(VENV)" .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -19,6 +19,10 @@ __all__ = ["confident_nll", "loss_terms", "summed_loss", "token_nll"]
 _CHUNK_LOGITS = 1 << 25
 """Logits held at a time: 2^25, or 128 MiB of float32."""
 
+_CHUNK_LOGITS_ON_CPU = 1 << 23
+"""The same on a CPU, whose matrix products need fewer rows: what is held here comes on top of all that a
+model keeps for backward."""
+
 
 def token_nll(
     hidden_MD: Tensor, logits: Callable[[Tensor], Tensor], targets_M: Tensor, *, chunk: int | None = None
@@ -29,7 +33,7 @@ def token_nll(
         hidden_MD: Final hidden states at the predicted positions.
         logits: The model's output layer, (n, D) to float32 (n, vocabulary).
         targets_M: int64.
-        chunk: Positions per call of ``logits``; by default as many as 128 MiB of logits hold.
+        chunk: Positions per call of ``logits``; by default those of 128 MiB of logits, on a CPU of 32 MiB.
     """
 
     def nll(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -99,7 +103,8 @@ def loss_terms(
 
 def _chunk(hidden_MD: Tensor, logits: Callable[[Tensor], Tensor]) -> int:
     """Positions whose logits together are within the limit."""
-    return max(1, _CHUNK_LOGITS // logits(hidden_MD[:0]).shape[-1])
+    limit = _CHUNK_LOGITS_ON_CPU if hidden_MD.device.type == "cpu" else _CHUNK_LOGITS
+    return max(1, limit // logits(hidden_MD[:0]).shape[-1])
 
 
 def _in_chunks(

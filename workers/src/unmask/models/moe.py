@@ -194,7 +194,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weights and both projections."""
+        """Gradients of hidden states, weights and both projections; of a frozen projection, none."""
         hidden_TD, weights_N, gate_up_EOD, down_EDI, token_N, ends_E, gate_up_NO = ctx.saved_tensors
         gate_NI, up_NI = gate_up_NO.chunk(2, dim=-1)
         up_ND = upstream[0].index_select(0, token_N)
@@ -203,14 +203,17 @@ class _Routed(torch.autograd.Function):
         inner_NI = silu_NI * up_NI
         grad_NI = grouped_linear(up_ND, down_EDI.transpose(1, 2), ends_E)
         weights_grad_N = (grad_NI * inner_NI).sum(-1)
-        down_grad = _grouped_outer(up_ND, inner_NI.mul_(weights_N.unsqueeze(1)), ends_E)
+        down_grad = gate_up_grad = None
+        if ctx.needs_input_grad[3]:
+            down_grad = _grouped_outer(up_ND, inner_NI.mul_(weights_N.unsqueeze(1)), ends_E)
         del up_ND, inner_NI
         grad_NI.mul_(weights_N.unsqueeze(1))
         # silu'(x) = s + x s (1 - s), with s the sigmoid of x.
         slope_NI.add_(silu_NI * (1 - slope_NI)).mul_(up_NI).mul_(grad_NI)
         gate_up_grad_NO = torch.cat((slope_NI, silu_NI.mul_(grad_NI)), dim=-1)
         del slope_NI, silu_NI, grad_NI
-        gate_up_grad = _grouped_outer(gate_up_grad_NO, hidden_TD.index_select(0, token_N), ends_E)
+        if ctx.needs_input_grad[2]:
+            gate_up_grad = _grouped_outer(gate_up_grad_NO, hidden_TD.index_select(0, token_N), ends_E)
         routed_grad_ND = grouped_linear(gate_up_grad_NO, gate_up_EOD.transpose(1, 2), ends_E)
         hidden_grad = torch.zeros_like(hidden_TD).index_add_(0, token_N, routed_grad_ND)
         return hidden_grad, weights_grad_N, gate_up_grad, down_grad, None, None

@@ -21,6 +21,7 @@ from unmask.models.base import Cache, LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.feedforward import FeedForward
 from unmask.models.moe import MixtureOfExperts, Router
+from unmask.models.norm import RMSNorm
 from unmask.models.rotary import Rotation
 
 __all__ = ["Attention", "Layer", "Rotary", "Transformer", "pre_norm_layer"]
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             widths = (
                 (heads * head_dim, kv_heads * head_dim) if self.normalises_all_heads else (head_dim, head_dim)
             )
-            self.query_norm, self.key_norm = (nn.RMSNorm(width, eps=norm_eps) for width in widths)
+            self.query_norm, self.key_norm = (RMSNorm(width, eps=norm_eps) for width in widths)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
@@ -107,9 +108,9 @@ class Layer(nn.Module):
     ) -> None:
         """Put the parts together."""
         super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.attention_norm = RMSNorm(hidden_size, eps=norm_eps)
         self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.feed_forward_norm = RMSNorm(hidden_size, eps=norm_eps)
         self.feed_forward = feed_forward
 
     def forward(
@@ -163,7 +164,7 @@ class Transformer(LanguageModel):
         self.rotary = rotary
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = None if tied_output else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden(

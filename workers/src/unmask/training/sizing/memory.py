@@ -108,32 +108,21 @@ def activations_of_layer(
     layer: LayerShape,
     precision: Precision,
     *,
-    fused_norms: bool = True,
     spread_experts: bool = False,
 ) -> int:
-    """Bytes per position that autograd keeps of ``layer``.
+    """Bytes per position that autograd keeps of ``layer``; of a norm, its input.
 
     Args:
         shape: The model.
         layer: One of its layers.
         precision: Number format of the forward.
-        fused_norms: Whether a norm is one kernel that keeps its input, as on a GPU, or is made of steps
-            that keep a float32 copy of input and result, as on a CPU.
         spread_experts: Whether experts are dealt out to processes.
     """
     b, q, k = _bytes(precision), shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * _norm(shape.hidden, b, fused_norms) + 2 * shape.hidden * b  # the results are products' inputs
+    norms = 4 * shape.hidden * b  # inputs and results of two, the latter as inputs of products
     projected = (q + 2 * k) * b
     attended = (q + k) * b + 2 * q * b + 4 * shape.heads  # turned; result, twice; one sum per head
-    if layer.query_key_norm:
-        # Their input is the projection, kept already, but for a float32 copy of it.
-        attended += 4 * (shape.heads + shape.kv_heads)
-        attended += 0 if fused_norms else (q + k) * (4 if b == 4 else 8)
     return norms + projected + attended + _feed_forward(shape, layer, b, spread=spread_experts)
-
-
-def _norm(width: int, b: int, fused: bool) -> int:
-    return width * b + 4 if fused else 8 * width + 4
 
 
 def _feed_forward(shape: ModelShape, layer: LayerShape, b: int, *, spread: bool) -> int:
@@ -181,7 +170,7 @@ def memory_of(
     kept = sum(layers)
     if recompute:  # each layer's input, and which experts were chosen; one layer at a time has everything
         kept = sum(shape.hidden * b + 8 * layer.chosen for layer in shape.layers) + max(layers)
-    ends = _norm(shape.hidden, b, fused=True) + shape.hidden * b
+    ends = 2 * shape.hidden * b
     most = min(predictions, max(1, CHUNK_BYTES // 4 // shape.vocabulary))
     per_logit = 3 * 4 + (2 * b if b < 4 else 0)  # scores, log-softmax, gradient; also in bfloat16
     routers = sum(layer.num_experts * (8 + 4 * layer.biased) for layer in shape.layers)

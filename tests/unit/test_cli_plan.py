@@ -53,12 +53,12 @@ def test_json_holds_what_is_printed_and_more(capsys, manifest):
 
 def test_what_cannot_fit_is_refused_with_what_would_fit(capsys, manifest):
     manifest.write_text(json.dumps(changed(train_job(), CONVERT | {"spec.parallelism.microBatchRows": 4})))
-    code, out, err = run(capsys, "-f", manifest, "--memory", 4.001, "--peak-tflops", 1)
+    code, out, err = run(capsys, "-f", manifest, "--memory", 4.0009, "--peak-tflops", 1)
     assert code == 64 and err.count("\n") == 1
     assert err.startswith(f"error: {manifest}: stage ") and "GiB of each GPU (weights 0.0" in err
     assert "but custom has 0.0 GiB to give; parallelism.microBatchRows: " in err
     assert out.startswith("job")
-    code, out, err = run(capsys, "-f", manifest, "--memory", 4.001, "--peak-tflops", 1, "--json")
+    code, out, err = run(capsys, "-f", manifest, "--memory", 4.0009, "--peak-tflops", 1, "--json")
     assert code == 64 and not json.loads(out)["fits"]
     assert json.loads(out)["remedy"]["microBatchRows"] < 4
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from support.attention import packed
-from unmask.attention import AttentionMetadata, attend_plainly, may_attend
-from unmask.attention.flex import plan_flex
+from unmask.attention import AttentionMetadata, attend_plainly, may_attend, plan
+from unmask.attention.flex import FlexPlan, compiled_flex_attention, plan_flex
 from unmask.attention.tiles import tiles_of
 
 # Uncompiled is what is tested here: the same rule and tiles, without minutes of compiling.
@@ -84,3 +84,57 @@ def test_queries_that_are_fewer_than_the_keys():
     query, key, value = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 48, 16), torch.randn(1, 2, 48, 16)
     got = plan_flex(queries, keys, tile=16).attend(query, key, value)
     assert torch.allclose(got, attend_plainly(queries, keys, query, key, value), atol=1e-5)
+
+
+# On a GPU, compiled
+
+
+def on_gpu(tokens, dtype, heads=4, kv_heads=2, size=64):
+    """Metadata and random inputs on the GPU, wanting gradients."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, length = tokens.shape
+    shapes = [(rows, count, length, size) for count in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+    return tokens.to("cuda"), [tensor.requires_grad_() for tensor in inputs]
+
+
+def with_gradients(attend, inputs):
+    """The output, and the gradients of all three inputs under one random probe."""
+    out = attend(*inputs)
+    probe = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    return out, *torch.autograd.grad(out, inputs, probe.to(out.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("lengths", "block_length", "views", "padding"),
+    [([200, 120], 32, 1, 10), ([300, 77], 4, 2, 0), ([513], 1, 1, 3), ([96, 160], 160, 1, 0)],
+)
+def test_the_compiled_kernel_gives_the_plain_references_result_and_gradients(
+    lengths, block_length, views, padding, dtype, within
+):
+    tokens = packed(lengths, block_length, views=views, rows=2, padding=padding)
+    tokens, inputs = on_gpu(tokens, dtype)
+    chosen = plan(tokens, tokens)
+    assert isinstance(chosen, FlexPlan) and chosen.compute is compiled_flex_attention()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = with_gradients(lambda *given: attend_plainly(tokens, tokens, *given), exact)
+    for got, true in zip(with_gradients(chosen.attend, inputs), expected, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - true).norm() <= within * true.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_no_length_makes_the_kernel_compute_all_scores():
+    """A kernel that could not be compiled once more would, in silence, and take memory for all of them."""
+    for number in range(12):
+        tokens = packed([2000 + 131 * number, 900], 32, padding=number)
+        tokens, inputs = on_gpu(tokens, torch.bfloat16)
+        scores = 4 * tokens.shape[1] ** 2 * 2
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        plan(tokens, tokens).attend(*inputs).sum().backward()
+        assert torch.cuda.max_memory_allocated() - before < scores / 3, number

@@ -342,12 +342,13 @@ def small(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_no_damaged_file_is_read_wrongly_where_there_are_checksums(small):
+def test_no_damaged_file_is_read_wrongly_where_there_are_checksums(small, record_measurement):
     folder, contents, model = small
     expected, config = model.state_dict(), load(folder).config
     rng = random.Random(0)
     taken = 0
-    for _ in range(counts.of(sample=400, full=100_000)):
+    tried = counts.of(sample=400, full=100_000)
+    for _ in range(tried):
         name = rng.choice(sorted(contents))
         (folder / name).write_bytes(mutated(contents[name], rng))
         try:
@@ -361,12 +362,15 @@ def test_no_damaged_file_is_read_wrongly_where_there_are_checksums(small):
             assert all(torch.equal(tensor, expected[key]) for key, tensor in read.state_dict().items())
         finally:
             (folder / name).write_bytes(contents[name])
-    assert taken < counts.of(sample=400, full=100_000) // 50
+    record_measurement("damaged files, with checksums", tried)
+    record_measurement("of which refused with a reason", tried - taken)
+    record_measurement("of which harmless: the list of checksums says the same in other bytes", taken)
+    assert taken < tried // 50
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_damage_without_checksums_is_refused_in_a_line_or_harmless(small):
+def test_damage_without_checksums_is_refused_in_a_line_or_harmless(small, record_measurement):
     folder, contents, _ = small
     (folder / "checksums.json").unlink()
     rng = random.Random(1)
@@ -383,12 +387,14 @@ def test_damage_without_checksums_is_refused_in_a_line_or_harmless(small):
             str(error).encode("utf-8")
         finally:
             (folder / name).write_bytes(contents[name])
+    record_measurement("damaged files, without checksums", tried)
+    record_measurement("of which refused with a reason", refused)
     assert refused > tried // 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_damaged_gguf_file_is_refused_in_a_line_or_harmless(tmp_path):
+def test_a_damaged_gguf_file_is_refused_in_a_line_or_harmless(tmp_path, record_measurement):
     model = build(parse_config(SHAPE | {"vocab_size": 262, "hidden_size": 32}))
     file = tmp_path / "model.gguf"
     write_gguf(file, model, kind="llama", quantised=GGMLQuantizationType.F16)
@@ -408,4 +414,6 @@ def test_a_damaged_gguf_file_is_refused_in_a_line_or_harmless(tmp_path):
         except ModelError as error:
             refused += 1
             str(error).encode("utf-8")
+    record_measurement("damaged GGUF files", tried)
+    record_measurement("of which refused with a reason", refused)
     assert refused > tried // 5

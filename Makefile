@@ -16,12 +16,12 @@ RUN = PATH="$(VENV)/bin:$$PATH"
 # One thread each: the tests start several processes on few cores.
 PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
-export TORCH_INDEX UNMASK_CACHE
+export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full lint format generate verify path lock bench bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full cluster cluster-programs lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make the environment: pinned packages and this checkout (nothing to do if it is there)
 	@$(PYTHON) scripts/environment.py setup
@@ -32,7 +32,7 @@ setup-eval: setup ## Add the packages of `unmask eval --harness` and `--task` (3
 demo: setup ## Train a small diffusion model and generate with it, end to end, on this machine
 	@$(RUN) python examples/quickstart/demo.py
 
-test: setup-eval lint verify ## Check and test everything, fast tests first
+test: setup-eval lint verify cluster-programs ## Check and test everything, fast tests first
 	@$(PYTEST)
 
 test-fast: setup-eval ## Run the tests that take less than ten seconds each
@@ -50,7 +50,13 @@ test-kills: setup ## Kill one of two training ranks KILLS=300 times, and compare
 test-faults: setup ## Fail each write of the operator in ten ways; UNMASK_FULL=1: 1,000 runs, 100 pauses of the leader
 	@$(RUN) PYTHONPATH=tests python -m support.fault_rig
 
-test-full: setup-eval ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+cluster-programs: ## Build a real Kubernetes for the tests that want one (20 minutes; nothing to do if it is there)
+	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.programs node
+
+cluster: cluster-programs setup ## Run a Kubernetes of one node in the foreground until Enter; prints its kubeconfig
+	@PYTHONPATH=scripts $(RUN) python -m real_cluster.running node
+
+test-full: setup-eval cluster-programs ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
 
 lint: setup ## Check format, style, types and who imports whom

@@ -1,8 +1,11 @@
 """What holds for every test: order, time limits, no device that is not there, no way out to a network."""
 
 import os
+from typing import Any
 
 import pytest
+
+from support import real_clusters
 
 pytest_plugins = ["support.report"]
 
@@ -10,6 +13,7 @@ pytest_plugins = ["support.report"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A slow test's limit in seconds, where it names none; the others' is in pyproject.toml.
 SLOW_TIMEOUT = 1800
+_LEFT_OUT = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,6 +22,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
     _deselect_what_needs_a_gpu(config, items)
+    _deselect_what_needs_a_cluster(config, items)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for reason in config.stash.get(_LEFT_OUT, ()):
+        terminalreporter.write_line(reason, yellow=True)
 
 
 def _deselect_what_needs_a_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,3 +39,19 @@ def _deselect_what_needs_a_gpu(config: pytest.Config, items: list[pytest.Item]) 
     if not torch.cuda.is_available():
         items[:] = [item for item in items if item not in needing]
         config.hook.pytest_deselected(items=needing)
+
+
+def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot run, and say so; in CI it must be able to."""
+    said = config.stash.setdefault(_LEFT_OUT, [])
+    for kind in ("api", "node"):
+        needing = [item for item in items if item.get_closest_marker(f"real_{kind}")]
+        if not needing or (why := real_clusters.obstacle(kind)) is None:
+            continue
+        if os.environ.get("CI"):
+            raise pytest.UsageError(
+                f"{len(needing)} tests need a real {kind}, and in CI they must run: {why}"
+            )
+        items[:] = [item for item in items if item not in needing]
+        config.hook.pytest_deselected(items=needing)
+        said.append(f"{len(needing)} tests left out that need a real {kind}: {why}")

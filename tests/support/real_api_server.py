@@ -15,14 +15,15 @@ from typing import Any
 import yaml
 from kubernetes import client
 
+from real_cluster import programs
 from unmask_operator.control.api import Api, ApiError, KubernetesTransport, Unreachable
 from unmask_operator.control.clock import SystemClock
 from unmask_operator.resources import Resource
 
 Json = dict[str, Any]
 
-PROGRAMS = Path(os.environ.get("UNMASK_CLUSTER") or Path.home() / ".cache/unmask/cluster")
-AVAILABLE = all((PROGRAMS / name).is_file() for name in ("etcd", "kube-apiserver"))
+PROGRAMS = programs.folder()
+AVAILABLE = not programs.missing(one for one in programs.API if one.name in ("etcd", "kube-apiserver"))
 NAMESPACE = Resource("Namespace", "", "v1", "namespaces")
 DEFINITION = Resource("CustomResourceDefinition", "apiextensions.k8s.io", "v1", "customresourcedefinitions")
 _ADMIN, _OPERATOR = "admin-token", "operator-token"

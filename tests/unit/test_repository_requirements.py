@@ -65,7 +65,7 @@ def imports(*packages: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("lock", ["data.txt", "dev.txt", "eval.txt", "uv.txt", "worker.txt"])
+@pytest.mark.parametrize("lock", sorted(path.name for path in (ROOT / "requirements").glob("*.txt")))
 def test_every_pin_has_hashes_and_no_index(lock):
     text = (ROOT / "requirements" / lock).read_text()
     blocks = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
@@ -87,8 +87,9 @@ def test_the_lock_meets_all_that_is_declared():
             )
 
 
-def test_the_workers_lock_holds_the_same_versions():
-    assert {str(pin) for pin in pinned("worker.txt")} <= {str(pin) for pin in pinned("dev.txt")}
+@pytest.mark.parametrize("lock", ["build.txt", "operator.txt", "worker.txt"])
+def test_the_images_locks_hold_the_same_versions(lock):
+    assert {str(pin) for pin in pinned(lock)} <= {str(pin) for pin in pinned("dev.txt")}
 
 
 def test_the_lock_of_evaluation_does_not_contradict_the_other():

@@ -1,0 +1,87 @@
+"""Real clusters for tests (``scripts/real_cluster``): of an API server and its controllers, or of a node."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from real_cluster import programs
+
+__all__ = ["Cluster", "obstacle", "running"]
+
+Kind = Literal["api", "node"]
+_SCRIPTS = Path(programs.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where it is."""
+
+    kubeconfig: Path
+    """The administrator's."""
+
+    def kubectl(self, *arguments: str, given: object = None) -> str:
+        """Return what kubectl prints; ``given`` is an object, or a list of them, for ``-f -``."""
+        text = None
+        if given is not None:
+            objects = given if isinstance(given, list) else [given]
+            text = yaml.safe_dump_all(objects)
+        done = subprocess.run(
+            self.command(*arguments), input=text, stdin=None if text else subprocess.DEVNULL,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise AssertionError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command line of kubectl with ``arguments``."""
+        return [str(programs.folder() / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
+
+    def get(self, *arguments: str) -> Any:
+        """Return what ``kubectl get`` finds, as JSON; ``None`` where it finds nothing of that name."""
+        text = self.kubectl("get", *arguments, "--ignore-not-found", "-o", "json")
+        return json.loads(text) if text else None
+
+    def until(self, true: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
+        """Wait until ``true`` returns something, and return that."""
+        end = time.monotonic() + seconds
+        while not (found := true()):
+            assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+            time.sleep(0.25)
+        return found
+
+
+def obstacle(kind: Kind) -> str | None:
+    """Return why this machine cannot have such a cluster, or ``None``."""
+    if why := programs.obstacle(node=kind == "node"):
+        return why
+    lacking = ", ".join(one.name for one in programs.missing(programs.SETS[kind]))
+    return f"{lacking} not built; `make cluster-programs` does it" if lacking else None
+
+
+@contextlib.contextmanager
+def running(kind: Kind, *, images: Sequence[Path] = (), flags: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Run one; it ends with this process, too. Tests that do are marked ``real_api`` or ``real_node``."""
+    command = [sys.executable, "-m", "real_cluster.running", kind, *(f"--flag={flag}" for flag in flags)]
+    command += ["--images", *map(str, images)]
+    environment = os.environ | {"PYTHONPATH": str(_SCRIPTS)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert line, f"the cluster did not start, exit code {process.wait()}"
+            yield Cluster(Path(json.loads(line)["kubeconfig"]))
+        finally:
+            process.stdin.close()
+            process.wait(timeout=120)

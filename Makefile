@@ -85,7 +85,8 @@ bench: setup ## Time block generation on this machine and write benchmarks/gener
 	@$(RUN) python benchmarks/generation.py
 
 ablations: setup ## Train the quickstart without each of its parts, over SEEDS seeds, and report (hours)
-	@$(RUN) python benchmarks/ablations.py --seeds $(or $(SEEDS),3) --report docs/reports/ablations
+	@$(RUN) python benchmarks/ablations.py --seeds $(or $(SEEDS),3) --divide $(or $(DIVIDE),2) \
+	  --words $(or $(WORDS),1000) --report docs/reports/ablations
 
 bench-train: setup ## Time a training step against the public recipe's, for speed and memory (minutes)
 	@$(RUN) python benchmarks/training.py $(BENCH)

@@ -5,7 +5,8 @@ of ``examples/quickstart/quickstart.yaml``, and is measured on the same held-out
 its conversion with another shares the run. What is done is kept in the user's cache, so an interrupted
 comparison goes on where it was.
 
-    python benchmarks/ablations.py [--seeds N] [--small] [--out FOLDER] [--report docs/reports/ablations]
+    python benchmarks/ablations.py [--seeds N] [--divide N] [--words N] [--small] [--out FOLDER]
+        [--report docs/reports/ablations]
 """
 
 import argparse
@@ -94,7 +95,7 @@ ANSWERS: Mapping[str, Change] = {
     "complementary": complementary,
 }
 VARIANTS = (
-    Variant(name="all", meaning="as in the quickstart, with half the steps after the autoregressive stage"),
+    Variant(name="all", meaning="as in the quickstart, for fewer steps after the autoregressive stage"),
     Variant(
         name="no warm-up", meaning="full sequences from the first diffusion step on", conversion="abrupt"
     ),
@@ -119,10 +120,20 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few steps, learning little, to test this file")
     parser.add_argument("--out", type=Path, help="folder for data and runs [default: in the user's cache]")
     parser.add_argument("--report", type=Path, help="write PATH.md and PATH.json")
+    parser.add_argument(
+        "--divide", type=int, default=2, help="divide the steps after the autoregressive stage [default: 2]"
+    )
+    parser.add_argument("--words", type=int, default=1000, help="held-out words to answer [default: 1000]")
     parser.add_argument("--variants", help="names with commas [default: all]")
     options = parser.parse_args()
     chosen = [one for one in VARIANTS if options.variants is None or one.name in options.variants.split(",")]
-    rig = Rig(options.out or cache() / ("ablations-small" if options.small else "ablations"), options.small)
+    kind = "small" if options.small else f"{options.divide}-{options.words}"
+    rig = Rig(
+        options.out or cache() / f"ablations-{kind}",
+        small=options.small,
+        divide=1 if options.small else options.divide,
+        words=32 if options.small else options.words,
+    )
     rig.prepare_data()
     started = time.monotonic()
     results: dict[str, list[dict[str, Any]]] = {one.name: [] for one in chosen}
@@ -135,6 +146,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "seeds": options.seeds,
         "words": rig.samples,
+        "divide": rig.divide,
         "results": results,
     }
     table = as_table(chosen, results)
@@ -149,11 +161,10 @@ def main() -> None:
 class Rig:
     """Runs and measures, in one folder."""
 
-    def __init__(self, folder: Path, small: bool) -> None:
-        self.folder, self.small = folder, small
+    def __init__(self, folder: Path, *, small: bool, divide: int, words: int) -> None:
+        self.folder, self.divide, self.samples = folder, divide, words
         manifest = QUICKSTART / ("quickstart-small.yaml" if small else "quickstart.yaml")
         self.base: Manifest = yaml.safe_load(manifest.read_text(encoding="utf-8"))
-        self.samples = 32 if small else 1000
         self.words = folder / "held-out.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -180,20 +191,18 @@ class Rig:
 
     def converted(self, name: str, seed: int, pretrained: Path) -> Path:
         """The run that makes a diffusion model of the autoregressive one."""
-        job = self.part(seed, 1, 4, init=pretrained, halved=True)
+        job = self.part(seed, 1, 4, init=pretrained)
         CONVERSIONS[name](job)
         return self.train(f"seed{seed}-{name}", job)
 
     def answered(self, variant: Variant, seed: int, converted: Path) -> Path:
         """The run that fine-tunes it."""
-        job = self.part(seed, 4, 5, init=converted, halved=True)
+        job = self.part(seed, 4, 5, init=converted)
         ANSWERS[variant.answers](job)
         return self.train(f"seed{seed}-{variant.conversion}-{variant.answers}", job)
 
-    def part(
-        self, seed: int, first: int, end: int, *, init: Path | None = None, halved: bool = False
-    ) -> Manifest:
-        """A job of some of the quickstart's stages, from the end of the run ``init`` on."""
+    def part(self, seed: int, first: int, end: int, *, init: Path | None = None) -> Manifest:
+        """A job of some of the quickstart's stages, shortened if it goes on from the run ``init``."""
         job = copy.deepcopy(self.base)
         spec = job["spec"]
         spec["stages"] = spec["stages"][first:end]
@@ -202,10 +211,10 @@ class Rig:
         spec["checkpoint"] = {"uri": "pvc://run", "everySteps": 50, "keepLast": MERGED}
         spec["evaluation"] = {"everySteps": 10_000, "batches": 4}
         for stage in spec["stages"]:
-            if halved and not self.small:
-                stage["steps"] //= 2
+            if init is not None:
+                stage["steps"] //= self.divide
                 rate = stage["learningRate"]
-                rate |= {key: value // 2 for key, value in rate.items() if key.endswith("Steps")}
+                rate |= {key: value // self.divide for key, value in rate.items() if key.endswith("Steps")}
             stage["export"] = False
         if init is not None:
             spec["model"] = {"init": {"uri": "pvc://init/model"}}
@@ -328,10 +337,10 @@ def as_page(report: Mapping[str, Any], table: str) -> str:
     return f"""# What each part of the training is worth
 
 `{report["command"].strip()}` on {report["machine"]}, {report["date"]}: {report["seeds"]} seeds,
-{report["words"]} held-out words, mean ± standard deviation over the seeds; in brackets how many seeds rose
-and fell against the first row, which starts from the same autoregressive weights. *largest gradient norm*:
-of the first 50 steps of the conversion, before clipping. *nats*: the bound on an answer's negative
-log-likelihood per phoneme.
+{report["words"]} held-out words, 1/{report["divide"]} of the quickstart's steps after its autoregressive
+stage. Mean ± standard deviation over the seeds; in brackets how many seeds rose and fell against the first
+row, which starts from the same autoregressive weights. *largest gradient norm*: of the first 50 steps of the
+conversion, before clipping. *nats*: the bound on an answer's negative log-likelihood per phoneme.
 
 {table}
 {meanings}

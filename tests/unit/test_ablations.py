@@ -16,7 +16,7 @@ import ablations  # noqa: E402 (it lies outside the packages)
 
 @pytest.fixture(params=[False, True], ids=["whole", "small"])
 def rig(request, tmp_path):
-    return ablations.Rig(tmp_path, request.param)
+    return ablations.Rig(tmp_path, small=request.param, divide=1 if request.param else 4, words=32)
 
 
 def jobs(rig, variant):
@@ -45,6 +45,16 @@ def test_each_variant_takes_as_many_steps(rig, variant):
         return [sum(stage["steps"] for stage in job["spec"]["stages"]) for job in jobs(rig, one)]
 
     assert steps(variant) == steps(ablations.VARIANTS[0])
+
+
+def test_only_what_follows_the_autoregressive_stage_is_shortened(tmp_path):
+    whole, short = (ablations.Rig(tmp_path, small=False, divide=divide, words=32) for divide in (1, 3))
+    assert whole.part(0, 0, 1) == short.part(0, 0, 1)
+    for first, end in ((1, 4), (4, 5)):
+        stages = [rig.part(0, first, end, init=Path("x"))["spec"]["stages"] for rig in (whole, short)]
+        for long, less in zip(*stages, strict=True):
+            assert less["steps"] == long["steps"] // 3
+            assert less["learningRate"].get("decaySteps", 0) == long["learningRate"].get("decaySteps", 0) // 3
 
 
 def test_the_table_counts_the_seeds_that_rose_and_fell():

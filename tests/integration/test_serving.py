@@ -1,6 +1,7 @@
 """A tiny random LLaDA2 behind a real port, and clients of it."""
 
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -399,11 +400,55 @@ def test_a_server_that_ends_lets_running_calls_finish_and_takes_no_new_ones(gate
             return False
 
         gate_was_shut = refused()
+        with pytest.raises(urllib.error.HTTPError) as unwell:
+            urllib.request.urlopen(gated.server.health_url, timeout=10)
+        assert unwell.value.code == 503 and b"draining" in unwell.value.read()
         gated.batch.open()
         assert gate_was_shut
         assert isinstance(list(stream)[-1], Finished)
         stopping.join(30)
         assert not stopping.is_alive()
+
+
+def test_whoever_watches_hears_that_a_server_ends_before_its_calls_have_ended(gated: Gated) -> None:
+    with Client(gated.server.address, timeout_s=30) as client:
+        stream = client.stream("w5", max_tokens=8)
+        next(stream)
+        with grpc.insecure_channel(gated.server.address) as channel:
+            watched = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(service="unmask.v1.Generation"), timeout=30
+            )
+            assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+            stopping = threading.Thread(target=gated.server.stop, args=(30,))
+            stopping.start()
+            assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert gated.batch.done < 8
+            watched.cancel()
+        gated.batch.open()
+        assert isinstance(list(stream)[-1], Finished)
+        stopping.join(30)
+        assert not stopping.is_alive()
+
+
+def test_an_old_connection_is_given_up_and_the_call_on_it_comes_to_its_end(model: ServedModel) -> None:
+    batch = GatedBatch(CountingBatch())
+    with (
+        running_server(batch, model, max_connection_age_s=1.0) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        seen: list[grpc.ChannelConnectivity] = []
+        channel.subscribe(seen.append)
+        request = pb.GenerateRequest(text="w5")
+        request.sampling.max_tokens = 8
+        stream = GenerationStub(channel).GenerateStream(pb.GenerateStreamRequest(request=request), timeout=60)
+        next(stream)
+        wait_until(
+            lambda: grpc.ChannelConnectivity.IDLE in seen[seen.index(grpc.ChannelConnectivity.READY) :]
+        )
+        assert batch.done == 0
+        batch.open()
+        assert list(stream)[-1].WhichOneof("event") == "finished"
+        assert GenerationStub(channel).Generate(request, timeout=60).finish_reason
 
 
 def test_a_model_that_fails_ends_every_call_and_is_told(model: ServedModel) -> None:

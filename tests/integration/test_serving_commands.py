@@ -1,6 +1,7 @@
 """``unmask serve`` and ``unmask generate``, as a person meets them."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 from support.folders import GOLDEN, add_tokenizer, served_folder
 from unmask.cli.main import main
 from unmask.client import BlockCommitted, Client, Finished
+from unmask.models import loading
 
 READY = re.compile(r"serving tiny \(LLaDA\w+\) on (\S+:\d+), metrics on (http://\S+/metrics)")
 
@@ -219,6 +221,18 @@ def test_a_folder_that_cannot_be_served_is_one_line_and_code_66(
     assert ended.code == 66
     assert ended.err.startswith(f"error: {folder}") and message in ended.err
     assert ended.err.count("\n") == 1
+
+
+def test_a_server_that_still_reads_its_weights_ends_on_sigterm(
+    unmask: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loading, "load", read)
+    before = signal.getsignal(signal.SIGTERM)
+    assert unmask("serve", str(folder), "--port=0", "--metrics-port=0").code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_options_that_do_not_fit_are_code_64(unmask: Run, folder: Path, address: str) -> None:

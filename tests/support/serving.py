@@ -145,6 +145,10 @@ class RunningServer:
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
 
+    @property
+    def health_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.metrics_port}/healthz"
+
     def wait_failed(self) -> None:
         """Return once the server knows that its model has failed."""
         asyncio.run_coroutine_threadsafe(self.server.failed(), self._loop).result(30)

@@ -94,6 +94,22 @@ def test_prometheus_and_probes_are_answered_and_nothing_else(exporter):
         get(listener.port, "/metrics")
 
 
+def test_a_host_with_a_colon_is_an_ipv6_address(exporter):
+    with exporter.listening(0, host="::1") as listener:
+        with socket.create_connection(("::1", listener.port), timeout=10) as connection:
+            connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert connection.recv(8) == b"HTTP/1.0"
+
+
+def test_nobody_is_asked_for_this_hosts_name(exporter, monkeypatch):
+    def asked(*names):
+        raise AssertionError(f"asked for {names}")
+
+    monkeypatch.setattr(socket, "getfqdn", asked)
+    with exporter.listening(0, host="") as listener:
+        assert listener.port
+
+
 def test_a_run_without_progress_is_unwell():
     exporter = Exporter(hang_timeout_s=0.05)
     with exporter.listening(0, host="127.0.0.1") as listener:

@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +78,12 @@ __all__ = ["command"]
     show_default=True,
     help="How long running requests may go on after SIGTERM.",
 )
+@click.option(
+    "--max-connection-age-seconds",
+    type=click.FloatRange(1),
+    help="After how long a client is asked to connect anew, which spreads clients over servers that came "
+    "later.  [default: never]",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads for one forward pass.  [default: torch's own]"
@@ -91,6 +100,7 @@ def command(
     max_queue_tokens: int,
     max_request_seconds: float,
     drain_seconds: float,
+    max_connection_age_seconds: float | None,
     device: str,
     threads: int | None,
 ) -> None:
@@ -99,8 +109,10 @@ def command(
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
     not say (decoder, block_length, threshold, steps_per_block, edit_threshold, max_post_edit_steps). When the
-    server answers, one line with its address is printed. It ends on SIGTERM or Ctrl-C.
+    server answers, one line with its address is printed. It ends on SIGTERM or Ctrl-C: it says that it is
+    NOT_SERVING, takes nothing new, and gives what runs --drain-seconds to come to its end.
     """
+    click.get_current_context().with_resource(_ending_on_sigterm())
     import torch
 
     from unmask.models.loading import load
@@ -124,6 +136,7 @@ def command(
         max_queue_tokens=max_queue_tokens,
         max_request_s=max_request_seconds,
         drain_s=drain_seconds,
+        max_connection_age_s=max_connection_age_seconds,
     )
 
     def ready(server: "Server") -> None:
@@ -133,6 +146,20 @@ def command(
         )
 
     asyncio.run(serve(batch, described, options, ready))
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM end a process that does not serve yet: the first one of a container would not hear it."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_autoregressive(folder: Path, config: "ModelConfig") -> None:

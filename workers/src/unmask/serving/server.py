@@ -7,17 +7,16 @@ whoever started it can start it again.
 
 import asyncio
 import logging
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from unmask.diffusion.batch import Batch
 from unmask.errors import UsageError
@@ -25,6 +24,7 @@ from unmask.serving.engine import Engine
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
 from unmask.telemetry import Recorder
+from unmask.telemetry.listener import Listener
 from unmask.v1 import generation_pb2
 from unmask.v1.generation_pb2_grpc import add_GenerationServicer_to_server, add_ModelsServicer_to_server
 
@@ -52,6 +52,9 @@ class ServerOptions:
     """The most time one call gets."""
     drain_s: float = 30.0
     """How long running calls may go on when the server is asked to end."""
+    max_connection_age_s: float | None = None
+    """After which a client is asked to connect anew, and may so find servers that came later; for ever if
+    ``None``. Calls that run then have ``max_request_s`` to end."""
     max_message_bytes: int = 4 << 20
 
 
@@ -80,7 +83,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
-        self._metrics: tuple[WSGIServer, Thread] | None = None
+        self._metrics: Listener | None = None
+        self._draining = False
         self.port = 0
         self.metrics_port = 0
 
@@ -98,27 +102,31 @@ class Server:
                 f"--port: cannot listen on {_address(host, self._options.port)}; is it in use?"
             ) from error
         try:
-            self._metrics = start_http_server(self._options.metrics_port, host, self.recorder.registry)
+            self._metrics = Listener(host, self._options.metrics_port, self.recorder.registry, self._well)
         except OSError as error:
             address = _address(host, self._options.metrics_port)
             raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
-        self.metrics_port = self._metrics[0].server_port
+        self.metrics_port = self._metrics.port
         self.engine.start()
         await self._grpc.start()
+        self._metrics.start()
         for service in ("", *SERVICES):
             await self._health.set(service, HealthCheckResponse.SERVING)
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Take nothing new, give running calls ``drain_s`` seconds (or the options'), and end."""
+        self._draining = True
         await self._health.enter_graceful_shutdown()
         self.engine.drain()
         await self._grpc.stop(self._options.drain_s if drain_s is None else drain_s)
         await asyncio.to_thread(self.engine.stop)
         if self._metrics:
-            server, thread = self._metrics
-            await asyncio.to_thread(server.shutdown)
-            server.server_close()
-            thread.join()
+            await asyncio.to_thread(self._metrics.close)
+
+    def _well(self) -> tuple[bool, dict[str, Any]]:
+        """Whether new calls are taken, for those who ask over HTTP; ``grpc.health.v1`` says it too."""
+        status = "draining" if self._draining else "failed" if self._failed.is_set() else "serving"
+        return status == "serving", {"status": status}
 
     async def failed(self) -> None:
         """Return once the model has failed."""
@@ -152,6 +160,12 @@ async def serve(
 
 
 def _grpc_server(options: ServerOptions, *, max_calls: int) -> grpc.aio.Server:
+    aging = []
+    if options.max_connection_age_s is not None:
+        aging = [
+            ("grpc.max_connection_age_ms", math.ceil(options.max_connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", math.ceil(options.max_request_s * 1000)),
+        ]
     return grpc.aio.server(
         maximum_concurrent_rpcs=max_calls,
         options=[
@@ -162,6 +176,7 @@ def _grpc_server(options: ServerOptions, *, max_calls: int) -> grpc.aio.Server:
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often clients may ping
+            *aging,
         ],
     )
 

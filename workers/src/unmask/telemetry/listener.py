@@ -1,15 +1,16 @@
-"""A small HTTP listener for a training process: ``/metrics`` for Prometheus, ``/healthz`` for probes.
+"""A small HTTP listener for a process that works: ``/metrics`` for Prometheus, ``/healthz`` for probes.
 
-It must never be in the way of the training: few connections at a time, short requests, short timeouts, GET
+It must never be in the way of the work: few connections at a time, short requests, short timeouts, GET
 and HEAD alone. Anything beyond that is refused at once.
 """
 
 import json
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import socket
+from socket import AF_INET, AF_INET6, socket
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -29,7 +30,7 @@ class Listener:
     """A context in which the listener answers, from threads of its own."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
-        """Bind the port; 0 takes any.
+        """Bind the port; 0 takes any. A host with a colon is an IPv6 address.
 
         Raises:
             OSError: It is taken.
@@ -39,15 +40,24 @@ class Listener:
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.shutdown()
+        self.close()
+
+    def start(self) -> None:
+        """Answer until :meth:`close`."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering, and give the port back."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
-        self._thread.join()
 
 
 class _Server(ThreadingHTTPServer):
@@ -58,7 +68,13 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], registry: CollectorRegistry, health: Health) -> None:
         self.registry, self.health = registry, health
         self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        self.address_family = AF_INET6 if ":" in address[0] else AF_INET
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without asking DNS for this host's name: in a pod that may ask no one, that takes minutes."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):

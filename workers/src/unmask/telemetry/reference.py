@@ -10,7 +10,8 @@ _INTRODUCTION = """\
 <!-- Generated from unmask.telemetry.metrics: `make generate`. -->
 
 `unmask serve` exports these at `http://HOST:METRICS_PORT/metrics` in the Prometheus text format. Every
-counter starts anew with the process. No label tells requests apart.
+counter starts anew with the process. No label tells requests apart. `/healthz` beside it answers 200 while
+requests are taken, and 503 once the server drains or its model has failed.
 
 Tokens per forward pass are always three figures, which differ in the forwards they count: all that the
 request took part in (`unmask_tokens_per_forward`), denoise and persist (`..._decode`), and denoise alone

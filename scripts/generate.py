@@ -8,6 +8,8 @@ memory first; what is committed is read by people and packaged into the wheel, a
 ``deploy/crds/``, ``docs/reference/``          the custom resources in ``unmask_api``
 ``docs/reference/metrics.md``                  ``unmask.telemetry``
 ``docs/reference/cli.md``                      the commands of ``unmask.cli``
+``deploy/helm/*/``: values.schema.json,        each chart's values.yaml; ``unmask_api`` and
+README.md; definitions, permissions            ``unmask_operator.rbac``
 =============================================  ==========================================
 """
 
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import charts
 import cli_reference
 import unmask_operator.generate
 from unmask.cli.main import cli
@@ -23,7 +26,15 @@ from unmask.telemetry import reference as metrics_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file here that matches and is no longer made is out of date too.
-_OWNED = ("workers/src/unmask/v1/*_pb2*", "deploy/crds/*", "docs/reference/*")
+_OWNED = (
+    "workers/src/unmask/v1/*_pb2*",
+    "deploy/crds/*",
+    "deploy/helm/*/README.md",
+    "deploy/helm/*/values.schema.json",
+    "deploy/helm/*/templates/_permissions.tpl",
+    "deploy/helm/*/templates/crds/*",
+    "docs/reference/*",
+)
 
 
 def generated() -> dict[str, str]:
@@ -31,6 +42,7 @@ def generated() -> dict[str, str]:
     return {
         **_wire(),
         **unmask_operator.generate.files(),
+        **charts.files(),
         "docs/reference/metrics.md": metrics_reference.markdown(),
         "docs/reference/cli.md": cli_reference.markdown(cli, "unmask"),
     }

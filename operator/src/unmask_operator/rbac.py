@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unmask_operator.decision import JsonObject, Reconciler
 from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, Resource
 
-__all__ = ["SYSTEM_NAMESPACE", "lease_rules", "manifests", "rules"]
+__all__ = ["SYSTEM_NAMESPACE", "lease_rules", "manifests", "rules", "rules_for_people"]
 
 SYSTEM_NAMESPACE = "unmask-system"
 """Where the operator itself is installed by the manifests."""
@@ -41,13 +41,31 @@ def rules(reconcilers: Sequence[Reconciler]) -> list[JsonObject]:
     ]
 
 
-def lease_rules() -> list[JsonObject]:
-    """Return the rules of the Role for the Lease, in the operator's own namespace."""
+def lease_rules(name: str = MANAGER) -> list[JsonObject]:
+    """Return the rules of the Role for the Lease called ``name``, in the operator's own namespace."""
     where: JsonObject = {"apiGroups": [LEASE.group], "resources": [LEASE.plural]}
     return [
         {**where, "verbs": ["create"]},  # a name cannot be asked for here
-        {**where, "resourceNames": [MANAGER], "verbs": ["get", "update"]},
+        {**where, "resourceNames": [name], "verbs": ["get", "update"]},
     ]
+
+
+def rules_for_people(*, edit: bool) -> list[JsonObject]:
+    """Return what people need for the custom resources: to look at them, or to ``edit`` them too."""
+    own = [resource for resource in RESOURCES.values() if resource.custom]
+    verbs = ["get", "list", "watch"]
+    if edit:
+        verbs = sorted([*verbs, "create", "delete", "deletecollection", "patch", "update"])
+    found: list[JsonObject] = []
+    for resource in own:
+        where: JsonObject = {"apiGroups": [resource.group]}
+        scale = ["get", "patch", "update"] if edit else ["get"]
+        found += [
+            {**where, "resources": [resource.plural], "verbs": verbs},
+            {**where, "resources": [f"{resource.plural}/scale"], "verbs": scale},
+            {**where, "resources": [f"{resource.plural}/status"], "verbs": ["get"]},
+        ]
+    return found
 
 
 def manifests(reconcilers: Sequence[Reconciler], namespace: str | None) -> list[JsonObject]:

@@ -1,0 +1,67 @@
+{{- define "unmask-inference.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 52 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* Name of every object. */ -}}
+{{- define "unmask-inference.fullname" -}}
+{{- $name := include "unmask-inference.name" . -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 52 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "unmask-inference.serviceAccountName" -}}
+{{- default (ternary (include "unmask-inference.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name }}
+{{- end }}
+
+{{- /* Labels that never change, for selectors. */ -}}
+{{- define "unmask-inference.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "unmask-inference.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: engine
+{{- end }}
+
+{{- /* No version among them: a new chart alone is no reason to start pods anew. */ -}}
+{{- define "unmask-inference.podLabels" -}}
+{{- toYaml (merge (include "unmask-inference.selectorLabels" . | fromYaml) .Values.podLabels .Values.commonLabels) }}
+{{- end }}
+
+{{- define "unmask-inference.labels" -}}
+{{- $labels := dict
+  "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
+  "app.kubernetes.io/version" .Chart.AppVersion
+  "app.kubernetes.io/part-of" "unmask"
+  "app.kubernetes.io/managed-by" .Release.Service -}}
+{{- $labels = merge (include "unmask-inference.selectorLabels" . | fromYaml) $labels .Values.commonLabels -}}
+{{- toYaml $labels }}
+{{- end }}
+
+{{- /* registry/repository:tag or registry/repository@digest, from (dict "image" ... "Chart" ...). */ -}}
+{{- define "unmask-inference.image" -}}
+{{- with .image.registry }}{{ . }}/{{ end -}}
+{{- .image.repository }}
+{{- with .image.digest }}@{{ . }}{{ else }}:{{ default .Chart.AppVersion .image.tag }}{{ end -}}
+{{- end }}
+
+{{- /* Name of the claim in `model.uri`. */ -}}
+{{- define "unmask-inference.claim" -}}
+{{- $uri := required "model.uri: has to be given, as pvc://NAME/path: a folder in a PersistentVolumeClaim of this namespace" .Values.model.uri -}}
+{{- if regexMatch "(^|/)[.][.](/|$)" (trimPrefix "pvc://" $uri) -}}
+{{- fail (printf "model.uri: got %s, the path leaves the volume; drop the '..'" $uri) -}}
+{{- end -}}
+{{- regexReplaceAll "/.*" (trimPrefix "pvc://" $uri) "" -}}
+{{- end }}
+
+{{- /* The model's folder in the container. */ -}}
+{{- define "unmask-inference.folder" -}}
+{{- $claim := include "unmask-inference.claim" . -}}
+{{- printf "/volumes/%s" (trimPrefix "pvc://" .Values.model.uri | trimSuffix "/") -}}
+{{- end }}
+
+{{- define "unmask-inference.graceSeconds" -}}
+{{- with .Values.termination }}{{ add .preStopSeconds .drainSeconds .reserveSeconds }}{{ end -}}
+{{- end }}

@@ -1,0 +1,142 @@
+{{- /* Made by `make generate` from operator/src/unmask_operator/rbac.py; change that. */ -}}
+
+{{- define "unmask-operator.rules" -}}
+- apiGroups:
+  - ''
+  resources:
+  - configmaps
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - ''
+  resources:
+  - pods
+  verbs:
+  - list
+  - watch
+- apiGroups:
+  - ''
+  resources:
+  - services
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - batch
+  resources:
+  - jobs
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - events.k8s.io
+  resources:
+  - events
+  verbs:
+  - create
+  - patch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs
+  verbs:
+  - delete
+  - list
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/finalizers
+  verbs:
+  - update
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/status
+  verbs:
+  - patch
+{{- end }}
+
+{{- define "unmask-operator.leaseRules" -}}
+- apiGroups:
+  - coordination.k8s.io
+  resources:
+  - leases
+  verbs:
+  - create
+- apiGroups:
+  - coordination.k8s.io
+  resources:
+  - leases
+  resourceNames:
+  - {{ include "unmask-operator.fullname" . }}
+  verbs:
+  - get
+  - update
+{{- end }}
+
+{{- define "unmask-operator.editorRules" -}}
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs
+  verbs:
+  - create
+  - delete
+  - deletecollection
+  - get
+  - list
+  - patch
+  - update
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/scale
+  verbs:
+  - get
+  - patch
+  - update
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/status
+  verbs:
+  - get
+{{- end }}
+
+{{- define "unmask-operator.viewerRules" -}}
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs
+  verbs:
+  - get
+  - list
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/scale
+  verbs:
+  - get
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusiontrainjobs/status
+  verbs:
+  - get
+{{- end }}

@@ -1,0 +1,196 @@
+"""What is made for the Helm charts: permissions, definitions, the schema of their values, and their pages.
+
+``values.yaml`` is the source of the last two. The comment above a value describes it; a line
+``@schema {...}`` in it adds to the value's JSON Schema, whose type is otherwise that of the default. A
+mapping is a section of values, unless it is empty or its schema says what may be in it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmask_api import crd
+from unmask_operator import rbac, yaml_dialect
+from unmask_operator.reconcilers import RECONCILERS
+
+__all__ = ["Value", "files", "markdown", "permissions", "schema", "values"]
+
+Json = dict[str, Any]
+
+_CHARTS = Path(__file__).resolve().parent.parent / "deploy/helm"
+_OPERATOR = "unmask-operator"
+_MADE = "Made by `make generate`"
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One entry of ``values.yaml``."""
+
+    path: tuple[str, ...]
+    """Names from the outermost section to the value itself."""
+    default: Any
+    about: str
+    """Its description; sections may do without."""
+    schema: Json
+    """What its comment adds to the schema."""
+
+    @property
+    def section(self) -> bool:
+        """Whether it only holds other values."""
+        free = self.schema.keys() & {"properties", "additionalProperties"}
+        return isinstance(self.default, dict) and bool(self.default) and not free
+
+
+def files() -> dict[str, str]:
+    """Return every file that is made for the charts: its path below the root of the tree -> its text."""
+    texts = {}
+    for chart in sorted(path.parent for path in _CHARTS.glob("*/Chart.yaml")):
+        about = yaml_dialect.load((chart / "Chart.yaml").read_text(encoding="utf-8"))
+        found = values((chart / "values.yaml").read_text(encoding="utf-8"))
+        texts[f"{chart.name}/README.md"] = markdown(about, found)
+        texts[f"{chart.name}/values.schema.json"] = json.dumps(schema(found), indent=2) + "\n"
+    for resource in crd.RESOURCES:
+        texts[f"{_OPERATOR}/templates/crds/{resource.full_name}.yaml"] = _definition(resource)
+    texts[f"{_OPERATOR}/templates/_permissions.tpl"] = permissions()
+    return {f"deploy/helm/{name}": text for name, text in texts.items()}
+
+
+def values(text: str) -> list[Value]:
+    """Return the values and sections of a ``values.yaml``, in its order.
+
+    Raises:
+        ValueError: A value has no description, or its comment is not what this module reads.
+    """
+    return list(_walk(yaml.compose(text, yaml.SafeLoader), yaml_dialect.load(text), (), text.splitlines()))
+
+
+def schema(found: list[Value]) -> Json:
+    """Return the JSON Schema of the values; what it does not know is refused."""
+    root: Json = _section("")
+    root["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    root["properties"]["global"] = {
+        "type": "object",
+        "description": "Values that all charts share; not used.",
+    }
+    for value in found:
+        parent = root
+        for name in value.path[:-1]:
+            parent = parent["properties"][name]
+        own = _section(value.about) if value.section else _leaf(value)
+        parent["properties"][value.path[-1]] = own
+    return root
+
+
+def markdown(chart: Json, found: list[Value]) -> str:
+    """Return a chart's page: what it is, and a table of its values."""
+    lines = [
+        f"# {chart['name']}",
+        f"<!-- {_MADE} from Chart.yaml and values.yaml; change those. -->",
+        f"{chart['description']}. Asks for Kubernetes {chart['kubeVersion'].removesuffix('-0')}.",
+        "[Install with Helm](../../../docs/how-to/install-with-helm.md) says how it is used.",
+        "Values that are not in this table are refused.",
+    ]
+    table = ["| value | default | meaning |", "|---|---|---|"]
+    for value in found:
+        default = "" if value.section else f"`{_cell(_compact(value.default))}`"
+        if value.about or not value.section:
+            table.append(f"| `{'.'.join(value.path)}` | {default} | {_cell(value.about)} |")
+    return "\n\n".join([*lines[:2], "\n".join(lines[2:]), "\n".join(table)]) + "\n"
+
+
+def permissions() -> str:
+    """Return the named templates of the rules: the operator's, and those for people."""
+    rules = {
+        "rules": rbac.rules(RECONCILERS),
+        "leaseRules": rbac.lease_rules("@LEASE@"),
+        "editorRules": rbac.rules_for_people(edit=True),
+        "viewerRules": rbac.rules_for_people(edit=False),
+    }
+    texts = [f"{{{{- /* {_MADE} from operator/src/unmask_operator/rbac.py; change that. */ -}}}}\n"]
+    for name, found in rules.items():
+        body = _escaped(yaml_dialect.dump(found)).replace(
+            "'@LEASE@'", f'{{{{ include "{_OPERATOR}.fullname" . }}}}'
+        )
+        texts.append(f'{{{{- define "{_OPERATOR}.{name}" -}}}}\n{body}{{{{- end }}}}\n')
+    return "\n".join(texts)
+
+
+def _definition(resource: crd.Resource) -> str:
+    """Return the template of a definition: part of the release, but not always of its end."""
+    made = crd.definition(resource)
+    head = {name: made.pop(name) for name in ("apiVersion", "kind")}
+    name = made.pop("metadata")["name"]
+    return "".join(
+        [
+            f"{{{{- /* {_MADE} from the models in operator/src/unmask_api; change those. */ -}}}}\n",
+            "{{- if .Values.crds.install }}\n",
+            yaml_dialect.dump(head),
+            f"metadata:\n  name: {name}\n",
+            f'  labels: {{{{- include "{_OPERATOR}.labels" . | nindent 4 }}}}\n',
+            "  {{- if .Values.crds.keep }}\n",
+            "  annotations:\n    helm.sh/resource-policy: keep\n",
+            "  {{- end }}\n",
+            _escaped(yaml_dialect.dump(made)),
+            "{{- end }}\n",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    """Return what Helm's templates render as ``text``."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _walk(node: yaml.Node | None, data: Any, path: tuple[str, ...], lines: list[str]) -> Iterator[Value]:
+    assert isinstance(node, yaml.MappingNode)
+    for key, inner in node.value:
+        name = (*path, key.value)
+        about, own = _comment(key.start_mark, lines, ".".join(name))
+        value = Value(name, data[key.value], about, own)
+        if not about and not value.section:
+            raise ValueError(f"{'.'.join(name)}: has no comment; describe it above")
+        yield value
+        if value.section:
+            yield from _walk(inner, value.default, name, lines)
+
+
+def _comment(mark: yaml.Mark, lines: list[str], name: str) -> tuple[str, Json]:
+    """Return the words and the schema in the comment that ends above ``mark``."""
+    start = mark.line
+    while start and lines[start - 1].startswith(" " * mark.column + "# "):
+        start -= 1
+    words, own = [], {}
+    for line in lines[start : mark.line]:
+        text = line.strip().removeprefix("# ")
+        if text.startswith("@schema "):
+            own = yaml_dialect.load(text.removeprefix("@schema "))
+            if not isinstance(own, dict):
+                raise ValueError(f"{name}: @schema has to be followed by {{...}}")
+        else:
+            words.append(text)
+    return " ".join(words), own
+
+
+def _section(about: str) -> Json:
+    described = {"description": about} if about else {}
+    return {"type": "object", **described, "additionalProperties": False, "properties": {}}
+
+
+def _leaf(value: Value) -> Json:
+    if "type" not in value.schema and value.default is None:
+        raise ValueError(f"{'.'.join(value.path)}: null has no type; add it to @schema")
+    kind = value.schema.get("type") or _TYPES[type(value.default)]
+    return {"type": kind, "description": value.about, "default": value.default, **value.schema}
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,532 @@
+"""The Helm charts, rendered: what would be applied, and what is refused."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+import charts
+from support.charts import CHARTS, Json, helm, of_kind, pods, refused, render, require, restricted
+from unmask.cli import generate, serve
+from unmask_api import crd
+from unmask_operator import entry, rbac
+from unmask_operator.reconcilers import RECONCILERS
+
+OPERATOR, INFERENCE = "unmask-operator", "unmask-inference"
+MODEL: Json = {"model": {"uri": "pvc://models/small/model"}}
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+MONITORING = ("--api-versions", "monitoring.coreos.com/v1")
+PEER = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
+PLACED: Json = {
+    "commonLabels": {"team": "a"},
+    "podLabels": {"tier": "b"},
+    "podAnnotations": {"note": "c"},
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]}}},
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway",
+         "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": "r"}}}],
+    "priorityClassName": "high",
+    "hostUsers": False,
+    "serviceAccount": {"annotations": {"note": "d"}},
+    "service": {"annotations": {"note": "e"}},
+}  # fmt: skip
+PRIVATE = {"registry": "registry.example:5000", "digest": DIGEST, "pullSecrets": [{"name": "key"}]}
+MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
+MATRIX: dict[str, tuple[str, Json]] = {
+    "operator": (OPERATOR, {}),
+    "operator: two copies": (OPERATOR, {"replicas": 2}),
+    "operator: one namespace": (OPERATOR, {"watchNamespace": "team-a"}),
+    "operator: nothing that needs an administrator": (
+        OPERATOR,
+        {"crds": {"install": False}, "rbac": {"create": False, "aggregate": False},
+         "serviceAccount": {"create": False, "name": "given"}},
+    ),
+    "operator: everything": (
+        OPERATOR,
+        PLACED | {
+            "replicas": 2, "image": PRIVATE, "metrics": MONITORS | {"prometheusRule": {"enabled": True}},
+            "networkPolicy": {"enabled": True, "metricsFrom": [PEER],
+                              "apiServerPeers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]}},
+    ),
+    "inference": (INFERENCE, MODEL),
+    "inference: gpu": (INFERENCE, MODEL | {"gpu": {"enabled": True}, "runtimeClassName": "nvidia"}),
+    "inference: left to an autoscaler": (INFERENCE, MODEL | {"replicas": None}),
+    "inference: everything": (
+        INFERENCE,
+        MODEL | PLACED | {
+            "replicas": 3, "image": PRIVATE, "gpu": {"enabled": True}, "metrics": MONITORS,
+            "strategy": {"maxSurge": "50%", "maxUnavailable": 0},
+            "server": {"context": 512, "threads": 4, "extraArgs": ["--max-queue=9"]},
+            "extraEnv": [{"name": "A", "value": "b"}],
+            "extraVolumes": [{"name": "more", "emptyDir": {}}],
+            "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
+    ),
+}  # fmt: skip
+"""What the charts are rendered with: name -> chart and values."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _helm() -> None:
+    require()
+
+
+@cache
+def rendered(case: str, version: str = "1.37") -> list[Json]:
+    chart, values = MATRIX[case]
+    return render(chart, values, f"--kube-version={version}.0", *MONITORING)
+
+
+def one(objects: list[Json], kind: str, name: str | None = None) -> Json:
+    (found,) = [thing for thing in of_kind(objects, kind) if name in (None, thing["metadata"]["name"])]
+    return found
+
+
+def container(objects: list[Json]) -> Json:
+    (found,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    return found  # type: ignore[no-any-return]
+
+
+# What is applied
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_lint_has_nothing_to_say(case: str) -> None:
+    chart, values = MATRIX[case]
+    assert "0 chart(s) failed" in helm("lint", "--strict", str(CHARTS / chart), values=values)
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+@pytest.mark.parametrize("case", MATRIX)
+def test_the_api_server_s_schemas_allow_every_object(case: str, version: str) -> None:
+    objects = rendered(case, version)
+    ours = [thing for thing in objects if not thing["apiVersion"].startswith("monitoring.coreos.com/")]
+    for thing in ours:
+        kubernetes_validate.validate(thing, version, strict=True)
+    assert len(ours) >= 2
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_objects_are_labelled_and_lie_in_the_release_s_namespace(case: str) -> None:
+    chart, values = MATRIX[case]
+    names = set()
+    for thing in rendered(case):
+        meta = thing["metadata"]
+        names.add((thing["kind"], meta.get("namespace"), meta["name"]))
+        assert len(meta["name"]) <= 63
+        assert meta["labels"]["app.kubernetes.io/name"] == chart
+        assert meta["labels"]["app.kubernetes.io/managed-by"] == "Helm"
+        assert meta["labels"].items() >= values.get("commonLabels", {}).items()
+        wide = thing["kind"] in ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
+        assert meta.get("namespace") in ((None,) if wide else ("place", values.get("watchNamespace")))
+    assert len(names) == len(rendered(case))
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_pods_are_allowed_in_restricted_namespaces_and_hardened_beyond(case: str) -> None:
+    found = list(pods(rendered(case)))
+    assert len(found) == 2  # the one of `helm test` is the second
+    for pod in found:
+        spec = pod["spec"]
+        assert restricted(spec) == []
+        assert spec["enableServiceLinks"] is False
+        for each in spec["containers"]:
+            assert each["securityContext"]["readOnlyRootFilesystem"] is True
+            assert each["resources"]["limits"]["memory"] == each["resources"]["requests"]["memory"]
+    tokens = [pod["spec"]["automountServiceAccountToken"] for pod in found]
+    assert tokens == ([True, False] if MATRIX[case][0] == OPERATOR else [False, False])
+
+
+def test_the_check_of_restricted_pods_finds_each_breach() -> None:
+    (pod, _) = pods(rendered("inference"))
+    breaches: list[tuple[str, Json]] = [
+        ("hostNetwork is set", {"hostNetwork": True}),
+        ("volume of type hostPath", {"volumes": [{"name": "a", "hostPath": {"path": "/"}}]}),
+        ("engine: runAsNonRoot", {"securityContext": {"seccompProfile": {"type": "RuntimeDefault"}}}),
+        ("engine: seccompProfile", {"securityContext": {"runAsNonRoot": True}}),
+    ]
+    for message, change in breaches:
+        assert restricted(pod["spec"] | change) == [message]
+    (engine,) = pod["spec"]["containers"]
+    for name, value in (("privileged", True), ("allowPrivilegeEscalation", True), ("capabilities", {})):
+        changed = engine | {"securityContext": engine["securityContext"] | {name: value}}
+        assert restricted(pod["spec"] | {"containers": [changed]}) == [f"engine: {name}"]
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_services_and_budgets_select_the_workload_s_pods_and_not_the_test_s(case: str) -> None:
+    objects = rendered(case)
+    workload, test = (pod["metadata"]["labels"].items() for pod in pods(objects))
+    selectors = [thing["spec"]["selector"] for thing in of_kind(objects, "Service")]
+    selectors += [
+        thing["spec"]["selector"]["matchLabels"]
+        for thing in objects
+        if thing["kind"] in ("Deployment", "PodDisruptionBudget")
+    ]
+    selectors += [thing["spec"]["podSelector"]["matchLabels"] for thing in of_kind(objects, "NetworkPolicy")]
+    assert len(selectors) >= 2
+    for selector in selectors:
+        assert workload >= selector.items()
+        assert not test >= selector.items()
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        wanted = monitor["spec"]["selector"]["matchLabels"].items()
+        (service,) = [s for s in of_kind(objects, "Service") if s["metadata"]["labels"].items() >= wanted]
+        assert "metrics" in {port["name"] for port in service["spec"]["ports"]}
+
+
+# The operator
+
+
+def test_the_definitions_are_those_of_the_models_and_stay_by_default() -> None:
+    found = of_kind(rendered("operator"), "CustomResourceDefinition")
+    assert [(thing["metadata"]["name"], thing["spec"]) for thing in found] == [
+        (resource.full_name, crd.definition(resource)["spec"]) for resource in crd.RESOURCES
+    ]
+    for thing in found:
+        assert thing["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    (gone,) = of_kind(render(OPERATOR, {"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "annotations" not in gone["metadata"]
+
+
+@pytest.mark.parametrize(("case", "role"), [("operator", "ClusterRole"), ("operator: one namespace", "Role")])
+def test_the_permissions_are_those_that_the_code_declares(case: str, role: str) -> None:
+    objects = rendered(case)
+    bindings = [
+        thing
+        for thing in objects
+        if thing["kind"].endswith("Binding") and "lease" not in thing["metadata"]["name"]
+    ]
+    (binding,) = bindings
+    assert binding["roleRef"]["kind"] == role
+    granted = one(objects, role, binding["roleRef"]["name"])
+    assert granted["rules"] == rbac.rules(RECONCILERS)
+    assert granted["metadata"].get("namespace") == MATRIX[case][1].get("watchNamespace")
+    lease = one(objects, "Role", "r-unmask-operator-lease")
+    flags = entry.parser().parse_args(container(objects)["args"])
+    assert lease["rules"] == rbac.lease_rules(flags.lease_name)
+    assert lease["metadata"]["namespace"] == flags.lease_namespace == "place"
+    account = one(objects, "ServiceAccount")["metadata"]
+    subject = {"kind": "ServiceAccount", "name": account["name"], "namespace": "place"}
+    assert (
+        binding["subjects"] == one(objects, "RoleBinding", "r-unmask-operator-lease")["subjects"] == [subject]
+    )
+
+
+def test_people_get_what_they_may_do_with_the_custom_resources() -> None:
+    roles = {thing["metadata"]["name"]: thing for thing in of_kind(rendered("operator"), "ClusterRole")}
+    editor, viewer = (roles[f"place-r-unmask-operator-{name}"] for name in ("editor", "viewer"))
+    assert editor["rules"] == rbac.rules_for_people(edit=True)
+    assert viewer["rules"] == rbac.rules_for_people(edit=False)
+    aggregate = "rbac.authorization.k8s.io/aggregate-to-"
+    assert {key for key in editor["metadata"]["labels"] if key.startswith(aggregate)} == {
+        f"{aggregate}admin",
+        f"{aggregate}edit",
+    }
+    assert f"{aggregate}view" in viewer["metadata"]["labels"]
+    writes = {"create", "delete", "deletecollection", "patch", "update"}
+    assert not any(writes & set(rule["verbs"]) for rule in viewer["rules"])
+
+
+def test_the_operator_s_flags_are_those_of_its_values() -> None:
+    values = {
+        "watchNamespace": "team-a", "workers": 7, "client": {"qps": 2.5, "burst": 9}, "lease": {"seconds": 4},
+        "logLevel": "DEBUG", "workerImage": {"registry": "r.example", "repository": "w", "tag": "t"},
+        "fullnameOverride": "other",
+    }  # fmt: skip
+    flags = entry.parser().parse_args(container(render(OPERATOR, values))["args"])
+    assert vars(flags) | {
+        "namespace": "team-a", "workers": 7, "qps": 2.5, "burst": 9, "lease_seconds": 4.0,
+        "log_level": "DEBUG", "image": "r.example/w:t", "lease_name": "other",
+    } == vars(flags)  # fmt: skip
+    default = container(rendered("operator"))
+    assert default["ports"][0]["containerPort"] == entry.parser().parse_args(default["args"]).port
+    without = container(render(OPERATOR, {"workerImage": {"repository": ""}}))
+    assert entry.parser().parse_args(without["args"]).image is None
+
+
+def test_two_copies_have_a_budget_and_one_has_none() -> None:
+    assert of_kind(rendered("operator"), "PodDisruptionBudget") == []
+    assert one(rendered("operator: two copies"), "PodDisruptionBudget")["spec"]["minAvailable"] == 1
+
+
+def test_alerts_are_about_metrics_that_the_operator_has() -> None:
+    rules = one(rendered("operator: everything"), "PrometheusRule")["spec"]["groups"][0]["rules"]
+    named = {name for rule in rules for name in re.findall(r"unmask_\w+", rule["expr"])}
+    control = Path(entry.__file__).parent / "control"
+    source = "".join(path.read_text(encoding="utf-8") for path in control.glob("*.py"))
+    assert len(named) >= 3
+    assert [name for name in named if f'"{name}"' not in source] == []
+
+
+# The engine
+
+
+def test_the_engine_s_arguments_are_those_of_its_values() -> None:
+    values = MODEL | {
+        "model": {"uri": "pvc://models/small/model/", "name": "m"},
+        "server": {
+            "host": "::", "rows": 3, "context": 128, "maxQueue": 5, "maxQueueTokens": 12345678,
+            "maxRequestSeconds": 90.5, "maxConnectionAgeSeconds": 60, "device": "cuda:1", "threads": 2,
+        },
+        "termination": {"drainSeconds": 25},
+    }  # fmt: skip
+    command, *arguments = container(render(INFERENCE, values))["args"]
+    assert command == "serve"
+    with serve.command.make_context("serve", arguments) as context:
+        found = context.params
+    assert found == {
+        "folder": Path("/volumes/models/small/model"), "host": "::", "port": 50051, "metrics_port": 9090,
+        "name": "m", "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
+        "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
+        "device": "cuda:1", "threads": 2,
+    }  # fmt: skip
+
+
+def test_the_model_is_read_from_its_claim_and_cannot_be_written() -> None:
+    objects = rendered("inference")
+    engine, pod = container(objects), one(objects, "Deployment")["spec"]["template"]["spec"]
+    (mount,) = [mount for mount in engine["volumeMounts"] if mount["name"] == "model"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "model"]
+    assert mount == {"name": "model", "mountPath": "/volumes/models", "readOnly": True}
+    assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    assert engine["args"][1].startswith(mount["mountPath"] + "/")
+
+
+@pytest.mark.parametrize("termination", [(5, 60, 15), (1, 0, 1), (30, 600, 10)])
+def test_the_grace_period_is_enough_for_all_that_has_to_happen(termination: tuple[int, int, int]) -> None:
+    names = ("preStopSeconds", "drainSeconds", "reserveSeconds")
+    values = MODEL | {"termination": dict(zip(names, termination, strict=True))}
+    objects = render(INFERENCE, values)
+    engine = container(objects)
+    grace = one(objects, "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    asleep = engine["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert (asleep, grace) == (termination[0], sum(termination))
+    assert f"--drain-seconds={termination[1]}" in engine["args"]
+
+
+@pytest.mark.parametrize(("seconds", "fails"), [(1800, 360), (5, 1), (6, 2)])
+def test_a_model_has_at_least_the_time_to_load_that_its_value_says(seconds: int, fails: int) -> None:
+    objects = render(INFERENCE, MODEL | {"probes": {"startupSeconds": seconds}})
+    probe = container(objects)["startupProbe"]
+    assert (probe["periodSeconds"], probe["failureThreshold"]) == (5, fails)
+    assert probe["grpc"] == {"port": 50051} and "initialDelaySeconds" not in probe
+    assert one(objects, "Deployment")["spec"]["progressDeadlineSeconds"] > seconds
+
+
+def test_readiness_asks_for_the_service_and_liveness_for_the_server() -> None:
+    engine = container(rendered("inference"))
+    assert engine["readinessProbe"]["grpc"] == {"port": 50051, "service": "unmask.v1.Generation"}
+    assert engine["livenessProbe"]["grpc"] == {"port": 50051}
+    assert {port["name"]: port["containerPort"] for port in engine["ports"]} == {
+        "grpc": 50051,
+        "metrics": 9090,
+    }
+
+
+def test_an_accelerator_is_asked_for_and_used() -> None:
+    engine = container(rendered("inference: gpu"))
+    assert engine["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert engine["resources"]["limits"]["memory"] == "2Gi"
+    assert "--device=cuda" in engine["args"]
+    assert "--device=cpu" in container(rendered("inference"))["args"]
+
+
+def test_the_headless_service_gives_the_engines_own_addresses() -> None:
+    services = of_kind(rendered("inference"), "Service")
+    plain, headless = services
+    assert headless["spec"]["clusterIP"] == "None" and "clusterIP" not in plain["spec"]
+    assert [port["port"] for port in headless["spec"]["ports"]] == [50051]
+
+
+def test_helm_test_asks_the_model_for_an_answer() -> None:
+    pod = one(rendered("inference"), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    command, *arguments = pod["spec"]["containers"][0]["args"]
+    assert command == "generate"
+    with generate.command.make_context("generate", arguments) as context:
+        found = context.params
+    assert (found["server"], found["text"]) == ("r-unmask-inference:50051", "hello")
+    assert (found["max_tokens"], found["timeout_s"]) == (8, 120)
+
+
+def test_an_autoscaler_decides_about_the_number_where_the_values_do_not() -> None:
+    assert "replicas" not in one(rendered("inference: left to an autoscaler"), "Deployment")["spec"]
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("chart", "given", "message"),
+    [
+        (OPERATOR, {"replicas": 3}, "at '/replicas': maximum: got 3, want 2"),
+        (OPERATOR, {"replica": 1}, "additional properties 'replica' not allowed"),
+        (OPERATOR, {"image": {"digest": "sha256:1"}}, "at '/image/digest': 'sha256:1' does not match"),
+        (OPERATOR, {"image": {"pullPolicy": "Sometimes"}}, "at '/image/pullPolicy': value must be one of"),
+        (OPERATOR, {"logLevel": "debug"}, "at '/logLevel': value must be one of 'DEBUG', 'INFO'"),
+        (OPERATOR, {"client": {"qps": 0}}, "at '/client/qps': exclusiveMinimum: got 0, want 0"),
+        (OPERATOR, {"watchNamespace": "Team A"}, "at '/watchNamespace': 'Team A' does not match pattern"),
+        (OPERATOR, {"commonLabels": {"a": 1}}, "at '/commonLabels/a': got number, want string"),
+        (OPERATOR, {"crds": {"install": "no"}}, "at '/crds/install': got string, want boolean"),
+        (OPERATOR, {"networkPolicy": {"apiServerPorts": []}}, "at '/networkPolicy/apiServerPorts': minItems"),
+        (OPERATOR, {"metrics": {"serviceMonitor": {"interval": "1"}}}, "/serviceMonitor/interval': '1' does"),
+        (INFERENCE, {"model": {"uri": ""}}, "model.uri: has to be given, as pvc://NAME/path"),
+        (INFERENCE, {"model": {"uri": "s3://a/b"}}, "at '/model/uri': 's3://a/b' does not match pattern"),
+        (INFERENCE, {"model": {"uri": "pvc://a/../b"}}, "model.uri: got pvc://a/../b, the path leaves"),
+        (INFERENCE, {"replicas": -1}, "at '/replicas': minimum: got -1, want 0"),
+        (INFERENCE, {"replicas": "two"}, "at '/replicas': got string, want null or integer"),
+        (INFERENCE, {"server": {"rows": 0}}, "at '/server/rows': minimum: got 0, want 1"),
+        (INFERENCE, {"server": {"port": 1}}, "at '/server': additional properties 'port' not allowed"),
+        (INFERENCE, {"probes": {"startupSeconds": 1}}, "at '/probes/startupSeconds': minimum: got 1, want 5"),
+        (INFERENCE, {"termination": {"preStopSeconds": 0}}, "at '/termination/preStopSeconds': minimum"),
+        (INFERENCE, {"sharedMemory": "big"}, "at '/sharedMemory': 'big' does not match pattern"),
+        (INFERENCE, {"strategy": {"maxUnavailable": 0}}, "strategy: maxSurge and maxUnavailable are both 0"),
+        (INFERENCE, {"strategy": {"maxSurge": "half"}}, "at '/strategy/maxSurge': 'half' does not match"),
+        (INFERENCE, {"service": {"type": "Public"}}, "at '/service/type': value must be one of"),
+        (INFERENCE, {"service": {"port": 70000}}, "at '/service/port': maximum: got 70,000, want 65,535"),
+        (INFERENCE, {"gpu": {"enabled": 1}}, "at '/gpu/enabled': got number, want boolean"),
+        (INFERENCE, {"test": {"prompt": ""}}, "at '/test/prompt': minLength"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_with_its_name(chart: str, given: Json, message: str) -> None:
+    told = refused("template", "r", str(CHARTS / chart), values=(MODEL if chart == INFERENCE else {}) | given)
+    assert message in told
+
+
+OTHER: dict[str, Any] = {
+    "affinity": PLACED["affinity"],
+    "extraEnv": [{"name": "A", "value": "b"}],
+    "extraVolumeMounts": [{"name": "tmp", "mountPath": "/more"}],
+    "extraVolumes": [{"name": "more", "emptyDir": {}}],
+    "hostUsers": False,
+    "image.digest": DIGEST,
+    "image.pullSecrets": [{"name": "key"}],
+    "metrics.serviceMonitor.interval": "5s",
+    "model.uri": "pvc://other/model",
+    "networkPolicy.apiServerPeers": [PEER],
+    "networkPolicy.apiServerPorts": [8443],
+    "networkPolicy.clients": [PEER],
+    "networkPolicy.metricsFrom": [PEER],
+    "podSecurityContext": {"runAsUser": 4711},
+    "resources": {"limits": {"memory": "9Gi"}},
+    "securityContext": {"runAsUser": 4711},
+    "server.context": 64,
+    "server.extraArgs": ["--rows=2"],
+    "server.threads": 2,
+    "sharedMemory": "2Gi",
+    "temporaryStorage": "3Gi",
+    "tolerations": PLACED["tolerations"],
+    "topologySpreadConstraints": PLACED["topologySpreadConstraints"],
+    "workerImage.digest": DIGEST,
+}
+"""A value other than the default, where one cannot be made up from the schema."""
+NEEDS: dict[str, Json] = {
+    "gpu.resource": {"gpu": {"enabled": True}},
+    "metrics.prometheusRule.": {"metrics": {"prometheusRule": {"enabled": True}}},
+    "metrics.serviceMonitor.": {"metrics": {"serviceMonitor": {"enabled": True}}},
+    "networkPolicy.": {"networkPolicy": {"enabled": True}},
+    "podDisruptionBudget.": {"replicas": 2},
+}
+"""Values, by the start of their names, that matter only beside others."""
+VALUES = [
+    (chart, value)
+    for chart in (INFERENCE, OPERATOR)
+    for value in charts.values((CHARTS / chart / "values.yaml").read_text(encoding="utf-8"))
+    if not value.section
+]
+
+
+def other(value: charts.Value) -> Any:
+    """Return what the value may be besides its default."""
+    if (name := ".".join(value.path)) in OTHER:
+        return OTHER[name]
+    match value.default:
+        case bool():
+            return not value.default
+        case int() | float():
+            larger = value.default + 1
+            return larger if larger <= value.schema.get("maximum", larger) else value.default - 1
+        case str():
+            return next((word for word in value.schema.get("enum", []) if word != value.default), "other")
+        case dict():
+            return {"key": "other"}
+    raise AssertionError(f"{name}: say in OTHER what it may be, too")
+
+
+def nested(path: tuple[str, ...], value: Any) -> Json:
+    for name in reversed(path):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
+
+
+def laid(below: Json, above: Json) -> Json:
+    """Return two trees of values as one."""
+    both = dict(below)
+    for name, value in above.items():
+        both[name] = laid(both[name], value) if name in both and isinstance(value, dict) else value
+    return both
+
+
+@cache
+def text_of(chart: str, values: str) -> list[Json]:
+    return render(chart, yaml.safe_load(values), *MONITORING)
+
+
+@pytest.mark.parametrize(
+    ("chart", "value"), VALUES, ids=[f"{chart}-{'.'.join(value.path)}" for chart, value in VALUES]
+)
+def test_each_value_changes_what_is_rendered(chart: str, value: charts.Value) -> None:
+    name = ".".join(value.path)
+    base: Json = MODEL if chart == INFERENCE else {}
+    for start, needed in NEEDS.items():
+        if name.startswith(start) and name != f"{start}enabled" or (start, name) == (
+            "podDisruptionBudget.", "podDisruptionBudget.enabled"
+        ):  # fmt: skip
+            base = laid(base, needed)
+    without = text_of(chart, yaml.safe_dump(base))
+    with_it = text_of(chart, yaml.safe_dump(laid(base, nested(value.path, other(value)))))
+    assert with_it != without
+
+
+def test_every_alternative_belongs_to_a_value() -> None:
+    names = {".".join(value.path) for _, value in VALUES}
+    assert OTHER.keys() <= names
+    assert [start for start in NEEDS if not any(name.startswith(start) for name in names)] == []
+
+
+# What people are told
+
+
+def notes(chart: str, values: Json) -> str:
+    told = helm("install", "r", str(CHARTS / chart), "--namespace=place", "--dry-run=client", values=values)
+    return told.partition("NOTES:")[2]
+
+
+def test_notes_say_what_to_do_next() -> None:
+    told = notes(OPERATOR, {"metrics": {"serviceMonitor": {"enabled": True}}})
+    assert "in all namespaces." in told and "kubectl --namespace place rollout status" in told
+    assert "no monitoring.coreos.com/v1: ServiceMonitor and PrometheusRule are left out" in told
+    assert (
+        of_kind(render(OPERATOR, {"metrics": {"serviceMonitor": {"enabled": True}}}), "ServiceMonitor") == []
+    )
+    assert "in namespace team-a." in notes(OPERATOR, {"watchNamespace": "team-a"})
+    assert "It has no copies" in notes(OPERATOR, {"replicas": 0})
+    told = notes(INFERENCE, MODEL)
+    assert "r-unmask-inference serves pvc://models/small/model." in told
+    assert "dns:///r-unmask-inference-headless.place.svc:50051" in told
+
+
+@pytest.mark.parametrize("chart", [OPERATOR, INFERENCE])
+def test_a_packaged_chart_renders_the_same(chart: str, tmp_path: Path) -> None:
+    helm("package", str(CHARTS / chart), f"--destination={tmp_path}")
+    (package,) = tmp_path.iterdir()
+    values = MODEL if chart == INFERENCE else {}
+    told = helm("template", "r", str(package), "--namespace=place", values=values)
+    assert [thing for thing in yaml.safe_load_all(told) if thing] == render(chart, values)

@@ -1,0 +1,107 @@
+"""The Helm charts as Helm renders them: the one beside the cluster's programs, or on ``PATH``."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from real_cluster import programs
+
+__all__ = ["CHARTS", "Json", "helm", "of_kind", "pods", "refused", "render", "require", "restricted"]
+
+Json = dict[str, Any]
+
+CHARTS = Path(__file__).parents[2] / "deploy/helm"
+_BUILT = programs.folder() / "helm"
+HELM = str(_BUILT) if _BUILT.is_file() else shutil.which("helm")
+
+
+def require() -> str:
+    """Return where Helm is. Skip the test where it is not; in CI, fail."""
+    if HELM:
+        return HELM
+    why = f"no helm in {programs.folder()} or on PATH; `make cluster-programs` builds it"
+    if os.environ.get("CI"):
+        pytest.fail(f"the charts cannot be tested: {why}")
+    pytest.skip(f"the charts are not tested: {why}")
+
+
+def helm(*arguments: str, values: Json | None = None) -> str:
+    """Return what a command of Helm prints; ``values`` come before those of the arguments."""
+    done = _run(*arguments, values=values)
+    assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def refused(*arguments: str, values: Json | None = None) -> str:
+    """Return why a command of Helm fails."""
+    done = _run(*arguments, values=values)
+    assert done.returncode, f"helm {' '.join(arguments)}: was not refused"
+    return done.stderr + done.stdout
+
+
+def render(chart: str, values: Json | None = None, *options: str) -> list[Json]:
+    """Return the objects of a chart's release called ``r`` in the namespace ``place``."""
+    arguments = ("template", "r", str(CHARTS / chart), "--namespace", "place", *options)
+    return [one for one in yaml.safe_load_all(helm(*arguments, values=values)) if one]
+
+
+def of_kind(objects: list[Json], kind: str) -> list[Json]:
+    """Return the objects of one kind."""
+    return [one for one in objects if one["kind"] == kind]
+
+
+def pods(objects: list[Json]) -> Iterator[Json]:
+    """Yield the metadata and spec of every pod, and of every template of one."""
+    for one in objects:
+        if one["kind"] == "Pod":
+            yield one
+        elif "template" in one.get("spec", {}):
+            yield one["spec"]["template"]
+
+
+def restricted(pod: Json) -> list[str]:
+    """Return what the Pod Security Standard `restricted` has against the spec of a pod."""
+    wrong = [f"{name} is set" for name in ("hostNetwork", "hostPID", "hostIPC") if pod.get(name)]
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+    }
+    for volume in pod.get("volumes", []):
+        wrong += [f"volume of type {kind}" for kind in volume.keys() - {"name"} - (allowed | {"secret"})]
+    below = pod.get("securityContext", {})
+    for container in pod.get("initContainers", []) + pod["containers"]:
+        own = container.get("securityContext", {})
+        both = below | own
+        capabilities = own.get("capabilities", {})
+        found = {
+            "privileged": not own.get("privileged"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "capabilities": capabilities.get("drop") == ["ALL"] and not capabilities.get("add"),
+            "runAsNonRoot": both.get("runAsNonRoot") is True and both.get("runAsUser") != 0,
+            "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+            "hostPort": not any("hostPort" in port for port in container.get("ports", [])),
+        }
+        wrong += [f"{container['name']}: {name}" for name, well in found.items() if not well]
+    return wrong
+
+
+def _run(*arguments: str, values: Json | None) -> subprocess.CompletedProcess[str]:
+    given = [] if values is None else ["--values", "-"]
+    return subprocess.run(
+        [require(), *arguments, *given],
+        input=yaml.safe_dump(values) if values is not None else "",
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )

@@ -90,6 +90,42 @@ def test_a_text_is_a_turn_where_the_model_has_a_template(unmask: Run, address: s
     assert by_default.out == chat.out == raw.out
 
 
+def test_a_conversation_is_read_from_a_file(unmask: Run, address: str, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    turns = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    file.write_text(json.dumps(turns), encoding="utf-8")
+    asked = unmask("generate", "w7", f"--messages={file}", "--max-tokens=4", f"--server={address}")
+    expected = "user w5 assistant w6 user w7 assistant"
+    assert asked.code == 0
+    assert asked.out == unmask("generate", expected, "--raw", "--max-tokens=4", f"--server={address}").out
+    turns.append({"role": "user", "content": "w7"})
+    file.write_text(json.dumps({"messages": turns, "tools": [{"name": "f"}]}), encoding="utf-8")
+    whole = unmask("generate", f"--messages={file}", "--max-tokens=4", f"--server={address}")
+    assert whole.out == asked.out
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("[", (), "not valid JSON"),
+        ("{}", (), 'expected a list of turns, or an object with "messages"'),
+        ("[3]", (), '"messages" must be a list of objects'),
+        ("[{}]", (), "the request cannot hold a value"),
+        ('[{"role": "user"}]', ("--raw",), "--raw: a conversation is written out by the model's template"),
+        (None, (), "nothing to answer; give TEXT, or a conversation with --messages"),
+    ],
+)
+def test_a_conversation_that_is_none_is_one_line_and_code_64(
+    unmask: Run, address: str, tmp_path: Path, content: str | None, options: tuple[str, ...], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "chat.json").write_text(content, encoding="utf-8")
+        options += (f"--messages={tmp_path / 'chat.json'}",)
+    ended = unmask("generate", f"--server={address}", *options)
+    assert (ended.code, ended.err.count("\n")) == (64, 1)
+    assert ended.err.startswith("error: ") and message in ended.err
+
+
 def test_json_holds_tokens_and_all_three_figures(unmask: Run, address: str) -> None:
     ended = unmask("generate", "w5", "--json", "--max-tokens=12", "--threshold=0.01", f"--server={address}")
     answer = json.loads(ended.out)

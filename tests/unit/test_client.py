@@ -78,11 +78,46 @@ def test_a_conversation_is_a_prompt() -> None:
     assert request.chat.messages[0] == pb.ChatMessage(role="user", content="hi")
 
 
+def test_calls_of_tools_travel_as_json() -> None:
+    calls = [
+        {"name": "f", "arguments": {"x": "\N{EURO SIGN}"}},
+        {"id": "i", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    request = request_of(
+        None,
+        messages=[
+            {"role": "assistant", "tool_calls": calls},
+            {"role": "tool", "content": "3", "tool_call_id": "i", "name": "g"},
+        ],
+        tools=[{"name": "f"}],
+    )
+    assert request.chat == pb.Chat(
+        messages=[
+            pb.ChatMessage(
+                role="assistant",
+                content="",
+                tool_calls=[
+                    pb.ToolCall(name="f", arguments='{"x": "\N{EURO SIGN}"}'),
+                    pb.ToolCall(id="i", name="g", arguments="{}"),
+                ],
+            ),
+            pb.ChatMessage(role="tool", content="3", tool_call_id="i", name="g"),
+        ],
+        tools=['{"name": "f"}'],
+    )
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
         (None, {}, "got no prompt, give one of"),
         ("a", {"token_ids": [1]}, "got prompt and token_ids, give one of"),
+        ("a", {"tools": [{}]}, "tools: only a conversation has them"),
+        (
+            None,
+            {"messages": [{"role": "a", "tool_calls": [{"name": "f"}]}]},
+            "cannot hold a value: 'arguments'",
+        ),
         ("a", {"decoder": "magic"}, "decoder: got 'magic', allowed are threshold"),
         ("a", {"max_tokens": -1}, "the request cannot hold a value"),
         (None, {"token_ids": [-1]}, "the request cannot hold a value"),

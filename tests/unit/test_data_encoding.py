@@ -6,6 +6,7 @@ import pytest
 
 from support.training import EOS, write_data
 from unmask.errors import DataError, ModelError, UsageError
+from unmask.models.conversation import tool, tool_call, turn
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.corpus import Library, Source
 from unmask.training.encoding import encode, question
@@ -55,6 +56,24 @@ def test_only_the_last_turn_of_a_conversation_is_the_answer(tmp_path):
     encoded = encode(Messages(messages=TURNS, line=1), tokenizer(tmp_path, template=CHAT), eos_token_id=EOS)
     assert encoded.ids == [USER, 9, ASSISTANT, 10, USER, 11, ASSISTANT, 12, 13, EOS]
     assert encoded.prompt_length == 7
+
+
+def test_tools_are_written_before_what_is_learnt(tmp_path):
+    calling = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}"
+        "{% for m in messages %}{{ m.role }} {{ m.content }} "
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.x }} {% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    turns = (turn("user", "w9"), turn("assistant", None, tool_calls=[tool_call("w20", {"x": "w21"})]))
+    record = Messages(messages=turns, tools=(tool({"name": "w20"}),), line=1)
+    encoded = encode(record, tokenizer(tmp_path, template=calling), eos_token_id=EOS)
+    assert encoded.ids == [20, USER, 9, ASSISTANT, 20, 21, EOS]
+    assert encoded.prompt_length == 4
+    every = encode(record, tokenizer(tmp_path, template=calling), eos_token_id=EOS, turns=True)
+    assert (every.ids, every.turns) == (encoded.ids, ((4, 7),))
+    asked = question(record, tokenizer(tmp_path, template=calling), eos_token_id=EOS)
+    assert (asked.prompt, asked.answers) == (encoded.ids[:4], ([20, 21],))
 
 
 def test_an_end_of_text_that_the_template_wrote_is_not_doubled(tmp_path):

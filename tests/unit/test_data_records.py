@@ -27,6 +27,26 @@ def test_a_conversation_keeps_roles_and_contents(tmp_path):
     assert read_records(tmp_path / "a.jsonl", "messages") == [Messages(messages=tuple(turns), line=1)]
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = [
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "tool_call_id": "c", "name": "add"},
+    {"role": "assistant", "content": "2"},
+]
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_calls_of_tools_are_kept_in_either_form(tmp_path):
+    said = {"name": "add", "arguments": '{"a": 1}'}
+    other = [dict(turn) for turn in CALLING]
+    other[1] = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": said}]}
+    lines = [{"messages": CALLING, "tools": [ADD]}, {"messages": other, "tools": json.dumps([ADD])}]
+    write_lines(tmp_path / "a.jsonl", lines)
+    for record in read_records(tmp_path / "a.jsonl", "messages"):
+        assert (record.messages, record.tools) == (tuple(CALLING), (ADD,))
+
+
 @pytest.mark.parametrize(
     ("entry", "learnt", "accepted"),
     [
@@ -62,6 +82,24 @@ WRONG = [
     ("messages", '{"messages": [{"role": "bot", "content": ""}]}', "one of system, user, assistant, tool"),
     ("messages", '{"messages": [{"role": "user", "content": 3}]}', "content must be a string, got a number"),
     ("messages", '{"messages": [{"role": "user", "content": "a"}]}', "the last turn must be the assistant's"),
+    ("messages", '{"messages": [{"role": "assistant"}]}', "content must be a string, got nothing"),
+    ("messages", '{"messages": [{"role": "assistant", "tool_calls": 3}]}', "tool_calls must be a list"),
+    (
+        "messages",
+        '{"messages": [{"role": "assistant", "tool_calls": [{}]}]}',
+        "tool_calls[0] must be an object",
+    ),
+    (
+        "messages",
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "["}]}]}',
+        '"messages"[0].tool_calls[0]: arguments must be a JSON object',
+    ),
+    ("messages", '{"messages": [{"role": "tool", "content": "", "name": 3}]}', "name must be a string"),
+    (
+        "messages",
+        '{"messages": [{"role": "assistant", "content": ""}], "tools": "[3]"}',
+        '"tools" must be a list of JSON objects',
+    ),
     ("completion", '{"completion": "a"}', '"prompt" must be a string'),
     ("completion", '{"prompt": "", "completion": "a"}', '"prompt" is empty'),
     ("completion", '{"prompt": "a"}', '"completion" must be a string, got nothing'),

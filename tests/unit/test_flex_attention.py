@@ -7,9 +7,15 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from support.attention import packed
+from support.models import packed_row, random_tokens, tiny_model
 from unmask.attention import AttentionMetadata, attend_plainly, may_attend, plan
 from unmask.attention.flex import FlexPlan, compiled_flex_attention, plan_flex
 from unmask.attention.tiles import tiles_of
+from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.generation import generate
+from unmask.diffusion.layout import two_copy
+from unmask.diffusion.losses import summed_loss
+from unmask.diffusion.noise import NoiseConfig, corrupt
 
 # Uncompiled is what is tested here: the same rule and tiles, without minutes of compiling.
 pytestmark = [
@@ -138,3 +144,39 @@ def test_no_length_makes_the_kernel_compute_all_scores():
         before = torch.cuda.memory_allocated()
         plan(tokens, tokens).attend(*inputs).sum().backward()
         assert torch.cuda.max_memory_allocated() - before < scores / 3, number
+
+
+LARGER = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 1024}
+"""Heads as wide as the kernel wants them."""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_loss_and_gradients_of_a_model_are_those_of_the_processor():
+    rows = packed_row(random_tokens(190), random_tokens(66, seed=1), length=260)
+    inputs = two_copy(
+        rows, corrupt(rows, NoiseConfig(), seed=3, block_length=8), block_length=8, mask_token_id=63
+    )
+    model = tiny_model(dtype=torch.float32, **LARGER)
+    found = {}
+    for device in ("cpu", "cuda"):
+        model, inputs = model.to(device), inputs.to(device)
+        loss = summed_loss(model.hidden(inputs.ids, inputs.metadata), model.logits, inputs)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        found[device] = [tensor.detach().cpu() for tensor in (loss, *gradients)]
+    for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        assert (ours - theirs).norm() <= 2e-4 * theirs.norm() + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tokens_generated_behind_long_prompts_are_those_of_the_processor():
+    model = tiny_model(dtype=torch.float32, **LARGER)
+    prompts = [random_tokens(count, seed=count) for count in (130, 301, 512)]
+    wish = DecodingParams(
+        max_new_tokens=24, block_length=8, steps=8, threshold=0.3, eos_token_id=62, mask_token_id=63
+    )
+    expected = generate(model, prompts, wish)
+    assert [one.token_ids for one in generate(model.to("cuda"), prompts, wish)] == [
+        one.token_ids for one in expected
+    ]

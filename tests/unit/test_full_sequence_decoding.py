@@ -60,6 +60,67 @@ def test_tokens_are_those_of_the_published_loop(model, block_length, steps):
         assert got.usage.denoise == 16 // block_length * steps
 
 
+class Frozen:
+    """In place of a cache: each forward is over the whole canvas, and sees old keys and values outside."""
+
+    def __init__(self):
+        self.kept = {}
+        self.window = None
+        """First position whose keys and values are new, and the one after the last; None: all are."""
+
+    def keys_seen(self, queries):
+        return queries
+
+    def extend(self, layer, key, value):
+        if self.window is not None:
+            window = slice(*self.window)
+            old_key, old_value = (tensor.clone() for tensor in self.kept[layer])
+            old_key[:, :, window], old_value[:, :, window] = key[:, :, window], value[:, :, window]
+            key, value = old_key, old_value
+        self.kept[layer] = (key, value)
+        return key, value
+
+
+def loop_with_a_vicinity(model, prompt, *, new_tokens, block_length, steps_per_block, before, after):
+    """The published loop, where only a block and its vicinity are computed anew after its first forward.
+
+    What lies outside is as the last forward that covered it left it. Nothing is saved: all positions are
+    computed each time, and the keys and values of those outside are thrown away.
+    """
+    ids = torch.tensor([*prompt, *[MASK] * new_tokens])
+    masked = torch.arange(len(ids)) >= len(prompt)
+    position = torch.arange(len(ids)).unsqueeze(0)
+    metadata = AttentionMetadata.bidirectional(position, torch.zeros_like(position))
+    frozen = Frozen()
+    for start in range(len(prompt), len(ids), block_length):
+        stop = start + block_length
+        base, longer = divmod(block_length, steps_per_block)
+        for step in range(steps_per_block):
+            frozen.window = (max(0, start - before), min(len(ids), stop + after)) if step else None
+            with torch.no_grad():
+                logits = model.logits(model.hidden(ids.unsqueeze(0), metadata, cache=frozen))[0]
+            logits[:, MASK] = -torch.inf
+            confidence, tokens = torch.softmax(logits, -1).max(-1)
+            confidence[~masked] = -torch.inf
+            confidence[:start] = -torch.inf
+            confidence[stop:] = -torch.inf
+            for place in confidence.topk(base + (step < longer)).indices:
+                ids[place], masked[place] = tokens[place], False
+    return ids[len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 3), (4, 99), (99, 99)])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_with_a_vicinity_tokens_are_those_of_the_loop_that_sees_old_keys(model, before, after, seed):
+    prompt = random_tokens(10, seed=seed)
+    loop = {"new_tokens": 24, "block_length": 8, "steps_per_block": 4}
+    expected = loop_with_a_vicinity(model, prompt, **loop, before=before, after=after)
+    wish = params(max_new_tokens=24, eos_token_id=70, vicinity=Vicinity(before, after))
+    assert generate_full_sequence(model, prompt, wish).token_ids == expected
+    exact = published_loop(model, prompt, **loop)
+    assert (expected == exact) == (before == 99), "or this prompt would not tell old keys from new ones"
+
+
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 2.0])
 def test_a_vicinity_of_everything_is_exact(model, threshold):
     prompt = random_tokens(9, seed=2)

@@ -67,8 +67,15 @@ def folder(tmp_path):
     (tmp_path / "outside").mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "outside" / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "outside" / "generation_config.json").write_text("{}")
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        (tmp_path / "outside" / name).write_text("{}")
     return folder
+
+
+def assert_nothing_outside_is_opened(folder, opened):
+    inside = (str(folder.resolve()), str(folder.parent.parent / ".target-"))
+    imported = (".py", ".pyc")
+    assert [path for path in opened if not path.startswith(inside) and not path.endswith(imported)] == []
 
 
 def assert_refused(folder, capsys, reason):
@@ -77,11 +84,14 @@ def assert_refused(folder, capsys, reason):
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (ExitCode.MODEL, 1), error
     assert error.startswith("error: ") and reason in error
-    scratch = str(folder.parent.parent / ".target-")
-    inside = (str(folder.resolve()), scratch)
-    imported = (".py", ".pyc")
-    assert [path for path in opened if not path.startswith(inside) and not path.endswith(imported)] == []
+    assert_nothing_outside_is_opened(folder, opened)
     assert not target.exists() and not list(folder.parent.parent.glob(".target-*"))
+
+    # What only describes the folder may not look at all of it, but does no harm either.
+    code, opened = unmask("inspect", folder)
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) in [(ExitCode.MODEL, 1), (ExitCode.OK, 0)], error
+    assert_nothing_outside_is_opened(folder, opened)
 
 
 def test_the_folder_that_these_tests_damage_is_good(folder):
@@ -190,7 +200,7 @@ def template(text):
 
 def link(name):
     def change(folder):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(folder.parent.parent / "outside" / name)
 
     return change
@@ -262,11 +272,16 @@ def flat_experts(folder):
             template("{{ cycler.__init__.__globals__.os.system('id') }}"),
             "chat template tries to run other code",
         ),
+        (
+            template("{{ ''['__cla' ~ 'ss__'] | list }}"),
+            "the chat template tries to run other code",
+        ),
         (template("{% for"), "the chat template, line 1"),
         (link("config.json"), "config.json: is a link to outside the folder"),
         (link(WEIGHTS), "model.safetensors: is a link to outside the folder"),
         (link("tokenizer.json"), "tokenizer.json: is a link to outside the folder"),
         (link("tokenizer_config.json"), "tokenizer_config.json: is a link to outside the folder"),
+        (link("special_tokens_map.json"), "special_tokens_map.json: is a link to outside the folder"),
         (link("generation_config.json"), "generation_config.json: is a link to outside the folder"),
         (circle, "model.safetensors: cannot be read"),
         (pipe, "model.safetensors: not a regular file"),

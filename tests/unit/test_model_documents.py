@@ -11,12 +11,18 @@ from gguf import GGMLQuantizationType
 
 from support.checkpoints import SMALL_LING, ling_tokenizer, write_gguf
 from support.folders import add_tokenizer
+from support.models import tiny_model
 from unmask.cli.main import _exit_code
+from unmask.client.options import request_of
 from unmask.models.loading import build, load, save
 from unmask.models.registry import CONVERSIONS, parse_config
+from unmask.models.tokenizer import Tokenizer
+from unmask.serving.requests import _turn
+from unmask.training.records import read_records
 
 ROOT = Path(__file__).parents[2]
 CONVERT = (ROOT / "docs/how-to/convert-a-checkpoint.md").read_text()
+TALK = (ROOT / "docs/how-to/hold-a-conversation.md").read_text()
 FAMILY = (ROOT / "docs/how-to/add-a-model-family.md").read_text()
 
 QUOTES = re.findall(r"^```python\n# (\S+)\n(.*?)^```", FAMILY, re.DOTALL | re.MULTILINE)
@@ -25,6 +31,27 @@ QUOTES = re.findall(r"^```python\n# (\S+)\n(.*?)^```", FAMILY, re.DOTALL | re.MU
 @pytest.mark.parametrize(("path", "quoted"), QUOTES, ids=[path for path, _ in QUOTES])
 def test_code_in_the_walk_through_is_that_of_the_file(path, quoted):
     assert quoted in (ROOT / path).read_text()
+
+
+def test_the_conversation_reaches_the_template_alike_by_file_and_by_request(tmp_path):
+    [example] = re.findall(r"^```json\n(.*?)^```", TALK, re.DOTALL | re.MULTILINE)
+    chat = json.loads(example)
+    asked = request_of(None, messages=chat["messages"], tools=chat["tools"]).chat
+    answered = {**chat, "messages": [*chat["messages"], {"role": "assistant", "content": "4"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(answered))
+    [record] = read_records(tmp_path / "chats.jsonl", "messages")
+    assert [json.loads(text) for text in asked.tools] == list(record.tools) == chat["tools"]
+    turns = [_turn(message, "") for message in asked.messages]
+    assert turns == list(record.messages[:-1])
+
+    save(tiny_model(), tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    template = ROOT / "workers/src/unmask/models/llada2_moe/chat_template.jinja"
+    (tmp_path / "model" / "chat_template.jinja").write_bytes(template.read_bytes())
+    text = Tokenizer.load(tmp_path / "model").render_chat(turns, True, tools=record.tools)
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>' in text
+    assert "<tool_response>\n4 degrees\n</tool_response>" in text
+    assert '"description": "The weather now."' in text
 
 
 def test_the_table_of_conversions_is_complete():

@@ -8,11 +8,15 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from support.folders import served_folder
+from support.training import write_lines
+from unmask.client.options import Message, request_of
 from unmask.diffusion.decoding import DecodingParams, Vicinity
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
 from unmask.serving.refusals import Refused
 from unmask.serving.requests import check_canvas, read_order
+from unmask.training.encoding import encode
+from unmask.training.records import Messages, read_records
 from unmask.v1 import generation_pb2 as pb
 
 CONTEXT = 64
@@ -94,6 +98,63 @@ def test_a_conversation_is_written_out_by_the_template(model: ServedModel) -> No
         messages=[pb.ChatMessage(role="system", content="w9"), pb.ChatMessage(role="user", content="w8")]
     )
     assert read_order(pb.GenerateRequest(chat=chat), model).prompt == [1, 9, 2, 8, 3]
+
+
+def test_calls_of_tools_are_written_out_as_they_are_in_training(tmp_path: Path) -> None:
+    folder = served_folder(tmp_path / "tiny")
+    template = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}"
+        "{% for m in messages %}{{ m.role }} {{ m.content }} "
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.x }} {% endfor %}"
+        "{{ m.tool_call_id }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    model = ServedModel.describe(folder, read_config(folder), name=None, rows=1, context_length=CONTEXT)
+    call = {"id": "w30", "function": {"name": "w20", "arguments": '{"x": "w21"}'}}
+    messages: list[Message] = [
+        {"role": "user", "content": "w9"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "w22", "tool_call_id": "w30"},
+    ]
+    tools = [{"name": "w20"}]
+    asked = read_order(request_of(None, messages=messages, tools=tools), model).prompt
+    assert asked == [20, 2, 9, 3, 20, 21, 0, 22, 30, 3]
+
+    answered = {"messages": [*messages, {"role": "assistant", "content": "w5"}], "tools": tools}
+    write_lines(tmp_path / "chats.jsonl", [answered])
+    (record,) = read_records(tmp_path / "chats.jsonl", "messages")
+    assert isinstance(record, Messages)
+    learnt = encode(record, model.tokenizer, eos_token_id=510)
+    assert learnt.ids == [*asked, 5, 510] and learnt.prompt_length == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("chat", "description"),
+    [
+        (
+            pb.Chat(messages=[pb.ChatMessage(role="assistant", tool_calls=[pb.ToolCall(arguments="{}")])]),
+            "messages[0].tool_calls[0].name: is empty; name the function",
+        ),
+        (
+            pb.Chat(messages=[pb.ChatMessage(tool_calls=[pb.ToolCall(name="f", arguments="[1]")])]),
+            "messages[0].tool_calls[0].arguments: must be a JSON object",
+        ),
+        (
+            pb.Chat(messages=[pb.ChatMessage(tool_calls=[pb.ToolCall(name="f", arguments="[" * 99_999)])]),
+            "messages[0].tool_calls[0].arguments: must be a JSON object",
+        ),
+        (
+            pb.Chat(messages=[pb.ChatMessage(role="user")], tools=["{}", "{"]),
+            "tools[1]: must be a JSON object",
+        ),
+    ],
+)
+def test_calls_and_tools_that_are_no_objects_are_named(
+    model: ServedModel, chat: pb.Chat, description: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        read_order(pb.GenerateRequest(chat=chat), model)
+    assert description in str(refused.value)
 
 
 def test_a_prompt_and_its_generation_may_fill_the_context(model: ServedModel) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from support.folders import served_folder, word_tokenizer
 from unmask.errors import ModelError, UsageError
+from unmask.models.conversation import tool, tool_call, turn
 from unmask.models.tokenizer import Tokenizer
 
 
@@ -77,7 +78,8 @@ def test_json_in_a_template_is_not_escaped_for_html(folder: Path) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__cla' ~ 'ss__'] | list }}",
+        "{{ (messages | attr('__in' ~ 'it__'))() }}",
         "{{ messages.append(1) }}",
         "{% for x in range(10**9) %}{% endfor %}",
         "{{ raise_exception('roles must alternate') }}",
@@ -88,6 +90,62 @@ def test_a_template_that_goes_too_far_or_refuses_is_an_error_of_the_call(folder:
     tokenizer = configure(folder, chat_template=template)
     with pytest.raises(UsageError, match="the chat template refuses the messages"):
         tokenizer.render_chat(TURN, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ messages | map(attribute='__class__') | list }}",
+        "{% if messages | length > 9 %}{{ cycler.__init__.__globals__ }}{% endif %}",
+        "{% macro f() %}{{ self.__init__ }}{% endmacro %}",
+    ],
+)
+def test_a_template_that_asks_for_pythons_inner_attributes_is_refused_unrun(
+    folder: Path, template: str
+) -> None:
+    with pytest.raises(ModelError, match="the chat template tries to run other code: line 1 asks for '__"):
+        configure(folder, chat_template=template)
+
+
+def test_a_template_nested_without_end_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        configure(folder, chat_template="{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}")
+
+
+def test_files_that_became_links_to_outside_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}", encoding="utf-8")
+    (folder / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    tokenizer = Tokenizer.load(folder)
+    with pytest.raises(ModelError, match="is a link to outside the folder"):
+        tokenizer.contents(mask_token_id=None)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(ModelError, match="is a link to outside the folder"):
+        tokenizer.save(tmp_path / "copy")
+
+
+TOOLS = (
+    "{% for t in tools or [] %}tool {{ t | tojson }} {% endfor %}"
+    "{% for m in messages %}{{ m.role }} {{ m.content }} "
+    "{% for c in m.tool_calls or [] %}{{ c.id }} {{ c.function.name }} "
+    "{{ c.function.arguments | tojson }} {% endfor %}{{ m.tool_call_id }} {{ m.name }} {% endfor %}"
+)
+
+
+def test_calls_of_tools_and_what_they_return_reach_the_template(folder: Path) -> None:
+    turns = [
+        turn("user", "1 + 1?"),
+        turn("assistant", None, tool_calls=[tool_call("add", '{"b": 1, "a": 1}', call_id="c1")]),
+        turn("tool", "2", tool_call_id="c1", name="add"),
+    ]
+    tokenizer = configure(folder, chat_template=TOOLS)
+    text = tokenizer.render_chat(turns, add_generation_prompt=True, tools=[tool('{"name": "add"}')])
+    assert text.split() == (
+        'tool {"name": "add"} user 1 + 1? assistant c1 add {"b": 1, "a": 1} tool 2 c1 add'.split()
+    )
+    assert "tools" not in tokenizer.render_chat(turns[:1], add_generation_prompt=True)
 
 
 def test_a_template_cannot_change_the_callers_messages(folder: Path) -> None:

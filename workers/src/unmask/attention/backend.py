@@ -4,9 +4,8 @@
 torch's scaled-dot-product attention with one boolean mask shared by the layers, or none
 where every query sees every key; for many, on a CPU, the same tile by tile
 (:mod:`~unmask.attention.tiled`). On a GPU, from one tile of queries on, it
-is block-sparse (:mod:`~unmask.attention.flex`); that path was compared with the reference
-on a CPU alone, and has not been run on a GPU. :func:`attend_plainly` is the slow, obvious
-reference beside both. Shape letters: B rows, H query heads, G key/value heads (H a multiple of G),
+is block-sparse (:mod:`~unmask.attention.flex`). :func:`attend_plainly` is the slow, obvious
+reference beside them all. Shape letters: B rows, H query heads, G key/value heads (H a multiple of G),
 Q queries, K keys, D head size.
 """
 

@@ -5,20 +5,30 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
+
+from unmask.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from unmask.client import Canvas, Event, Finished, GenerateOptions, Usage
+    from unmask.client import Canvas, Event, Finished, GenerateOptions, Message, Usage
 
 __all__ = ["command"]
 
 
 @click.command("generate", short_help="Ask a server to write.")
-@click.argument("text")
+@click.argument("text", required=False)
+@click.option(
+    "--messages",
+    "conversation",
+    type=click.File(encoding="utf-8"),
+    metavar="FILE",
+    help="A conversation to answer, TEXT its last turn if there is one: a JSON list of turns, or an object "
+    'with "messages" and "tools"; - is stdin.',
+)
 @click.option(
     "--server",
     default="127.0.0.1:50051",
@@ -55,7 +65,8 @@ __all__ = ["command"]
 @click.option("--canvas", is_flag=True, help="Show positions as they are filled (on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and usage.")
 def command(
-    text: str,
+    text: str | None,
+    conversation: IO[str] | None,
     server: str,
     chat: bool | None,
     timeout_s: float,
@@ -63,7 +74,7 @@ def command(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Send TEXT to a server and print what the model writes.
+    """Send TEXT or a conversation to a server and print what the model writes.
 
     Tokens per forward pass (TPF) and tokens per second follow on stderr. TPF is given over all forwards, over
     decoding (denoise and persist) ones, and over denoising ones. What is not given is up to the server, and
@@ -71,14 +82,21 @@ def command(
     """
     from unmask.client import Client
 
+    if text is None and conversation is None:
+        raise UsageError("nothing to answer; give TEXT, or a conversation with --messages")
+    if conversation is not None and chat is False:
+        raise UsageError("--raw: a conversation is written out by the model's template; leave --raw out")
+    prompt: str | None = None
     given = {name: value for name, value in asked.items() if value is not None}
     options = cast("GenerateOptions", given | {"timeout_s": timeout_s})
     with Client(server, timeout_s=timeout_s) as client:
-        if chat is None:
-            chat = client.model_info().has_chat_template
-        if chat:
-            options["messages"] = [{"role": "user", "content": text}]
-        prompt = None if chat else text
+        if conversation is not None:
+            options |= _conversation(conversation)
+        elif chat is False or (chat is None and not client.model_info().has_chat_template):
+            prompt = text
+        if prompt is None:
+            turn: Message = {"role": "user", "content": text}
+            options["messages"] = [*options.get("messages", ()), *([turn] if text is not None else [])]
         started = time.monotonic()
         if as_json:
             generation = client.generate(prompt, **options)
@@ -89,6 +107,22 @@ def command(
         events = client.stream(prompt, canvas=live, **options)
         finished = _draw(events) if live else _print(events)
         click.echo(_summary(finished.usage, time.monotonic() - started), err=True)
+
+
+def _conversation(file: IO[str]) -> "GenerateOptions":
+    """Turns and tools in a file."""
+    try:
+        read = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--messages {file.name}: not valid JSON: {error}") from None
+    read = {"messages": read} if isinstance(read, list) else read
+    if not isinstance(read, dict) or not read.get("messages"):
+        raise UsageError(f'--messages {file.name}: expected a list of turns, or an object with "messages"')
+    for key in ("messages", "tools"):
+        entries = read.setdefault(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UsageError(f'--messages {file.name}: "{key}" must be a list of objects')
+    return {"messages": read["messages"], "tools": read["tools"]}
 
 
 def _print(events: Iterator["Event"]) -> "Finished":

@@ -1,7 +1,8 @@
 """What a caller asks for, as a request of the wire."""
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, TypedDict, Unpack
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, Unpack
 
 from unmask.errors import UsageError
 from unmask.v1 import generation_pb2 as pb
@@ -20,10 +21,22 @@ DECODERS: dict[DecoderName, pb.Decoder] = {
 
 
 class Message(TypedDict):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; what a tool returned. None in a turn that only calls tools.
+        tool_calls: What an earlier turn of the assistant called:
+            ``{"id": ..., "function": {"name": ..., "arguments": ...}}``, the arguments an object or its JSON.
+        tool_call_id: In a turn of a tool, the call that it answers.
+        name: In a turn of a tool, the function that was called.
+    """
 
     role: str
-    content: str
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -31,6 +44,7 @@ class GenerateOptions(TypedDict, total=False):
 
     Attributes:
         messages: A conversation, instead of a prompt.
+        tools: Functions that the model may call in the conversation, as JSON schemas.
         token_ids: Token ids, instead of a prompt.
         max_tokens: Most tokens to generate.
         decoder: Rule for filling masked positions. Each has parameters of its own among those that follow;
@@ -50,6 +64,7 @@ class GenerateOptions(TypedDict, total=False):
     """
 
     messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]]
     token_ids: Sequence[int]
     max_tokens: int
     decoder: DecoderName
@@ -75,7 +90,7 @@ def request_of(prompt: str | None, **options: Unpack[GenerateOptions]) -> pb.Gen
     try:
         _set_prompt(request, prompt, options)
         _set_params(request, options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"the request cannot hold a value: {error}") from error
     return request
 
@@ -85,14 +100,31 @@ def _set_prompt(request: pb.GenerateRequest, prompt: str | None, options: Genera
     given += [name for name in ("messages", "token_ids") if name in options]
     if len(given) != 1:
         raise UsageError(f"got {' and '.join(given) or 'no prompt'}, give one of prompt, messages, token_ids")
+    if "tools" in options and "messages" not in options:
+        raise UsageError("tools: only a conversation has them; give messages")
     if prompt is not None:
         request.text = prompt
     elif "token_ids" in options:
         request.token_ids.ids.extend(options["token_ids"])
         request.token_ids.SetInParent()
     else:
-        turns = [pb.ChatMessage(role=turn["role"], content=turn["content"]) for turn in options["messages"]]
-        request.chat.CopyFrom(pb.Chat(messages=turns))
+        turns = [_turn(message) for message in options["messages"]]
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in options.get("tools", ())]
+        request.chat.CopyFrom(pb.Chat(messages=turns, tools=tools))
+
+
+def _turn(message: Message) -> pb.ChatMessage:
+    made = pb.ChatMessage(role=message["role"], content=message.get("content") or "")
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        made.tool_calls.add(id=call.get("id"), name=function["name"], arguments=text)
+    if message.get("tool_call_id"):
+        made.tool_call_id = message["tool_call_id"]
+    if message.get("name"):
+        made.name = message["name"]
+    return made
 
 
 def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:

@@ -10,15 +10,15 @@ Invariants:
 * No token is added that the text does not hold: no beginning or end of text, no padding, no truncation.
 * The text of a special token encodes to that token, since chat templates write them so. A mask token's id
   in a prompt is therefore text like any other; what is masked is never decided by comparing ids.
-* A chat template comes with the weights, so it is untrusted: it runs in jinja2's immutable sandbox.
+* A chat template comes with the weights, so it is untrusted: one that asks for Python's inner attributes
+  (``__class__`` and the like) is refused, and any runs in jinja2's immutable sandbox.
 
 This module imports no torch.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -26,9 +26,12 @@ from typing import Any, NoReturn, Self
 import jinja2
 import jinja2.ext
 import tokenizers
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from unmask.errors import ModelError, UsageError
+from unmask.models.conversation import Tool, Turn
 from unmask.models.folder import exists_inside, read_inside, read_json_inside
 
 __all__ = ["Tokenizer"]
@@ -147,12 +150,15 @@ class Tokenizer:
         """Text of ``ids``; an incomplete UTF-8 sequence shows as U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Turn], add_generation_prompt: bool, *, tools: Sequence[Tool] = ()
+    ) -> str:
         """Write a conversation out as the text the model was taught to read.
 
         Args:
-            messages: Turns in order, each with ``role`` and ``content``.
+            messages: Turns in order, as :mod:`~unmask.models.conversation` makes them.
             add_generation_prompt: End with the opening of an assistant's turn, for the model to go on from.
+            tools: Functions that the model may call; whether and how they are written is up to the template.
 
         Raises:
             ModelError: The folder has no chat template.
@@ -160,14 +166,14 @@ class Tokenizer:
         """
         if self._template is None:
             raise ModelError(
-                "the tokenizer has no chat template; send text, or add chat_template to tokenizer_config.json"
+                f"the tokenizer has no chat template; send text, or add {TEMPLATE_FILE} to the model's folder"
             )
         try:
             return self._template.render(
                 **self._special_tokens,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
             )
         except Exception as error:  # the template is a program, and may fail in any way
             raise UsageError(f"the chat template refuses the messages: {_one_line(error)}") from error
@@ -195,7 +201,7 @@ class Tokenizer:
 
         They are as they were read, but that ``tokenizer_config.json`` names the mask token.
         """
-        contents = {path.name: path.read_bytes() for path in self.files}
+        contents = {path.name: read_inside(path.parent, path.name) for path in self.files}
         token = None if mask_token_id is None else self._backend.id_to_token(mask_token_id)
         if token is not None and mask_token_id != self.mask_token_id:
             config = {**json.loads(contents.get(CONFIG_FILE, b"{}")), "mask_token": token}
@@ -205,7 +211,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, byte for byte, into an existing folder."""
         for path in self.files:
-            shutil.copyfile(path, Path(folder) / path.name)
+            (Path(folder) / path.name).write_bytes(read_inside(path.parent, path.name))
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
@@ -252,17 +258,44 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's, in which merely to ask for an unsafe attribute is an error; its own gives undefined."""
+
+    def unsafe_undefined(self, obj: object, attribute: str) -> NoReturn:
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe.")
+
+
 def _compile(template: str) -> jinja2.Template:
     """Compile with the settings and the few functions that published templates rely on."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     try:
+        for line, name in _names_asked_for(environment.parse(template)):
+            if name.startswith("__"):
+                raise ModelError(
+                    f"the chat template tries to run other code: line {line} asks for {ascii(name)[:40]}"
+                )
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"the chat template, line {error.lineno}: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise ModelError("the chat template is nested too deeply") from error
+
+
+def _names_asked_for(template: nodes.Template) -> Iterator[tuple[int, str]]:
+    """Line and name of each attribute or item that the template names as it stands."""
+    for node in template.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
+        if isinstance(node, nodes.Getattr):
+            yield node.lineno, node.attr
+            continue
+        # A filter such as attr("name") or map(attribute="name") names one too.
+        named = [node.arg] if isinstance(node, nodes.Getitem) else []
+        if isinstance(node, nodes.Filter):
+            named = [*node.args, *(pair.value for pair in node.kwargs)]
+        for value in named:
+            if isinstance(value, nodes.Const) and isinstance(value.value, str):
+                yield node.lineno, value.value
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

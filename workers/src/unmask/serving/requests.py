@@ -5,13 +5,16 @@ middle of a generation.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import grpc
 
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import ModelError, UsageError
+from unmask.models.conversation import Turn, tool, tool_call, turn
 from unmask.serving.decoders import DECODERS, Decoder, listed
 from unmask.serving.model import DEFAULT_MAX_TOKENS, MAX_POST_EDIT_STEPS, ServedModel
 from unmask.serving.refusals import Refused, Violation, invalid
@@ -20,6 +23,7 @@ from unmask.v1 import generation_pb2 as pb
 __all__ = ["Order", "check_canvas", "read_order"]
 
 MAX_REQUEST_ID_BYTES = 128
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +157,9 @@ class _Reader:
             return tokenizer.encode(request.text)
         if not request.chat.messages:
             raise UsageError("has no messages; send at least one turn")
-        turns = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-        return tokenizer.encode(tokenizer.render_chat(turns, add_generation_prompt=True))
+        turns = [_turn(message, f"messages[{n}]") for n, message in enumerate(request.chat.messages)]
+        tools = [_object(tool, text, f"tools[{n}]") for n, text in enumerate(request.chat.tools)]
+        return tokenizer.encode(tokenizer.render_chat(turns, add_generation_prompt=True, tools=tools))
 
     def _check_parameters(self, diffusion: pb.DiffusionParams, decoder: Decoder, max_tokens: int) -> None:
         """Each one given is one that the decoder has, with a value that it takes."""
@@ -191,3 +196,28 @@ class _Reader:
 
 def _allowed(names: Sequence[str]) -> str:
     return "allowed are " + ", ".join(name for name in names if not name.endswith("_UNSPECIFIED"))
+
+
+def _turn(message: pb.ChatMessage, place: str) -> Turn:
+    calls = []
+    for number, call in enumerate(message.tool_calls):
+        at = f"{place}.tool_calls[{number}]"
+        if not call.name:
+            raise UsageError(f"{at}.name: is empty; name the function")
+        made = _object(partial(tool_call, call.name, call_id=call.id), call.arguments, f"{at}.arguments")
+        calls.append(made)
+    return turn(
+        message.role,
+        message.content,
+        tool_calls=calls,
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )
+
+
+def _object(make: Callable[[str], _Made], text: str, place: str) -> _Made:
+    """What ``make`` makes of the JSON object in ``text``."""
+    try:
+        return make(text)
+    except ValueError as error:
+        raise UsageError(f"{place}: must be a JSON object: {error}") from error

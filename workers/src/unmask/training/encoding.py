@@ -6,11 +6,12 @@ completion is a user's turn where the tokenizer has a chat template, so that a m
 asked later in the form it was taught in; otherwise it is the plain text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from unmask.errors import DataError, ModelError
+from unmask.models.conversation import Tool, Turn
 from unmask.models.tokenizer import Tokenizer
 from unmask.training.records import Completion, Document, Messages, Preference, Text, Tokens
 
@@ -25,7 +26,7 @@ __all__ = [
     "question",
 ]
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """To be raised when the same record gives other tokens than before: what is cached is then encoded anew."""
 
 
@@ -59,7 +60,7 @@ def encode(record: Document, tokenizer: Tokenizer, *, eos_token_id: int, turns: 
         DataError: The record has tokens that the tokenizer lacks, or learns what ``turns`` alone can.
     """
     if turns and isinstance(record, Messages):
-        return _encoded_turns(record.messages, tokenizer, eos_token_id)
+        return _encoded_turns(record, tokenizer, eos_token_id)
     match record:
         case Tokens():
             return _encoded_tokens(record, tokenizer, turns=turns)
@@ -67,8 +68,8 @@ def encode(record: Document, tokenizer: Tokenizer, *, eos_token_id: int, turns: 
             prompt, answer = [], tokenizer.encode(text)
         case Completion(prompt=asked, completion=completion):
             prompt, answer = prompt_ids(asked, tokenizer), tokenizer.encode(completion)
-        case Messages(messages=messages):
-            before, after = _split(messages, tokenizer)
+        case Messages(messages=messages, tools=tools):
+            before, after = _split(messages, tokenizer, tools)
             prompt, answer = tokenizer.encode(before), tokenizer.encode(after)
     ids = prompt + _ended(answer, eos_token_id)
     return Encoded(ids, len(prompt), ((len(prompt), len(ids)),) if turns else ())
@@ -139,7 +140,7 @@ def question(
         prompt, chosen, _ = _answers(record, tokenizer)
         answers = [chosen]
     else:
-        before, after = _split(record.messages, tokenizer)
+        before, after = _split(record.messages, tokenizer, record.tools)
         prompt, answers = tokenizer.encode(before), [tokenizer.encode(after)]
     return Question(prompt, tuple(_before_end(answer, eos_token_id) for answer in answers))
 
@@ -151,14 +152,14 @@ def prompt_ids(text: str, tokenizer: Tokenizer, *, chat: bool | None = None) -> 
     return tokenizer.encode(text)
 
 
-def _encoded_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, eos_token_id: int) -> Encoded:
+def _encoded_turns(record: Messages, tokenizer: Tokenizer, eos_token_id: int) -> Encoded:
     """A conversation cut before and after each answer, so that no token holds a piece of two turns."""
     ids: list[int] = []
     turns = []
     known = ""
-    for number, message in enumerate(messages):
+    for number, message in enumerate(record.messages):
         if message["role"] == "assistant":
-            before, after = _split(messages[: number + 1], tokenizer)
+            before, after = _split(record.messages[: number + 1], tokenizer, record.tools)
             if not before.startswith(known):
                 raise ModelError(
                     "the chat template does not write a conversation as its beginning plus what follows; "
@@ -175,10 +176,10 @@ def _encoded_turns(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, 
     return Encoded(ids, turns[0][0], tuple(turns))
 
 
-def _split(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[str, str]:
+def _split(messages: Sequence[Turn], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> tuple[str, str]:
     """The conversation up to the last answer, and that answer as the template writes it."""
-    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
-    before = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
+    whole = tokenizer.render_chat(messages, add_generation_prompt=False, tools=tools)
+    before = tokenizer.render_chat(messages[:-1], add_generation_prompt=True, tools=tools)
     if not whole.startswith(before):
         raise ModelError(
             "the chat template does not write a conversation as its beginning plus the answer; "

@@ -5,7 +5,9 @@ that are not named here. A ``.parquet`` file has columns of the same names. A ``
 format ``text`` knows, holds documents that blank lines separate.
 
 * ``text``: ``{"text": "..."}``
-* ``messages``: ``{"messages": [{"role": "user", "content": "..."}, ...]}``, ending with the assistant
+* ``messages``: ``{"messages": [{"role": "user", "content": "..."}, ...]}``, ending with the assistant; a
+  turn may have ``"tool_calls"``, one of role ``tool`` a ``"tool_call_id"`` and a ``"name"``, and ``"tools"``
+  beside the messages lists the functions that may be called
 * ``completion``: ``{"prompt": "...", "completion": "..."}``, or ``response`` in place of ``completion``;
   ``"completions": [...]`` lists answers that an evaluation accepts as well (or instead: the first one is
   then what is learnt)
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from unmask.errors import DataError
+from unmask.models.conversation import Tool, Turn, tool, tool_call, turn
 from unmask.training.sources import DataFile, Location, data_files, entry_rows, lines
 
 __all__ = [
@@ -61,7 +64,9 @@ class Text(_Located):
 class Messages(_Located):
     """A conversation; its last turn, the assistant's, is the answer."""
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Turn, ...]
+    tools: tuple[Tool, ...] = ()
+    """Functions that may be called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class Completion(_Located):
 class Preference(_Located):
     """A prompt, or the conversation up to the answer, with the better and the worse of two answers."""
 
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: str | tuple[Turn, ...]
     chosen: str
     rejected: str
 
@@ -169,26 +174,64 @@ def _messages(entry: Mapping[str, Any], line: int) -> Messages:
         raise _Malformed(
             f"the last turn must be the assistant's, for it is what is learnt; got {messages[-1]['role']}"
         )
-    return Messages(messages=messages, line=line)
+    return Messages(messages=messages, tools=_tools(entry), line=line)
 
 
-def _turns(entry: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
+def _tools(entry: Mapping[str, Any]) -> tuple[Tool, ...]:
+    """A list of objects, or that as JSON text: a table's column has one shape in all rows, tools have not."""
+    tools = entry.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if tools is None:
+            return ()
+        if not isinstance(tools, list) or not all(isinstance(one, dict | str) for one in tools):
+            raise ValueError(f"got {_kind(tools)}")
+        return tuple(tool(one) for one in tools)
+    except (ValueError, RecursionError) as error:
+        raise _Malformed(f'"tools" must be a list of JSON objects: {error}') from None
+
+
+def _turns(entry: Mapping[str, Any]) -> tuple[Turn, ...]:
     turns = entry.get("messages")
     if not isinstance(turns, list) or not turns:
         raise _Malformed(f'"messages" must be a list with at least one turn, got {_kind(turns)}')
-    return tuple(_turn(turn, place) for place, turn in enumerate(turns))
+    return tuple(_turn(one, f'"messages"[{place}]') for place, one in enumerate(turns))
 
 
-def _turn(turn: object, place: int) -> Mapping[str, str]:
-    if not isinstance(turn, dict):
-        raise _Malformed(f'"messages"[{place}] must be an object with role and content, got {_kind(turn)}')
-    if turn.get("role") not in ROLES:
-        raise _Malformed(
-            f'"messages"[{place}].role must be one of {", ".join(ROLES)}, got {turn.get("role")!r}'
-        )
-    if not isinstance(turn.get("content"), str):
-        raise _Malformed(f'"messages"[{place}].content must be a string, got {_kind(turn.get("content"))}')
-    return {"role": turn["role"], "content": turn["content"]}
+def _turn(entry: object, place: str) -> Turn:
+    if not isinstance(entry, dict):
+        raise _Malformed(f"{place} must be an object with role and content, got {_kind(entry)}")
+    role, content = entry.get("role"), entry.get("content")
+    if role not in ROLES:
+        raise _Malformed(f"{place}.role must be one of {', '.join(ROLES)}, got {role!r}")
+    calls = _tool_calls(entry.get("tool_calls"), place) if role == "assistant" else ()
+    if not isinstance(content, str) and not (content is None and calls):
+        raise _Malformed(f"{place}.content must be a string, got {_kind(content)}")
+    answered = {}
+    for key in ("tool_call_id", "name") if role == "tool" else ():
+        if not isinstance(entry.get(key), str | None):
+            raise _Malformed(f"{place}.{key} must be a string, got {_kind(entry[key])}")
+        answered[key] = entry.get(key)
+    return turn(role, content, tool_calls=calls, **answered)
+
+
+def _tool_calls(calls: object, place: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(calls, list | None):
+        raise _Malformed(f"{place}.tool_calls must be a list, got {_kind(calls)}")
+    found = []
+    for number, call in enumerate(calls or ()):
+        at = f"{place}.tool_calls[{number}]"
+        function = call.get("function", call) if isinstance(call, dict) else None
+        match function:
+            case {"name": str(name), "arguments": str() | dict() as arguments}:
+                call_id = call.get("id")
+            case _:
+                raise _Malformed(f"{at} must be an object whose function has a name and arguments")
+        try:
+            found.append(tool_call(name, arguments, call_id=call_id if isinstance(call_id, str) else None))
+        except ValueError as error:
+            raise _Malformed(f"{at}: arguments must be a JSON object: {error}") from None
+    return tuple(found)
 
 
 def _completion(entry: Mapping[str, Any], line: int) -> Completion:
@@ -209,7 +252,7 @@ def _completion(entry: Mapping[str, Any], line: int) -> Completion:
 
 
 def _preference(entry: Mapping[str, Any], line: int) -> Preference:
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: str | tuple[Turn, ...]
     if entry.get("messages") is not None:
         if entry.get("prompt") is not None:
             raise _Malformed('"prompt" and "messages" are both there; keep one of them')
@@ -291,7 +334,7 @@ _PARSERS: Mapping[Format, Callable[[Mapping[str, Any], int], Record]] = {
 }
 _COLUMNS: Mapping[Format, tuple[str, ...]] = {
     "text": ("text",),
-    "messages": ("messages",),
+    "messages": ("messages", "tools"),
     "completion": ("prompt", "completion", "response", "completions"),
     "preference": ("prompt", "messages", "chosen", "rejected"),
     "tokens": ("input_ids", "loss_mask", "labels"),

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from unmask.attention import AttentionMetadata
+from unmask.errors import ModelError
 from unmask.models.conversion import CONVERSIONS, to_diffusion
 from unmask.models.loading import build, load, save
 from unmask.models.registry import FAMILIES, parse_config
@@ -163,6 +164,14 @@ def test_every_architecture_is_a_class_of_its_family():
         assert family.config_class().architecture == architecture
 
 
+@pytest.mark.parametrize("architectures", [["LLaDAModelLM"], [], None])
+def test_a_model_is_known_by_its_architecture_and_not_by_its_type(architectures):
+    """Dense LLaDA has the model_type of LLaDA-MoE, and is another model."""
+    assert parse_config(LLADA_MOE_7B_A1B).model_type == "llada"
+    with pytest.raises(ModelError, match="architectures: got .*, known are .*LLaDAMoEModelLM"):
+        parse_config(LLADA_MOE_7B_A1B | {"architectures": architectures})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -173,8 +182,6 @@ def test_every_architecture_is_a_class_of_its_family():
     ],
 )
 def test_options_that_would_change_the_computation_are_refused(changes, message):
-    from unmask.errors import ModelError
-
     config = {**SMALL, "architectures": ["LlamaForCausalLM"], **changes}
     with pytest.raises(ModelError, match=message):
         parse_config(json.loads(json.dumps(config)))

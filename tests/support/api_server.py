@@ -13,6 +13,7 @@ than one, the controllers (a test sets a Job's status itself).
 import base64
 import contextlib
 import copy
+import functools
 import json
 import re
 import threading
@@ -124,6 +125,15 @@ class _Store:
         return self.resource.custom or self.resource.kind in _STATUS
 
 
+@functools.cache
+def _schemas() -> dict[str, Json]:
+    """Return the schema of each of our kinds by its plural; making them takes longer than a whole run."""
+    return {
+        own.plural: crd.definition(own)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+        for own in crd.RESOURCES
+    }
+
+
 class ApiServer:
     """The objects and what can be asked about them."""
 
@@ -153,10 +163,7 @@ class ApiServer:
         self.frozen: int | None = None
         """Resource version beyond which watches and nothing else tell nothing."""
         self._pages: dict[str, tuple[int, list[Json]]] = {}
-        schemas = {
-            own.plural: crd.definition(own)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-            for own in crd.RESOURCES
-        }
+        schemas = _schemas()
         self.stores = {
             (one.group, one.version, one.plural): _Store(one, schemas.get(one.plural) if one.custom else None)
             for one in KINDS

@@ -40,12 +40,15 @@ class Cluster:
             "uid": "uid-of-the-job",
             "generation": 1,
         }
-        self.children: dict[str, list[JsonObject]] = {"ConfigMap": [], "Service": [], "Job": [], "Pod": []}
+        self.children: dict[str, list[JsonObject]] = {
+            kind: [] for kind in (*RECONCILER.owns, *RECONCILER.reads)
+        }
         self.now = START
         self.served = frozenset(served)
         self.conflicts: frozenset[tuple[str, str]] = frozenset()
         self.rejections: dict[tuple[str, str], str] = {}
         self.answers: dict[str, Answer] = {}
+        self.referred: dict[str, JsonObject] = {}
         self.events: list[tuple[str, str]] = []
         self.made: list[str] = []
         self.gone = False
@@ -63,6 +66,7 @@ class Cluster:
             conflicts=self.conflicts,
             rejections=self.rejections,
             answers=self.answers,
+            referred=self.referred,
             served=self.served,
         )
 

@@ -1,17 +1,23 @@
 """From a job to pods: what Kubernetes is asked for, and what the first process of a pod makes of it."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.manifests import changed, train_job
+from unmask.errors import UsageError
 from unmask_api.exit_codes import ExitCode
 from unmask_operator.launch import pods, supervisor
 from unmask_operator.launch.admission import admit
-from unmask_operator.launch.report import LIMIT, Report, Termination
+from unmask_operator.launch.report import LIMIT, Report, StackReport, Termination
+from unmask_operator.launch.volumes import resolve
 
 
 def attempt(values: dict[str, Any] | None = None, number: int = 1) -> pods.Attempt:
@@ -110,6 +116,80 @@ def test_an_overlay_adds_to_the_pod_but_cannot_change_who_a_process_is() -> None
         "unmask.dev/attempt": "1",
     }
     assert template["spec"]["restartPolicy"] == "Never"
+
+
+def test_credentials_are_environment_and_what_the_manifest_says_comes_before() -> None:
+    values = {"spec.credentials": ["s3-key"], "spec.env": [{"name": "AWS_REGION", "value": "x"}]}
+    (container,) = pod(values)["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "s3-key"}}]
+    assert {"name": "AWS_REGION", "value": "x"} in container["env"]
+    assert "envFrom" not in pod()["containers"][0]
+
+
+def test_another_jobs_model_is_for_clusters_only(tmp_path: Path) -> None:
+    job = admit(json.dumps(changed(train_job(), {"spec.model": {"init": {"job": {"name": "first"}}}})))
+    with pytest.raises(UsageError, match=r"init\.job: job first is known to a cluster only; set init\.uri"):
+        resolve(job, {"data": tmp_path, "run": tmp_path})
+
+
+_HANGS = """
+import faulthandler, os, signal, sys, threading, time
+folder = os.environ["UNMASK_STACKS"]
+file = open(f"{folder}/rank-3.txt", "w")
+faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+def all_reduce():
+    open(f"{folder}/ready", "w").close()
+    time.sleep(600)
+def step():
+    all_reduce()
+step()
+"""
+
+
+def test_workers_that_hang_say_where_and_that_is_kept_in_the_run_folder(tmp_path: Path) -> None:
+    folder, written = tmp_path / "run", tmp_path / "stacks"
+    folder.mkdir()
+    written.mkdir()
+    own = os.environ | {"UNMASK_STACKS": str(written), "UNMASK_ATTEMPT": "2"}
+    # The launcher, whose child is the worker.
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_HANGS!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher], env=own, start_new_session=True) as process:
+        try:
+            end = time.monotonic() + 60
+            while not (written / "ready").exists():
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            texts = supervisor._write_stacks([process.pid], folder, own)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    report = supervisor.stacks(texts, attempt=2)
+    assert report.attempt == 2
+    (line,) = report.stacks
+    assert line.startswith("rank 3 is in all_reduce (<string>:")
+    assert "< step (<string>:" in line
+    assert StackReport.read(report.to_bytes()) == report
+    assert "all_reduce" in (folder / "stacks/attempt-2-rank-3.txt").read_text()
+
+
+def test_a_worker_that_cannot_write_its_stacks_yet_is_not_sent_the_signal(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            own = {"UNMASK_STACKS": str(tmp_path), "UNMASK_ATTEMPT": "0"}
+            assert supervisor._write_stacks([os.getpid()], tmp_path, own) == {}
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_stacks_of_many_workers_fit_into_an_answer() -> None:
+    texts = {f"rank {number}": f'  File "{"x" * 300}.py", line 1 in f\n' * 9 for number in range(64)}
+    text = supervisor.stacks(texts, attempt=0).to_bytes()
+    assert len(text) <= LIMIT
+    report = StackReport.read(text)
+    assert report is not None and report.stacks
+    assert StackReport.read(b"{}") is None
+    assert StackReport.read(b"x" * 5000) is None
 
 
 def test_only_the_first_pod_is_host_of_the_meeting() -> None:

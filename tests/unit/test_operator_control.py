@@ -1,8 +1,11 @@
 """The parts of the operator's core: queue, copies, lease, writes, events, health and permissions."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from unmask_operator.control.api import Api, ApiError, Fenced, Request, Unreacha
 from unmask_operator.control.executor import contains
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.lease import Elector
+from unmask_operator.control.manager import Manager
 from unmask_operator.control.metrics import Metrics
 from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
@@ -251,6 +255,86 @@ def test_one_of_two_leads_and_the_other_takes_over_when_it_is_silent(pair: Any) 
     assert (lease["spec"]["holderIdentity"], lease["spec"]["leaseTransitions"]) == ("two", 1)
     one.step()
     assert not one.leading()
+
+
+@pytest.mark.parametrize("duration", [1.0, 3.0, 15.0, 60.0])
+def test_a_lease_of_any_length_is_renewed_several_times_before_it_runs_out(duration: float) -> None:
+    clock = Clock()
+    api = Api(DirectTransport(ApiServer(), "one"), clock)
+    one = Elector(api, clock, namespace="s", name="l", identity="one", duration=duration, jitter=lambda: 1.0)
+    one.step()
+    for _ in range(100):
+        clock.time += (delay := one.step())
+        assert one.leading()
+        assert delay <= duration * 2 / 3 / 4, "three renewals may fail"
+
+
+def test_a_kind_that_need_not_be_there_is_followed_from_when_it_is_served() -> None:
+    server, clock = ApiServer(), Clock()
+    manager = Manager(
+        DirectTransport(server), clock, RECONCILERS, identity="one", namespace=None, lease_namespace="system"
+    )
+    served = {"batch/v1"}
+    manager._served = frozenset(served)
+    manager._follow_optional()
+    assert "PodGroup" not in manager.caches
+    manager._served = frozenset(served | {"scheduling.k8s.io/v1beta1"})
+    server.refusal = lambda request: (403, "Forbidden", "no") if "podgroups" in request.path else None
+    waits = clock.wait
+
+    def waited(seconds: float, stop: threading.Event) -> bool:  # the watches are in threads of their own
+        time.sleep(0.001)
+        return waits(seconds, stop)
+
+    clock.wait = waited  # type: ignore[method-assign]
+    manager._follow_optional()
+    assert "PodGroup" not in manager.caches, "one that may not be listed holds nothing up"
+    assert "PodGroup" not in manager.controllers[0]._kinds
+    server.refusal = lambda request: None
+    while "PodGroup" not in manager.caches:
+        manager._follow_optional()
+    assert "PodGroup" in manager.controllers[0]._kinds
+    manager.stop.set()
+
+
+def test_whoever_looks_at_a_resource_is_asked_when_it_changes() -> None:
+    """Of three resources the first looks at the second, until it does not."""
+    one = fault_rig.World(
+        dataclasses.replace(
+            attempts_reconciler.RECONCILER,
+            refers=lambda resource: resource["metadata"].get("labels", {}).get("to", "").split(),
+        ),
+        lambda ordinal, request: None,
+    )
+    with one.by_people() as people:
+        for name, labels in (("a", {"to": "b"}), ("b", {}), ("c", {})):
+            body = copy.deepcopy(fault_rig.TRAIN_JOB)
+            body["metadata"] |= {"name": name, "labels": labels}
+            people.create(RESOURCES["DiffusionTrainJob"], fault_rig.NAMESPACE, body)
+    one.settle("made")
+    controller = one.operator.manager.controllers[0]
+    seen: list[Any] = []
+    decide = controller.reconciler.decide
+
+    def noted(observed: Any) -> Any:
+        seen.append((observed.resource["metadata"]["name"], sorted(observed.referred)))
+        return decide(observed)
+
+    controller.reconciler = dataclasses.replace(controller.reconciler, decide=noted)
+
+    def touch(name: str, labels: dict[str, str | None]) -> set[Any]:
+        seen.clear()
+        with one.by_people() as people:
+            patch = {"metadata": {"labels": labels}}
+            people.merge(RESOURCES["DiffusionTrainJob"], fault_rig.NAMESPACE, name, patch)
+        one.settle("touched")
+        return {(name, *names) for name, names in seen}
+
+    assert touch("b", {"x": "1"}) == {("b",), ("a", "b")}
+    assert touch("c", {"x": "1"}) == {("c",)}
+    assert touch("a", {"to": None}) == {("a",)}
+    assert touch("b", {"x": "2"}) == {("b",)}
+    assert controller._watchers == {}
 
 
 def test_a_lease_that_is_let_go_is_taken_at_once(pair: Any) -> None:

@@ -102,6 +102,115 @@ def test_a_native_pod_group_is_made_where_the_cluster_keeps_them() -> None:
     assert cluster.job["spec"]["template"]["spec"]["schedulingGroup"] == {"podGroupName": "tiny-a0"}
 
 
+def test_a_gang_that_the_api_server_drops_from_the_pods_is_reported() -> None:
+    cluster = Cluster(TWO_NODES, served=["scheduling.k8s.io/v1beta1"])
+    cluster.children["PodGroup"] = []
+    cluster.step()
+    assert cluster.condition("GangScheduled") == ("True", "Native")
+    del cluster.job["spec"]["template"]["spec"]["schedulingGroup"]  # as with the gate off
+    cluster.settle()
+    assert cluster.condition("GangScheduled") == ("False", "SchedulingGroupDropped")
+    assert ("Warning", "SchedulingGroupDropped") in cluster.events
+    assert cluster.status["attempt"] == 0, "it runs, if not all together"
+
+
+def test_who_starts_the_pods_together_is_said_and_of_one_pod_nothing() -> None:
+    alone, many = Cluster(), Cluster(TWO_NODES)
+    alone.settle()
+    many.settle()
+    assert alone.condition("GangScheduled") is None
+    assert many.condition("GangScheduled") == ("False", "NotInstalled")
+
+
+# --- another job's model ------------------------------------------------------------------------------
+
+FROM_JOB = {"spec.model": {"init": {"job": {"name": "first"}}}}
+
+
+def other(*conditions: str, **spec: Any) -> dict[str, Any]:
+    """The job whose model is waited for."""
+    stages = [{"name": "a", "export": True}, {"name": "b"}, {"name": "c", "merge": {"best": 2}}]
+    return {
+        "metadata": {"name": "first"},
+        "spec": {"checkpoint": {"uri": "pvc://models/first/"}, "stages": stages} | spec,
+        "status": {
+            "state": "Running",
+            "conditions": [{"type": kind, "status": "True", "message": "as told"} for kind in conditions],
+        },
+    }
+
+
+def test_a_job_waits_for_the_job_whose_model_it_begins_with_and_then_keeps_where_it_lay() -> None:
+    cluster = Cluster(FROM_JOB)
+    cluster.settle()
+    assert cluster.made == []
+    assert cluster.condition("Stalled") == ("True", "ModelJobMissing")
+    cluster.referred = {"first": other()}
+    assert cluster.settle().requeue_after is None, "it is told when that changes"
+    assert cluster.condition("ModelReady") == ("False", "WaitingForJob")
+    assert cluster.condition("Stalled") == ("False", "WaitingForJob")
+    assert cluster.status["state"] == "Waiting"
+    cluster.referred = {"first": other("Complete")}
+    cluster.start()
+    assert cluster.condition("ModelReady") == ("True", "Found")
+    assert cluster.status["modelUri"] == "pvc://models/first/model"
+    given = json.loads(cluster.children["ConfigMap"][0]["data"]["job.json"])
+    assert given["spec"]["model"]["init"] == {"uri": "/volumes/models/first/model"}
+    cluster.referred = {}
+    cluster.now += 100
+    cluster.fail(75)
+    cluster.start()
+    assert cluster.job["metadata"]["name"] == "tiny-a1", "the other job may be gone by then"
+    given = json.loads(cluster.children["ConfigMap"][0]["data"]["job.json"])
+    assert given["spec"]["model"]["init"] == {"uri": "/volumes/models/first/model"}
+
+
+@pytest.mark.parametrize(
+    ("export", "there", "reason", "says"),
+    [
+        (
+            None,
+            other("Failed"),
+            "ModelJobFailed",
+            "job first, whose model this one begins with, failed: as told",
+        ),
+        ("b", other("Complete"), "ModelJobFailed", "exports no stage b: it exports a, c"),
+        ("x", other(stages=[{"name": "x"}]), "ModelJobFailed", "exports no stage x: it exports none"),
+    ],
+)
+def test_a_model_that_will_never_come_fails_the_job_and_says_why(
+    export: str | None, there: dict[str, Any], reason: str, says: str
+) -> None:
+    source = {"name": "first"} | ({"export": export} if export else {})
+    cluster = Cluster({"spec.model": {"init": {"job": source}}})
+    cluster.referred = {"first": there}
+    cluster.settle()
+    assert cluster.condition("Failed") == ("True", reason)
+    assert says in cluster.message("Failed")
+    assert says in cluster.status["failure"]["message"]
+    assert cluster.made == []
+
+
+@pytest.mark.parametrize("export", ["a", "c"])
+def test_an_export_of_a_stage_can_be_begun_with(export: str) -> None:
+    cluster = Cluster({"spec.model": {"init": {"job": {"name": "first", "export": export}}}})
+    cluster.referred = {"first": other("Complete")}
+    cluster.settle()
+    assert cluster.status["modelUri"] == f"pvc://models/first/exports/{export}"
+
+
+def test_a_job_that_nobody_makes_is_not_waited_for_for_ever() -> None:
+    cluster = Cluster(FROM_JOB | {"spec.runPolicy.startupDeadlineSeconds": 600})
+    assert cluster.settle().requeue_after == 600
+    cluster.now += 599
+    cluster.settle()
+    assert cluster.condition("Failed") == ("False", "Active")
+    cluster.now += 1
+    cluster.settle()
+    assert cluster.condition("Failed") == ("True", "ModelJobMissing")
+    assert "startupDeadlineSeconds (600 s)" in cluster.message("Failed")
+
+
 def test_what_stands_in_the_way_of_a_child_is_in_the_status_and_it_is_tried_again() -> None:
     cluster = Cluster()
     cluster.conflicts = frozenset({("Service", "tiny-a0")})
@@ -161,6 +270,55 @@ def test_an_image_that_cannot_be_pulled_is_named_while_waiting_and_in_the_failur
     cluster.settle()
     assert cluster.condition("Failed") == ("True", "StartupDeadlineExceeded")
     assert "ImagePullBackOff: no such image" in cluster.message("Failed")
+
+
+def warning(note: str, uid: str, at: float, **more: Any) -> dict[str, Any]:
+    """An event about the object with ``uid``, last seen at ``at``."""
+    return {
+        "metadata": {"name": note, "creationTimestamp": stamp(at)},
+        "regarding": {"uid": uid},
+        "note": note,
+    } | more
+
+
+def test_pods_that_are_refused_are_reported_with_the_newest_of_the_clusters_words() -> None:
+    cluster = Cluster(TWO_NODES)
+    cluster.settle()
+    uid = cluster.job["metadata"]["uid"]
+    quota = 'Error creating: pods "tiny-a0-0-x7k2p" is forbidden: exceeded quota: gpus, limited: gpu=0'
+    account = 'Error creating: pods "tiny-a0-0-q3k9w" is forbidden: serviceaccount "a" not found'
+    series = {"series": {"lastObservedTime": stamp(START + 9)}}
+    cluster.children["JobWarning"] = [
+        warning(account, uid, START + 5),
+        warning(quota, uid, START, **series),
+        warning("of another job", "another", START + 99),
+    ]
+    cluster.settle()
+    assert cluster.condition("Scheduled") == ("False", "QuotaExceeded")
+    assert cluster.message("Scheduled") == "a pod is forbidden: exceeded quota: gpus, limited: gpu=0"
+    del cluster.children["JobWarning"][1]
+    cluster.settle()
+    assert cluster.condition("Scheduled") == ("False", "PodsRefused")
+    cluster.run()
+    cluster.settle()
+    assert cluster.condition("Scheduled") == ("True", "Scheduled"), "what was said before is over"
+
+
+def test_a_volume_that_cannot_be_mounted_is_reported_until_the_pod_runs() -> None:
+    cluster = Cluster()
+    cluster.settle()
+    (pod,) = cluster.make_pods()
+    pod["status"] = {
+        "phase": "Pending",
+        "containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}],
+    }
+    cluster.children["PodWarning"] = [warning('secret "key" not found', pod["metadata"]["uid"], START)]
+    cluster.settle()
+    assert cluster.condition("Running") == ("False", "VolumeUnavailable")
+    assert cluster.message("Running") == 'tiny-a0-0: secret "key" not found'
+    cluster.run()
+    cluster.settle()
+    assert cluster.condition("Running") == ("True", "Running")
 
 
 def test_startup_deadline_counts_from_admission_not_from_the_queue() -> None:
@@ -223,6 +381,50 @@ def test_an_answer_that_is_no_report_changes_nothing(text: bytes) -> None:
     cluster.answers[cluster.pods()[0]["metadata"]["uid"]] = Answer(text, cluster.now)
     cluster.settle()
     assert json.dumps(cluster.status) == before
+
+
+def hanging() -> Cluster:
+    """Two pods whose step has stood still for long enough."""
+    cluster = failing(TWO_NODES | {"spec.runPolicy.stallTimeoutSeconds": 600})
+    cluster.report(7)
+    cluster.settle()
+    cluster.now += 600
+    cluster.report(7)
+    return cluster
+
+
+def test_before_an_attempt_that_hangs_is_ended_its_processes_are_asked_where_they_are() -> None:
+    cluster = hanging()
+    decision = cluster.step()
+    assert cluster.condition("Hung") == ("True", "StepStands")
+    assert [one.url for one in decision.ask] == [f"http://10.0.0.{n}:9091/stacks" for n in (1, 2)]
+    assert (decision.requeue_after, cluster.status["attempt"]) == (10, 0)
+    for number, pod in enumerate(cluster.pods()):
+        said = {"attempt": 0, "stacks": [f"rank {number} is in all_reduce (distributed.py:88)"]}
+        cluster.answers[pod["metadata"]["uid"]] = Answer(json.dumps(said).encode(), cluster.now)
+    cluster.now += 9
+    decision = cluster.step()
+    assert (decision.ask, decision.requeue_after) == ((), 1)
+    cluster.now += 1
+    cluster.settle()
+    assert cluster.status["attempt"] == 1
+    assert cluster.status["failure"]["reason"] == "Stalled"
+    assert (
+        "; rank 0 is in all_reduce (distributed.py:88); rank 1 is in" in cluster.status["failure"]["message"]
+    )
+    assert cluster.condition("Hung") is None
+
+
+def test_an_attempt_that_does_not_say_where_it_hangs_is_ended_all_the_same() -> None:
+    cluster = hanging()
+    cluster.step()
+    for text in (b"{}", b"<html>", b'{"attempt": 9, "stacks": ["of another attempt"]}'):
+        cluster.answers[cluster.pods()[0]["metadata"]["uid"]] = Answer(text, cluster.now)
+        assert cluster.step().ask, "asked again"
+    cluster.now += 10
+    cluster.settle()
+    assert cluster.status["attempt"] == 1
+    assert "of another attempt" not in cluster.status["failure"]["message"]
 
 
 # --- ends ---------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_a_hang_is_seen_by_the_step_that_stays_and_not_by_a_process_that_still_a
         cluster.report(7)
         cluster.settle()
     assert cluster.status["attempt"] == 0
-    for _ in range(2):
+    for _ in range(3):
         cluster.now += 15
         if cluster.status["attempt"] == 0:
             cluster.report(7)

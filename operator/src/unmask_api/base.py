@@ -95,12 +95,14 @@ NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 WORD = r"^[A-Za-z][A-Za-z0-9]*$"
 IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
+OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 FILE_WORD = r"^[A-Za-z0-9_.-]+$"
 DATA_URI = rf"{URI[:-2]}|(file|memory|s3|gs|az|abfs|http|https|hf)://[^ ]+)$"
 
 PATTERNS = {
     DECIMAL: 'a decimal number in quotes, such as "0.5" or "3e-4"',
     NAME: "lowercase letters, digits and inner dashes, at most 40",
+    OBJECT_NAME: "lowercase letters, digits, and inner dashes and dots, at most 253",
     WORD: "one word of letters and digits, such as OutOfMemory",
     IDENTIFIER: "letters, digits and underscores, not beginning with a digit",
     DATA_URI: "pvc://CLAIM/path, an absolute path inside the worker, or a file that fsspec reads, "
@@ -118,6 +120,9 @@ Kubernetes keeps floats out of specs because they do not survive every client un
 
 Name = Annotated[str, StringConstraints(pattern=NAME, max_length=40)]
 """A lowercase name that fits into names of pods and folders."""
+
+ObjectName = Annotated[str, StringConstraints(pattern=OBJECT_NAME, max_length=253)]
+"""Name of another object of the namespace, such as a Secret."""
 
 Uri = Annotated[str, StringConstraints(pattern=URI, max_length=1024)]
 """``pvc://CLAIM/path`` on a volume, or an absolute path inside the worker."""

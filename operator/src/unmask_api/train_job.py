@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from unmask_api.base import ApiModel, Count, DataUri, DecimalString, FileWord, Name, Rule, Uri
+from unmask_api.base import ApiModel, Count, DataUri, DecimalString, FileWord, Name, ObjectName, Rule, Uri
 from unmask_api.cluster import (
     CoreObject,
     Elastic,
@@ -37,6 +37,7 @@ __all__ = [
     "EmbeddingNoise",
     "Evaluation",
     "GenerationEvaluation",
+    "JobModel",
     "LearningRate",
     "LoRA",
     "Merge",
@@ -65,13 +66,23 @@ Conversion = Literal[
 """The diffusion architectures that an autoregressive model can take on."""
 
 
+class JobModel(ApiModel):
+    """What another DiffusionTrainJob of the namespace has trained."""
+
+    name: Name
+    """Its name; it must be complete before this job starts, and may be made after this one."""
+    export: Name | None = None
+    """Stage whose export is taken; left out, the final model."""
+
+
 class ModelInit(ApiModel):
     """Where the first weights come from."""
 
     rules: ClassVar = (
         Rule(
-            rule="has(self.config) != has(self.uri)",
-            message="give exactly one of config (random weights) and uri (a checkpoint to start from)",
+            rule="(has(self.config) ? 1 : 0) + (has(self.uri) ? 1 : 0) + (has(self.job) ? 1 : 0) == 1",
+            message="give exactly one of config (random weights), uri (a checkpoint to start from) and job"
+            " (another job's model)",
         ),
     )
 
@@ -82,6 +93,8 @@ class ModelInit(ApiModel):
     """An inline ``config.json``: the model is built from it with random weights."""
     uri: Uri | None = None
     """A folder with ``config.json`` and safetensors weights."""
+    job: JobModel | None = None
+    """The model of another job, which is waited for; on clusters only, ``unmask run`` needs ``uri``."""
 
 
 class Tokenizer(ApiModel):
@@ -102,9 +115,9 @@ class Model(ApiModel):
     )
 
     init: ModelInit
-    """Where the first weights come from: exactly one of ``config`` and ``uri``."""
+    """Where the first weights come from: exactly one of ``config``, ``uri`` and ``job``."""
     tokenizer: Tokenizer | None = None
-    """The tokenizer; left out, the one in the folder of ``init.uri``."""
+    """The tokenizer; left out, the one in the folder of the first weights."""
 
 
 class DataSource(ApiModel):
@@ -858,6 +871,12 @@ class TrainSpec(ApiModel):
     """Container image of the workers; left out, the one that the operator was installed with."""
     env: Annotated[tuple[EnvVar, ...], Field(max_length=128)] = ()
     """Further variables of the workers' environment."""
+    credentials: Annotated[tuple[ObjectName, ...], Field(max_length=8)] = ()
+    """Secrets of the namespace whose keys become variables of the workers' environment.
+
+    For what object stores ask for, such as ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``; ``env`` comes
+    before them. ``unmask run`` takes the environment it has.
+    """
     resources: PodResources = PodResources()
     """What one pod, with all its processes, takes of its machine."""
     node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
@@ -870,7 +889,7 @@ class TrainSpec(ApiModel):
     """Further volumes of the pods; the claims of ``pvc://`` paths need none."""
     volume_mounts: Annotated[tuple[CoreObject, ...], Field(max_length=64)] = ()
     """Where the further volumes are mounted in the worker."""
-    service_account_name: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = None
+    service_account_name: ObjectName | None = None
     """Service account of the pods; its token is not mounted."""
     termination_grace_period_seconds: Annotated[int, Field(ge=30, le=3600)] = 120
     """Time to save when the pods are asked to end: longer than a checkpoint takes."""
@@ -892,6 +911,14 @@ class TrainSpec(ApiModel):
 
 class DiffusionTrainJob(ApiModel):
     """Trains a masked-diffusion language model, from random weights or from an autoregressive checkpoint."""
+
+    rules: ClassVar = (
+        Rule(
+            rule="!has(self.spec.model.init.job) || self.spec.model.init.job.name != self.metadata.name",
+            message="a job cannot begin with its own model: name another job",
+            field_path=".spec.model.init.job.name",
+        ),
+    )
 
     api_version: Literal["unmask.dev/v1alpha1"]
     """Version of this schema."""

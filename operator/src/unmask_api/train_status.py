@@ -129,6 +129,8 @@ class TrainStatus(ApiModel):
     """Restarts in a row since an attempt last ran for ``runPolicy.resetAfterSeconds``."""
     next_attempt_time: Timestamp | None = None
     """When the present attempt may start; absent, at once."""
+    model_uri: Text | None = None
+    """The first weights, where the manifest names a job; looked up once, so that restarts find the same."""
     selector: Text | None = None
     """Labels of the job's pods, for autoscalers."""
     nodes: NodeCounts | None = None

@@ -59,8 +59,9 @@ class Observed:
     """Kind -> objects of that kind, ordered by name; every kind of the reconciler is there, if only empty.
 
     A child is what carries an owner reference to the resource's UID, or to the UID of such a child (a Job's
-    pods); namesakes that belong to somebody else are not among them. Children under deletion are: they carry
-    ``metadata.deletionTimestamp``.
+    pods), and an event about one; namesakes that belong to somebody else are not among them. Children under
+    deletion are: they carry ``metadata.deletionTimestamp``. An optional kind that the cluster does not serve
+    is missing.
     """
     now: float
     """Seconds since 1970-01-01 UTC; the only clock that a decision may use."""
@@ -79,6 +80,8 @@ class Observed:
     """
     answers: Mapping[str, Answer] = field(default_factory=dict)
     """Pod's ``metadata.uid`` -> its last answer to what earlier decisions asked."""
+    referred: Mapping[str, JsonObject] = field(default_factory=dict)
+    """Name -> resource of the same kind and namespace that the reconciler's ``refers`` named, if there."""
     served: frozenset[str] = frozenset()
     """Group and version of the APIs that the cluster serves, such as ``scheduling.k8s.io/v1beta1``."""
 
@@ -147,4 +150,8 @@ class Reconciler:
     decide: Callable[[Observed], Decision]
     """Pure: the same observation gives the same decision, and nothing is changed by the call."""
     reads: Sequence[str] = ()
-    """Kinds it only looks at, such as the pods of its Jobs."""
+    """Kinds it only looks at, such as the pods of its Jobs, and ``unmask_operator.resources.WARNINGS``."""
+    optional: Sequence[str] = ()
+    """Kinds it applies and deletes where the cluster serves them."""
+    refers: Callable[[JsonObject], Sequence[str]] = lambda resource: ()
+    """Names of resources of the same kind and namespace that a decision looks at, too."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unmask_operator.decision import JsonObject, Reconciler
-from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, Resource
+from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, WARNINGS, Resource
 
 __all__ = ["SYSTEM_NAMESPACE", "lease_rules", "manifests", "rules", "rules_for_people"]
 
@@ -30,10 +30,10 @@ def rules(reconcilers: Sequence[Reconciler]) -> list[JsonObject]:
         allow(own, "patch", subresource="status")
         # Asked for by clusters that protect owners against being held up by what they own.
         allow(own, "update", subresource="finalizers")
-        for kind in reconciler.owns:
+        for kind in (*reconciler.owns, *reconciler.optional):
             allow(RESOURCES[kind], "create", "delete", "get", "list", "patch", "watch")
         for kind in reconciler.reads:
-            allow(RESOURCES[kind], "list", "watch")
+            allow(WARNINGS[kind] if kind in WARNINGS else RESOURCES[kind], "list", "watch")
     allow(EVENT, "create", "patch")
     return [
         {"apiGroups": [group], "resources": [plural], "verbs": sorted(allowed)}

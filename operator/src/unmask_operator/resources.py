@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from unmask_api import base, crd
 
-__all__ = ["EVENT", "LEASE", "MANAGED_BY", "MANAGER", "RESOURCES", "Resource"]
+__all__ = ["EVENT", "LEASE", "MANAGED_BY", "MANAGER", "RESOURCES", "WARNINGS", "Resource"]
 
 MANAGER = "unmask-operator"
 """The one field manager, the value of the label below, and the name that events report."""
@@ -26,6 +26,8 @@ class Resource:
     """What stands in the path, such as ``jobs``."""
     custom: bool = False
     """Whether it is one of our own kinds."""
+    fields: str = ""
+    """Field selector, where only some of the objects are looked at, and nobody's label is on them."""
 
     @property
     def api_version(self) -> str:
@@ -55,6 +57,20 @@ RESOURCES = {
         Resource("Pod", "", "v1", "pods"),
         Resource("Service", "", "v1", "services"),
         Resource("Job", "batch", "v1", "jobs"),
+        Resource("PodGroup", "scheduling.k8s.io", "v1beta1", "podgroups"),
     )
 }
 """Kind -> where it is, for every kind that a reconciler may own or read."""
+
+WARNINGS = {
+    name: Resource("Event", EVENT.group, EVENT.version, EVENT.plural, fields=fields)
+    for name, fields in (
+        ("JobWarning", "regarding.kind=Job,reason=FailedCreate"),
+        ("PodWarning", "regarding.kind=Pod,reason=FailedMount"),
+    )
+}
+"""Name -> events that a reconciler may read: what the cluster says in them and nowhere else.
+
+``JobWarning``: a pod was refused, by a quota or for want of its service account. ``PodWarning``: a volume
+cannot be mounted, for want of its Secret or ConfigMap.
+"""

@@ -47,7 +47,20 @@
   - events
   verbs:
   - create
+  - list
   - patch
+  - watch
+- apiGroups:
+  - scheduling.k8s.io
+  resources:
+  - podgroups
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
 - apiGroups:
   - unmask.dev
   resources:

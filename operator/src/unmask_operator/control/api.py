@@ -180,14 +180,20 @@ class Api:
         return self._json("GET", resource.path(namespace, name))
 
     def list(
-        self, resource: Resource, namespace: str | None, selector: str = ""
+        self, resource: Resource, namespace: str | None, selector: str = "", fields: str = ""
     ) -> tuple[list[JsonObject], str]:
         """Return all objects, read in pages, and the resource version they had together.
+
+        Args:
+            resource: the kind.
+            namespace: where they are; ``None``: everywhere.
+            selector: labels that they have.
+            fields: fields that they have, where the kind can be selected by them.
 
         Raises:
             ApiError: among others 410, where the pages took so long that the rest is gone.
         """
-        query = {"limit": str(_PAGE)} | ({"labelSelector": selector} if selector else {})
+        query = {"limit": str(_PAGE)} | _selection(selector, fields)
         items: list[JsonObject] = []
         while True:
             page = self._json("GET", resource.path(namespace), query)
@@ -205,6 +211,7 @@ class Api:
         version: str,
         seconds: int,
         idle: float,
+        fields: str = "",
     ) -> Iterator[JsonObject]:
         """Yield watch events after ``version``, for ``seconds`` at most.
 
@@ -217,7 +224,7 @@ class Api:
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(seconds),
-        } | ({"labelSelector": selector} if selector else {})
+        } | _selection(selector, fields)
         request = Request("GET", resource.path(namespace), query, timeout=idle)
         with self._transport.stream(request) as (head, lines):
             _refuse(head)
@@ -303,6 +310,12 @@ class Api:
         except ValueError as error:
             raise Unreachable(f"{method} {path}: the answer is no JSON") from error
         return answer
+
+
+def _selection(selector: str, fields: str) -> dict[str, str]:
+    """Return the part of a query that says which objects of a kind are meant."""
+    query = {"labelSelector": selector, "fieldSelector": fields}
+    return {key: value for key, value in query.items() if value}
 
 
 def _refuse(reply: Reply) -> None:

@@ -12,7 +12,7 @@ from unmask_operator.control.events import EventRecorder
 from unmask_operator.control.executor import Executor, Expectations, Later, Outcome
 from unmask_operator.control.metrics import Metrics
 from unmask_operator.control.questions import Questions
-from unmask_operator.control.reflector import Reflector
+from unmask_operator.control.reflector import Reflector, owners
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
 from unmask_operator.decision import JsonObject, Observed, Reconciler
 
@@ -63,22 +63,35 @@ class Controller:
         self._questions = Questions(clock)
         self._expectations = Expectations(caches)
         self._executor = Executor(api, EventRecorder(api, clock, identity), self._expectations, metrics.wrote)
-        self._kinds = tuple(dict.fromkeys((*reconciler.owns, *reconciler.reads)))
+        self._all_kinds = tuple(dict.fromkeys((*reconciler.owns, *reconciler.optional, *reconciler.reads)))
+        # (namespace, name) -> who looks at the resource of that name, and the other way round
+        self._watchers: dict[Key, set[Key]] = {}
+        self._referred: dict[Key, frozenset[str]] = {}
+        self._references = threading.Lock()
         self._refused: dict[str, tuple[float, Outcome]] = {}
 
     def notice(self, item: JsonObject) -> None:
         """Ask for the custom resource that a changed object is, or belongs to."""
         metadata = item["metadata"]
         if item.get("kind") == self.reconciler.kind:
-            self.queue.add((metadata["namespace"], metadata["name"]))
+            key = metadata["namespace"], metadata["name"]
+            with self._references:
+                watchers = sorted(self._watchers.get(key, ()))
+            for one in (key, *watchers):
+                self.queue.add(one)
             return
-        for owner in metadata.get("ownerReferences") or ():
+        for owner in owners(item):
             if owner["kind"] == self.reconciler.kind:
                 self.queue.add((metadata["namespace"], owner["name"]))
-            elif owner["kind"] in self._kinds:
+            elif owner["kind"] in self._caches:
                 parent = self._caches[owner["kind"]].by_uid(owner["uid"])
                 if parent is not None and parent["metadata"]["uid"] != metadata.get("uid"):
                     self.notice(parent)
+
+    @property
+    def _kinds(self) -> Sequence[str]:
+        """Kinds of children; one that is optional, once it is followed."""
+        return [kind for kind in self._all_kinds if kind in self._caches]
 
     def run(self, stop: threading.Event) -> None:
         """Work on keys until told to stop; what is begun is finished."""
@@ -119,11 +132,14 @@ class Controller:
         resource = self._caches[self.reconciler.kind].get(*key)
         if resource is None or "deletionTimestamp" in resource["metadata"]:
             self.queue.forget(key)  # what it owns goes with it
+            self._refer(key, ())
             return "gone"
         uid = resource["metadata"]["uid"]
         if not self._expectations.met(uid):
             self.queue.add_after(key, _BEHIND)
             return "behind"
+        # Before they are looked at: what changes from now on is told.
+        self._refer(key, self.reconciler.refers(resource))
         observed = self._observe(resource)
         decision = self.reconciler.decide(observed)
         outcome = self._executor.carry_out(observed, decision)
@@ -140,30 +156,55 @@ class Controller:
         return "done"
 
     def _observe(self, resource: JsonObject) -> Observed:
-        children: dict[str, Sequence[JsonObject]] = {kind: () for kind in self._kinds}
-        uids = [resource["metadata"]["uid"]]
-        seen: dict[str, JsonObject] = {}
-        while uids:
-            found = [one for uid in uids for kind in self._kinds for one in self._caches[kind].owned_by(uid)]
-            new = [one for one in found if one["metadata"]["uid"] not in seen]
-            uids = [one["metadata"]["uid"] for one in new]
-            seen |= {one["metadata"]["uid"]: one for one in new}
+        kinds = self._kinds
+        children: dict[str, list[JsonObject]] = {kind: [] for kind in kinds}
         namespace = resource["metadata"]["namespace"]
-        for kind in self._kinds:
-            of_kind = [
-                one
-                for one in seen.values()
-                if one["kind"] == kind and one["metadata"]["namespace"] == namespace
+        uids = [resource["metadata"]["uid"]]
+        seen: set[str] = set()
+        while uids:
+            found = [
+                (kind, one) for uid in uids for kind in kinds for one in self._caches[kind].owned_by(uid)
             ]
-            children[kind] = sorted(of_kind, key=lambda one: str(one["metadata"]["name"]))
+            uids = []
+            for kind, one in found:
+                if (uid := one["metadata"]["uid"]) not in seen and one["metadata"]["namespace"] == namespace:
+                    seen.add(uid)
+                    uids.append(uid)
+                    children[kind].append(one)
+        for of_kind in children.values():
+            of_kind.sort(key=lambda one: str(one["metadata"]["name"]))
+        own = self._caches[self.reconciler.kind]
+        others = {name: own.get(namespace, name) for name in self.reconciler.refers(resource)}
         answers = {uid: answer for uid, answer in self._questions.answers().items() if uid in seen}
-        observed = Observed(resource, children, self._clock.now(), served=self._served(), answers=answers)
+        observed = Observed(
+            resource,
+            children,
+            self._clock.now(),
+            served=self._served(),
+            answers=answers,
+            referred={name: one for name, one in others.items() if one is not None},
+        )
         since, outcome = self._refused.get(resource["metadata"]["uid"], (0.0, Outcome()))
         if self._clock.steady() - since > _REMEMBERED:
             return observed
         return dataclasses.replace(
             observed, conflicts=frozenset(outcome.conflicts), rejections=dict(outcome.rejections)
         )
+
+    def _refer(self, key: Key, names: Sequence[str]) -> None:
+        """Remember whom a resource looks at, so that it is asked about when they change."""
+        new = frozenset(names)
+        with self._references:
+            old = self._referred.pop(key, frozenset())
+            if new:
+                self._referred[key] = new
+            for name in old - new:
+                watchers = self._watchers[key[0], name]
+                watchers.discard(key)
+                if not watchers:
+                    del self._watchers[key[0], name]
+            for name in new - old:
+                self._watchers.setdefault((key[0], name), set()).add(key)
 
     def _remember(self, uid: str, outcome: Outcome, tried: set[tuple[str, str]]) -> bool:
         """Keep what was refused for the next pass; return whether anything was refused in this one."""

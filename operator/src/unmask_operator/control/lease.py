@@ -35,7 +35,7 @@ class Elector:
         name: str,
         identity: str,
         duration: float = 15.0,
-        retry: float = 2.0,
+        retry: float | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """Make one that holds nothing yet.
@@ -47,7 +47,8 @@ class Elector:
             name: its name.
             identity: unlike that of any other process, this one's earlier lives included.
             duration: seconds for which others leave the Lease alone after a renewal they saw.
-            retry: seconds between two renewals, or two attempts to get it.
+            retry: seconds between two renewals, or two attempts to get it; by default an eighth of the
+                duration, so that several fit into the two thirds for which a renewal holds, and 2 at most.
             jitter: 0 to 1.
         """
         self.identity = identity
@@ -56,7 +57,7 @@ class Elector:
         self._namespace = namespace
         self._name = name
         self._duration = duration
-        self._retry = retry
+        self._retry = min(2.0, duration / 8) if retry is None else retry
         self._jitter = jitter
         self._until = float("-inf")
         self._seen: tuple[str, float] | None = None  # resource version, and when we first saw it

@@ -13,13 +13,14 @@ from unmask_operator.control.metrics import Metrics, Reading, states
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket
 from unmask_operator.decision import JsonObject, Reconciler
-from unmask_operator.resources import MANAGED_BY, MANAGER, RESOURCES
+from unmask_operator.resources import MANAGED_BY, MANAGER, RESOURCES, WARNINGS, Resource
 
 __all__ = ["Manager"]
 
 _log = logging.getLogger(__name__)
 
 _DISCOVERY = 600.0  # seconds between two looks at which APIs are served
+_OPTIONAL = 10.0  # seconds to wait for the first list of a kind that need not be there
 _HUNG = 300.0  # seconds; a watch says something every 90 or ends
 
 
@@ -77,22 +78,14 @@ class Manager:
             transport, clock, bucket=TokenBucket(clock, rate, burst), fence=self.elector.fence, stop=self.stop
         )
         # Lists are not held up by writes: an old copy would only lead to more of them.
-        reading = Api(transport, clock, timeout=30.0)
+        self._reading = Api(transport, clock, timeout=30.0)
+        self._namespace = namespace
+        self._jitter = jitter
         self._served: frozenset[str] = frozenset()
-        own = {reconciler.kind for reconciler in reconcilers}
         kinds = dict.fromkeys(kind for one in reconcilers for kind in (one.kind, *one.owns, *one.reads))
-        self.caches = {
-            kind: Reflector(
-                reading,
-                RESOURCES[kind],
-                clock,
-                self._notice,
-                namespace=namespace,
-                selector="" if kind in own else f"{MANAGED_BY}={MANAGER}",
-                jitter=jitter,
-            )
-            for kind in kinds
-        }
+        self.caches = {kind: self._cache(kind) for kind in kinds}
+        self._optional = {kind for one in reconcilers for kind in one.optional}
+        self._awaited: dict[str, Reflector] = {}
         self.controllers = [
             Controller(
                 reconciler,
@@ -108,12 +101,42 @@ class Manager:
         ]
         self.metrics.read(self._readings)
 
+    def _cache(self, kind: str) -> Reflector:
+        resource: Resource = WARNINGS[kind] if kind in WARNINGS else RESOURCES[kind]
+        return Reflector(
+            self._reading,
+            resource,
+            self._clock,
+            self._notice,
+            namespace=self._namespace,
+            # Our own kinds are everybody's, and events carry no label.
+            selector="" if resource.custom or resource.fields else f"{MANAGED_BY}={MANAGER}",
+            jitter=self._jitter,
+        )
+
     def discover(self) -> None:
         """Ask which APIs the cluster serves; what was known stays where there is no answer."""
         try:
             self._served = self._api.served()
         except (ApiError, Unreachable) as error:
             _log.warning("cannot tell which APIs are served: %s", error)
+
+    def _follow_optional(self) -> None:
+        """Follow the kinds that need not be there and are, each from the first time it is served."""
+        for kind in sorted(self._optional - self.caches.keys()):
+            if RESOURCES[kind].api_version not in self._served:
+                continue
+            if kind not in self._awaited:
+                cache = self._awaited[kind] = self._cache(kind)
+                self._start(f"watch-{cache.resource.plural}", cache.run, self.stop)
+            until = self._clock.steady() + _OPTIONAL
+            while not self._awaited[kind].synced.is_set() and self._clock.steady() < until:
+                if self._clock.wait(0.05, self.stop):
+                    return
+            if self._awaited[kind].synced.is_set():
+                self.caches[kind] = self._awaited.pop(kind)
+            else:  # served, and cannot be listed: decided without
+                _log.warning("%s cannot be listed; going on without", kind)
 
     def run(self) -> bool:
         """Work until :attr:`stop` is set or the lease is lost; return whether it was the former."""
@@ -124,6 +147,7 @@ class Manager:
         synced = all(self._wait(cache.synced) for cache in self.caches.values())
         if synced:
             self.discover()
+            self._follow_optional()
             self._start("lease", self.elector.run, self.stop, self._led, lost.set)
         if synced and self._wait(self._led):
             _log.info("leading")
@@ -134,6 +158,7 @@ class Manager:
             while not lost.is_set() and not self._clock.wait(0.2, self.stop):
                 if self._clock.steady() - looked > _DISCOVERY:
                     self.discover()
+                    self._follow_optional()
                     looked = self._clock.steady()
         self.stop.set()
         for controller in self.controllers:
@@ -146,7 +171,7 @@ class Manager:
 
     def alive(self) -> str:
         """Return what hangs, or nothing."""
-        hung = [kind for kind, cache in self.caches.items() if cache.stirred() > _HUNG]
+        hung = [kind for kind, cache in list(self.caches.items()) if cache.stirred() > _HUNG]
         dead = [thread.name for thread in self._threads if not thread.is_alive()]
         if self.stop.is_set():
             return ""
@@ -154,8 +179,10 @@ class Manager:
 
     def ready(self) -> str:
         """Return what is missing before decisions can be made, or nothing."""
-        missing = [kind for kind, cache in self.caches.items() if not cache.synced.is_set()]
-        old = [kind for kind, cache in self.caches.items() if cache.synced.is_set() and cache.age() > _HUNG]
+        missing = [kind for kind, cache in list(self.caches.items()) if not cache.synced.is_set()]
+        old = [
+            kind for kind, cache in list(self.caches.items()) if cache.synced.is_set() and cache.age() > _HUNG
+        ]
         if self.stop.is_set():
             return "stopping"
         return ", ".join(
@@ -183,7 +210,7 @@ class Manager:
         readings: list[Reading] = [
             ("unmask_operator_is_leader", "Whether this process acts.", {}, leading),
         ]
-        for kind, cache in self.caches.items():
+        for kind, cache in list(self.caches.items()):
             label = {"kind": kind}
             readings += [
                 (

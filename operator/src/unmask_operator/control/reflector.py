@@ -10,7 +10,7 @@ from unmask_operator.control.clock import Clock
 from unmask_operator.decision import JsonObject
 from unmask_operator.resources import Resource
 
-__all__ = ["Reflector"]
+__all__ = ["Reflector", "owners"]
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +19,13 @@ _LONGEST_DELAY = 30.0
 _IDLE = 90.0  # a bookmark comes once a minute
 
 Place = tuple[str, str]
+
+
+def owners(item: JsonObject) -> Sequence[JsonObject]:
+    """Return whom an object belongs to, with kind, name and UID: its owners, or whom an event regards."""
+    found: Sequence[JsonObject] = item["metadata"].get("ownerReferences") or ()
+    regarding = item.get("regarding") or {}
+    return [regarding] if {"kind", "name", "uid"} <= regarding.keys() else found
 
 
 class Reflector:
@@ -117,6 +124,7 @@ class Reflector:
             if self._version is None:
                 self._list()
             self._watch()
+            self._heard = self._clock.steady()  # who ends a watch in good order has told all there was
             # A server that ends every watch at once is asked about once a second and no more often.
             quick = self._clock.steady() - self._stirred < 1.0
             self._failures = 0
@@ -142,7 +150,7 @@ class Reflector:
         return delay
 
     def _list(self) -> None:
-        items, version = self._api.list(self.resource, self._namespace, self._selector)
+        items, version = self._api.list(self.resource, self._namespace, self._selector, self.resource.fields)
         fresh = {_place(item): self._trimmed(item) for item in items}
         with self._lock:
             old = self._objects
@@ -162,9 +170,18 @@ class Reflector:
 
     def _watch(self) -> None:
         assert self._version is not None
-        seconds = 240 + int(240 * self._jitter())  # so that watches do not all end together
+        longest, idle = 240, _IDLE
+        if self.resource.fields:  # of events there are no bookmarks
+            longest, idle = 60, 135.0
+        seconds = longest + int(longest * self._jitter())  # so that watches do not all end together
         events = self._api.watch(
-            self.resource, self._namespace, self._selector, self._version, seconds, _IDLE
+            self.resource,
+            self._namespace,
+            self._selector,
+            self._version,
+            seconds,
+            idle,
+            fields=self.resource.fields,
         )
         for event in events:
             item = event["object"]
@@ -194,7 +211,7 @@ class Reflector:
         self._drop(place)
         self._objects[place] = item
         self._uids[_uid(item)] = place
-        for owner in item["metadata"].get("ownerReferences") or ():
+        for owner in owners(item):
             self._owned.setdefault(owner["uid"], set()).add(place)
 
     def _drop(self, place: Place) -> None:
@@ -202,7 +219,7 @@ class Reflector:
         if item is None:
             return
         self._uids.pop(_uid(item), None)
-        for owner in item["metadata"].get("ownerReferences") or ():
+        for owner in owners(item):
             places = self._owned.get(owner["uid"], set())
             places.discard(place)
             if not places:

@@ -208,6 +208,8 @@ def _template(attempt: Attempt) -> Json:
     protected = [*_identity(), *container["env"]]
     _harden(template["spec"], container, attempt)
     container["env"] = [*protected, *(entry.to_json_dict() for entry in spec.env)]
+    if spec.credentials:  # what stands in env comes before them
+        container["envFrom"] = [{"secretRef": {"name": name}} for name in spec.credentials]
     if spec.pod_template:
         template = _overlaid(template, spec.pod_template)
         for one in template["spec"]["containers"]:

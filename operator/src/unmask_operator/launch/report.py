@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from unmask_api.base import ApiModel, DecimalString
 
-__all__ = ["LIMIT", "CheckpointReport", "Report", "Termination"]
+__all__ = ["LIMIT", "CheckpointReport", "Report", "StackReport", "Termination"]
 
 LIMIT = 4096
 """Bytes that either document may have; Kubernetes cuts termination messages there."""
@@ -60,6 +60,32 @@ class Report(ApiModel):
             return cls.from_json(text)
         except ValidationError:
             return None
+
+
+class StackReport(ApiModel):
+    """What the processes of a pod are doing, one line each."""
+
+    attempt: Whole
+    """The attempt that answers."""
+    stacks: Annotated[tuple[Annotated[str, StringConstraints(max_length=512)], ...], Field(max_length=64)]
+    """Which process, and where it is: the innermost calls first."""
+
+    @classmethod
+    def read(cls, text: str | bytes) -> Self | None:
+        """Read an answer; ``None`` where it is not one."""
+        if len(text) > LIMIT:
+            return None
+        try:
+            return cls.from_json(text)
+        except ValidationError:
+            return None
+
+    def to_bytes(self) -> bytes:
+        """Return the document, with as many processes as fit into :data:`LIMIT`."""
+        stacks = list(self.stacks)
+        while len(text := json.dumps({"attempt": self.attempt, "stacks": stacks}).encode()) > LIMIT:
+            stacks.pop()
+        return text
 
 
 class Termination(ApiModel):

@@ -6,16 +6,21 @@ trainer said.
 
 Progress is read from the run folder, not asked of the trainer: an answer then needs nothing of a process that
 may hang, and every pod sees the same folder, whichever of them holds the first rank.
+
+Where the step stands still, ``/stacks`` has the workers write where they are (to files, at SIGUSR1), keeps
+that in the run folder and answers with the innermost calls.
 """
 
 import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,15 +29,22 @@ from pathlib import Path
 from typing import Any
 
 from unmask_api.exit_codes import ExitCode
-from unmask_operator.launch.report import LIMIT, CheckpointReport, Report, Termination
+from unmask_operator.launch.report import LIMIT, CheckpointReport, Report, StackReport, Termination
 
-__all__ = ["environment", "ending", "main", "progress"]
+__all__ = ["environment", "ending", "main", "progress", "stacks"]
 
 _POLL_S = 0.1
 _LAST_SECONDS = 15.0
 """What is left of the grace period when torchrun is told to end, whether the workers have saved or not."""
 _TAIL = 65_536
 """Bytes at the end of the log that are looked at."""
+_STACKS = "UNMASK_STACKS"
+"""Variable with the folder in which workers write their stacks at SIGUSR1, each in ``rank-N.txt``."""
+_STACKS_S = 1.0
+"""Time for that: the interpreter does it between two instructions, or in a call that it waits for."""
+_CALLS = 3
+"""Innermost calls of a worker that are answered."""
+_FRAME = re.compile(r'  File "(.+)", line (\d+) in (\S+)')
 _OOM_EVENTS = Path("/sys/fs/cgroup/memory.events")
 _MESSAGE = Path("/dev/termination-log")
 
@@ -103,6 +115,25 @@ def ending(code: int, report: Mapping[str, Any] | None, *, out_of_memory: bool) 
     )
 
 
+def stacks(texts: Mapping[str, str], *, attempt: int) -> StackReport:
+    """Return a line for each worker: the innermost calls of its main thread.
+
+    Args:
+        texts: What each wrote, by its name, as :mod:`faulthandler` does: the main thread comes last.
+        attempt: The present attempt.
+    """
+    lines = []
+    for name, text in sorted(texts.items()):
+        main_thread = re.split(r"^(?:Current thread|Thread) ", text, flags=re.MULTILINE)[-1]
+        frames = [
+            f"{function} ({Path(path).name}:{number})"
+            for path, number, function in _FRAME.findall(main_thread)
+        ]
+        where = " < ".join(frames[:_CALLS]) or "somewhere outside of Python"
+        lines.append(f"{name} is in {where}"[:512])
+    return StackReport(attempt=attempt, stacks=tuple(lines[:64]))
+
+
 def main(args: Sequence[str]) -> int:
     """Run torchrun with ``args`` to its end and return the pod's exit code."""
     stops: list[float] = []
@@ -116,9 +147,11 @@ def main(args: Sequence[str]) -> int:
     if stops:
         code = 128 + signal.SIGTERM
     else:
-        if own.get("JOB_COMPLETION_INDEX", "0") == "0":
-            _answer(folder, own)
+        own.setdefault(_STACKS, tempfile.mkdtemp(prefix="unmask-stacks-"))
+        launched: list[int] = []
+        _answer(folder, own, launched)
         process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *args], env=own)
+        launched.append(process.pid)
         code = _watch(process.pid, stops, float(own.get("UNMASK_GRACE_SECONDS", "120")))
     said = ending(code, _changed(report, before), out_of_memory=_oom_kills() > killed)
     with contextlib.suppress(OSError):
@@ -167,10 +200,10 @@ def _children(parent: int) -> list[int]:
         return []
 
 
-def _signal(pids: Sequence[int]) -> None:
+def _signal(pids: Sequence[int], number: signal.Signals = signal.SIGTERM) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
 
 
 def _wait_for_name(endpoint: str, own: Mapping[str, str], stops: list[float]) -> None:
@@ -185,17 +218,46 @@ def _wait_for_name(endpoint: str, own: Mapping[str, str], stops: list[float]) ->
         time.sleep(1.0)
 
 
-def _answer(folder: Path, own: Mapping[str, str]) -> None:
-    """Answer ``GET /progress``, one request at a time, five seconds each."""
+def _write_stacks(launcher: Sequence[int], folder: Path, own: Mapping[str, str]) -> dict[str, str]:
+    """Have the workers write their stacks, keep them in the run folder, and return them by rank.
+
+    Only workers that have made their file are asked: before that, the signal would end them.
+    """
+    sizes = {path: path.stat().st_size for path in Path(own[_STACKS]).glob("rank-*.txt")}
+    workers = _children(launcher[0]) if launcher else []
+    if len(sizes) < len(workers) or not workers:
+        return {}
+    _signal(workers, signal.SIGUSR1)
+    time.sleep(_STACKS_S)
+    texts = {}
+    for path, size in sizes.items():
+        text = path.read_bytes()[size:][-_TAIL:].decode(errors="replace")
+        texts[path.stem.replace("-", " ")] = text
+        with contextlib.suppress(OSError):
+            kept = folder / "stacks"
+            kept.mkdir(exist_ok=True)
+            (kept / f"attempt-{own.get('UNMASK_ATTEMPT', '0')}-{path.name}").write_text(
+                text, encoding="utf-8"
+            )
+    return texts
+
+
+def _answer(folder: Path, own: Mapping[str, str], launcher: Sequence[int]) -> None:
+    """Answer ``GET /progress`` and ``GET /stacks``, one request at a time, five seconds each."""
     attempt = int(own.get("UNMASK_ATTEMPT", "0"))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 5
 
         def do_GET(self) -> None:
-            report = progress(folder, attempt=attempt) if self.path == "/progress" else None
-            body = json.dumps(report.to_json_dict()).encode() if report else b"{}"
-            self.send_response(404 if self.path != "/progress" else 200 if report else 503)
+            body = b""
+            if self.path == "/progress" and (report := progress(folder, attempt=attempt)):
+                body = json.dumps(report.to_json_dict()).encode()
+            elif self.path == "/stacks" and (texts := _write_stacks(launcher, folder, own)):
+                body = stacks(texts, attempt=attempt).to_bytes()
+            known = self.path in ("/progress", "/stacks")
+            self.send_response(404 if not known else 200 if body else 503)
+            body = body or b"{}"
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body[:LIMIT])))
             self.end_headers()

@@ -29,8 +29,13 @@ def resolve(job: DiffusionTrainJob, folders: Mapping[str, Path]) -> DiffusionTra
 
     Raises:
         UsageError: A volume of the manifest has no folder, a folder belongs to no volume of the
-            manifest, or a path leaves its volume.
+            manifest, a path leaves its volume, or the model is another job's, which only a cluster knows.
     """
+    if (source := job.spec.model.init.job) is not None:
+        raise UsageError(
+            f"spec.model.init.job: job {source.name} is known to a cluster only; set init.uri to its model,"
+            " which lies in the folder model below its checkpoint.uri"
+        )
     claims = {path: _claim(uri) for path, uri in _uris(job, ()) if uri.startswith(_SCHEME)}
     names = sorted({name for name, _ in claims.values()})
     if unknown := sorted(set(folders) - set(names)):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from unmask_operator.decision import JsonObject
+from unmask_operator.training.times import seconds
 
 __all__ = ["Conditions"]
 
@@ -26,6 +27,11 @@ class Conditions:
     def reason(self, kind: str) -> str | None:
         """Return the reason of the condition ``kind``, if there is one."""
         return self._by_type.get(kind, {}).get("reason")
+
+    def since(self, kind: str) -> float | None:
+        """Return since when the condition ``kind`` holds, in seconds since 1970; ``None`` if it does not."""
+        one = self._by_type.get(kind, {})
+        return seconds(one.get("lastTransitionTime")) if one.get("status") == "True" else None
 
     def set(self, kind: str, status: Truth, reason: str, message: str = "") -> None:
         """Say whether ``kind`` holds, why in a word, and why in a sentence."""

@@ -13,21 +13,25 @@ The rules, in this order; the first that applies ends the pass:
 7. While it waits or runs: quota, places, start-up deadline, deadline, progress, stall.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from unmask.errors import UsageError
-from unmask_api.train_job import DiffusionTrainJob, TrainSpec
+from unmask_api.train_job import DiffusionTrainJob, ModelInit, TrainSpec
 from unmask_api.train_status import Failure
 from unmask_operator.decision import Decision, Deletion, Event, JsonObject, Observed, Question, Reconciler
 from unmask_operator.launch import pods as rendering
-from unmask_operator.launch.pods import ATTEMPT_LABEL, Attempt, GangBy
-from unmask_operator.launch.report import Report, Termination
+from unmask_operator.launch.pods import Attempt
+from unmask_operator.launch.report import Report, StackReport, Termination
+from unmask_operator.training import reading
 from unmask_operator.training.conditions import Conditions
 from unmask_operator.training.failure import Action, action, cause
+from unmask_operator.training.gang import DROPPED, who_starts, without
+from unmask_operator.training.progress import checkpoint, percentage, progress
+from unmask_operator.training.source import look_up
 from unmask_operator.training.times import seconds, stamp
 
 __all__ = ["Settings", "decide", "reconciler"]
@@ -38,9 +42,10 @@ _LONGEST_BACKOFF = 600
 _HISTORY = 10
 _SHORT = 60.0
 """Seconds; an attempt that lasted no longer is followed by a pause, whatever ended it."""
-_NATIVE = "scheduling.k8s.io/v1beta1"
-_VOLCANO = "scheduling.volcano.sh/v1beta1"
-_KUEUE = "kueue.x-k8s.io/"
+_DUMP_SECONDS = 10.0
+"""From asking a hanging attempt's pods for their stacks to ending it."""
+_DUMPS = 8
+"""Pods that are asked, the first ones: each may take two seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +62,9 @@ def reconciler(settings: Settings) -> Reconciler:
         kind=KIND,
         owns=("ConfigMap", "Service", "Job"),
         decide=lambda observed: decide(observed, settings),
-        reads=("Pod",),
+        reads=("Pod", "JobWarning", "PodWarning"),
+        optional=("PodGroup",),
+        refers=_refers,
     )
 
 
@@ -69,6 +76,12 @@ def decide(observed: Observed, settings: Settings) -> Decision:
     if observed.resource["spec"].get("managedBy", OURS) != OURS:
         return Decision()
     return _Pass(observed, settings).decision()
+
+
+def _refers(resource: JsonObject) -> Sequence[str]:
+    """Return the name of the job that this one's model comes from, if it does."""
+    source = resource["spec"].get("model", {}).get("init", {}).get("job") or {}
+    return [source["name"]] if "name" in source else []
 
 
 def _spec_of(resource: JsonObject) -> DiffusionTrainJob:
@@ -120,7 +133,7 @@ class _Pass:
 
     def _decide_active(self, job: DiffusionTrainJob) -> None:
         current = self._current()
-        if current is not None and (done := _finished(current)):
+        if current is not None and (done := reading.finished(current)):
             self._ended(job.spec, current, succeeded=done == "Complete")
             if self.conditions.is_true("Complete") or self.conditions.is_true("Failed"):
                 self._clean_up()
@@ -128,12 +141,10 @@ class _Pass:
             current = None
         if self._is_late(job.spec):
             self._fail(
-                Failure(
-                    reason="DeadlineExceeded",
-                    message=f"the job did not end within runPolicy.activeDeadlineSeconds"
+                self._failure(
+                    "DeadlineExceeded",
+                    f"the job did not end within runPolicy.activeDeadlineSeconds"
                     f" ({job.spec.run_policy.active_deadline_seconds} s)",
-                    attempt=self.status["attempt"],
-                    time=stamp(self.observed.now),
                 ),
                 "raise activeDeadlineSeconds in a new job, which goes on from the last checkpoint",
             )
@@ -160,7 +171,7 @@ class _Pass:
         policy = self.observed.resource["spec"].get("runPolicy", {})
         cleanup = policy.get("podCleanup", "Running")
         for child in self._children("Job"):
-            if cleanup == "All" or (cleanup == "Running" and not _finished(child)):
+            if cleanup == "All" or (cleanup == "Running" and not reading.finished(child)):
                 self._remove(child)
         ttl = policy.get("ttlSecondsAfterFinished")
         ended = seconds(self.status.get("completionTime"))
@@ -203,14 +214,18 @@ class _Pass:
     def _remove_old(self) -> bool:
         """Delete Jobs of other attempts; return whether any is left, if only ending."""
         number = str(self.status["attempt"])
-        old = [child for child in self._children("Job") if _attempt_of(child) != number]
+        old = [child for child in self._children("Job") if reading.attempt_of(child) != number]
         for child in old:
             self._remove(child)
-        pods = [pod for pod in self._children("Pod") if _attempt_of(pod) != number and _is_running(pod)]
+        pods = [
+            pod
+            for pod in self._children("Pod")
+            if reading.attempt_of(pod) != number and reading.is_running(pod)
+        ]
         if not old and not pods:  # their addresses and job files are of no use any more
-            for kind in ("Service", "ConfigMap"):
+            for kind in ("Service", "ConfigMap", "PodGroup"):
                 for child in self._children(kind):
-                    if _attempt_of(child) != number:
+                    if reading.attempt_of(child) != number:
                         self._remove(child, "Background")
         return bool(old or pods)
 
@@ -230,7 +245,7 @@ class _Pass:
                 step = told.step if told and told.step else progress["totalSteps"]
                 self.status["progress"] = progress | {
                     "step": step,
-                    "percentage": _percentage(step, progress["totalSteps"]),
+                    "percentage": percentage(step, progress["totalSteps"]),
                     "estimatedRemainingSeconds": 0,
                 }
             self._remember("Completed")
@@ -238,7 +253,7 @@ class _Pass:
             return
         pods = self._pods(current)
         failure = cause(current, pods, attempt=attempt, now=self.observed.now)
-        self._after_failure(spec, failure, started=_started(current))
+        self._after_failure(spec, failure, started=reading.started(current))
 
     def _after_failure(self, spec: TrainSpec, failure: Failure, *, started: float | None) -> None:
         """Fail the job, or decide on the next attempt."""
@@ -277,6 +292,7 @@ class _Pass:
         self.status["attempt"] += 1
         self.status["restarts"] += 1
         self.status["restartsCounted"] += counted
+        self.conditions.drop("Hung")
         self.status.pop("nextAttemptTime", None)
         if pause:
             self.status["nextAttemptTime"] = stamp(self.observed.now + pause)
@@ -303,7 +319,7 @@ class _Pass:
     def _remember(self, reason: str) -> None:
         """Add the attempt that ended to the history."""
         current = self._find("Job", str(self.status["attempt"]))
-        started = _started(current) if current else None
+        started = reading.started(current) if current else None
         step = (self.status.get("progress") or {}).get("step")
         history = list(self.status.get("history") or ())
         entry = {
@@ -351,6 +367,8 @@ class _Pass:
         self.status.pop("nextAttemptTime", None)
         attempt = self._attempt(job)
         if attempt is None:
+            if self.conditions.is_true("Failed"):
+                self._clean_up()
             return
         try:
             self.apply = self._objects(attempt)
@@ -360,20 +378,19 @@ class _Pass:
         self.conditions.set("Stalled", "False", "Started")
         self.conditions.set("Restarting", "False", "Started")
         self.conditions.drop("Scheduled")
+        self._say_who_starts_them(attempt)
         self.conditions.set("Running", "False", "Starting", "the pods are being made")
         self.status["nodes"] = {"desired": job.spec.parallelism.nodes, "ready": 0, "failed": 0}
         self._set_state("Starting")
         if not self.observed.conflicts and not self.observed.rejections:
             self.events.append(Event("Starting", f"attempt {attempt.number}: {attempt.name}"))
-            if attempt.gang == "None" and job.spec.parallelism.nodes > 1:
-                self.events.append(_no_gang(job.spec))
 
     def _attempt(self, job: DiffusionTrainJob) -> Attempt | None:
         image = job.spec.image or self.settings.image
         if image is None:
             self._obstacle("InvalidSpec", "spec.image is missing, and the operator has no default: set it")
             return None
-        gang = self._gang(job.spec)
+        gang = who_starts(job.spec, self.observed.served, pod_groups="PodGroup" in self.observed.children)
         if gang is None:
             mode = job.spec.scheduling.gang.mode
             self._obstacle(
@@ -381,14 +398,66 @@ class _Pass:
                 f"scheduling.gang.mode is {mode}, which this cluster does not serve: install it, or set Auto",
             )
             return None
+        with_model = self._with_model(job)
+        if with_model is None:
+            return None
         metadata = self.observed.resource["metadata"]
         return Attempt(
-            job=job,
+            job=with_model,
             number=self.status["attempt"],
             uid=metadata["uid"],
             namespace=metadata["namespace"],
             image=image,
             gang=gang,
+        )
+
+    def _with_model(self, job: DiffusionTrainJob) -> DiffusionTrainJob | None:
+        """Return the job with the URI of its first weights; ``None`` while another job is to make them.
+
+        The URI is kept in the status: later attempts begin with the same model, whatever became of that job.
+        """
+        source = job.spec.model.init.job
+        if source is None:
+            return job
+        if (uri := self.status.get("modelUri")) is None:
+            found = look_up(source, self.observed.referred.get(source.name))
+            match found.state:
+                case "Ready":
+                    uri = self.status["modelUri"] = found.text
+                    self.conditions.set("ModelReady", "True", "Found", f"begins with {uri}")
+                case "Waiting":
+                    self.conditions.set("ModelReady", "False", "WaitingForJob", found.text)
+                    self.conditions.set("Stalled", "False", "WaitingForJob")
+                    self._set_state("Waiting")
+                case "Missing":
+                    self._model_missing(job.spec, found.text)
+                case "Never":
+                    self.conditions.set("ModelReady", "False", "NotComing", found.text)
+                    self._fail(self._failure("ModelJobFailed", found.text), "name another, or make a new job")
+        if uri is None:
+            return None
+        init = ModelInit(uri=uri)
+        model = job.spec.model.model_copy(update={"init": init})
+        return job.model_copy(update={"spec": job.spec.model_copy(update={"model": model})})
+
+    def _model_missing(self, spec: TrainSpec, text: str) -> None:
+        """Wait for a job that may be made after this one, but not for ever."""
+        self.conditions.set("ModelReady", "False", "ModelJobMissing", text)
+        self._obstacle("ModelJobMissing", text)
+        deadline = spec.run_policy.startup_deadline_seconds
+        left = (self.conditions.since("Stalled") or self.observed.now) + deadline - self.observed.now
+        if not deadline:
+            return
+        if left > 0:
+            self._again_in(left)
+            return
+        why = f"it was not made within runPolicy.startupDeadlineSeconds ({deadline} s)"
+        self._fail(self._failure("ModelJobMissing", text), why)
+
+    def _failure(self, reason: str, message: str) -> Failure:
+        """Return a failure of the present attempt that no pod has told of."""
+        return Failure(
+            reason=reason, message=message, attempt=self.status["attempt"], time=stamp(self.observed.now)
         )
 
     def _objects(self, attempt: Attempt) -> list[JsonObject]:
@@ -397,28 +466,6 @@ class _Pass:
         if attempt.gang == "Native":
             objects.append(rendering.pod_group(attempt))
         return [*objects, rendering.indexed_job(attempt)]
-
-    def _gang(self, spec: TrainSpec) -> GangBy | None:
-        """Return who starts the pods together; ``None`` where the manifest asks for what is not there."""
-        scheduling = spec.scheduling
-        served = self.observed.served
-        native = _NATIVE in served and "PodGroup" in self.observed.children
-        volcano = _VOLCANO in served and scheduling.scheduler_name == "volcano"
-        kueue = any(one.startswith(_KUEUE) for one in served)
-        match scheduling.gang.mode:
-            case "Kueue":
-                return "Kueue" if kueue else None
-            case "Native":
-                return "Native" if native else None
-            case "Volcano":
-                return "Volcano" if volcano else None
-            case "None":
-                return "None"
-        if scheduling.queue_name:
-            return "Kueue" if kueue else None
-        if spec.parallelism.nodes == 1:
-            return "None"
-        return "Native" if native else "Volcano" if volcano else "None"
 
     # 7
 
@@ -434,10 +481,11 @@ class _Pass:
             return
         if job.spec.scheduling.queue_name:
             self.conditions.set("Admitted", "True", "Admitted", "the queue has room")
-        self.status.setdefault("startTime", stamp(_started(current) or self.observed.now))
+        self.status.setdefault("startTime", stamp(reading.started(current) or self.observed.now))
+        self._read_gang_back(current)
         pods = self._pods(current)
         nodes = current["spec"].get("parallelism", 1)
-        ready = [pod for pod in pods if _is_ready(pod)]
+        ready = [pod for pod in pods if reading.is_ready(pod)]
         failed = [pod for pod in pods if pod.get("status", {}).get("phase") == "Failed"]
         self.status["nodes"] = {"desired": nodes, "ready": len(ready), "failed": len(failed)}
         self.conditions.set("Stalled", "False", "Following")
@@ -461,7 +509,10 @@ class _Pass:
         Returns whether that takes a new attempt.
         """
         number = str(self.status["attempt"])
-        missing = [kind for kind in ("ConfigMap", "Service") if self._find(kind, number) is None]
+        needed = ["ConfigMap", "Service"]
+        if "PodGroup" in self.observed.children and reading.gang_is_kept(current):
+            needed.append("PodGroup")
+        missing = [kind for kind in needed if self._find(kind, number) is None]
         attempt = self._attempt(job) if missing else None
         if attempt is not None:
             made = self._objects(attempt)
@@ -502,27 +553,30 @@ class _Pass:
 
     def _placed(self, spec: TrainSpec, current: JsonObject, pods: Sequence[JsonObject], nodes: int) -> str:
         """Say whether all pods have a machine; return what stands in the way, or nothing."""
-        for pod in pods:
-            for one in pod.get("status", {}).get("conditions", ()):
-                if one.get("type") == "PodScheduled" and one.get("status") == "False":
-                    text = f"{pod['metadata']['name']}: {one.get('message') or one.get('reason')}"
-                    self.conditions.set("Scheduled", "False", "Unschedulable", text)
-                    return text
+        groups = [one for one in self._children("PodGroup") if reading.attempt_of(one) == self._number]
+        if text := reading.unplaced(pods, groups):
+            self.conditions.set("Scheduled", "False", "Unschedulable", text)
+            return text
         placed = [pod for pod in pods if pod.get("spec", {}).get("nodeName")]
         if len(placed) >= _needed(spec, nodes):
             self.conditions.set("Scheduled", "True", "Scheduled", "every pod has a machine")
             return ""
         name = current["metadata"]["name"]
-        text = f"{len(pods)} of {nodes} pods exist; if that stays so, see: kubectl describe job {name}"
-        self.conditions.set("Scheduled", "False", "Pending", text)
+        reason, text = "Pending", f"{len(pods)} of {nodes} pods exist"
+        if len(pods) < nodes:
+            word, said = reading.refused_pods(current, self._children("JobWarning"))
+            reason = word or reason
+            text = said or f"{text}; if that stays so, see: kubectl describe job {name}"
+        self.conditions.set("Scheduled", "False", reason, text)
         return text
 
     def _starts(self, spec: TrainSpec, current: JsonObject, pods: Sequence[JsonObject], placed: str) -> None:
         """Wait for the pods to run, but not for ever."""
-        obstacle = next(filter(None, (_waiting(pod) for pod in pods)), placed) or "the pods are starting"
-        self.conditions.set("Running", "False", "Starting", obstacle)
+        reason, text = reading.cannot_start(pods, self._children("PodWarning"))
+        obstacle = text or placed or "the pods are starting"
+        self.conditions.set("Running", "False", reason or "Starting", obstacle)
         self._set_state("Starting")
-        waited = self.observed.now - (_started(current) or self.observed.now)
+        waited = self.observed.now - (reading.started(current) or self.observed.now)
         timeout = spec.scheduling.gang.timeout_seconds
         if placed and waited >= timeout:
             self.events.append(Event("Unschedulable", placed[:1024], "Warning"))
@@ -545,49 +599,25 @@ class _Pass:
         self.conditions.set("Running", "True", "Running", "every pod runs")
         self.conditions.set("Restarting", "False", "Running")
         self._set_state("Running")
-        first = min(ready, key=_index)
-        if ip := first.get("status", {}).get("podIP"):
-            port = spec.observability.port
-            self.ask.append(Question(first["metadata"]["uid"], f"http://{_host(ip)}:{port}/progress"))
+        first = min(ready, key=reading.index)
+        if _address(first):
+            self.ask.append(self._question(spec, first, "progress"))
         self._again_in(spec.observability.progress_interval_seconds)
         answer = self.observed.answers.get(first["metadata"]["uid"])
         report = Report.read(answer.text) if answer else None
         if answer and report and report.attempt == self.status["attempt"]:
             self._note(report, answer.at)
-        since = max((_running_since(pod) or 0.0 for pod in ready), default=0.0)
-        self._judge(spec, current, since or self.observed.now)
+        since = max((reading.running_since(pod) or 0.0 for pod in ready), default=0.0)
+        self._judge(spec, current, ready, since or self.observed.now)
 
     def _note(self, report: Report, at: float) -> None:
         """Take over what the trainer reports."""
-        before = self.status.get("progress") or {}
-        moved = report.step != before.get("step") or "lastProgressTime" not in before
-        left = None
-        if report.seconds_per_step is not None:
-            left = round(float(report.seconds_per_step) * max(0, report.total_steps - report.step))
-        progress = {
-            "step": report.step,
-            "totalSteps": report.total_steps,
-            "stage": report.stage,
-            "percentage": _percentage(report.step, report.total_steps),
-            "loss": report.loss,
-            "learningRate": report.learning_rate,
-            "tokensPerSecond": report.tokens_per_second,
-            "estimatedRemainingSeconds": left,
-            "lastProgressTime": stamp(at) if moved else before["lastProgressTime"],
-            "lastReportTime": stamp(at),
-        }
-        self.status["progress"] = {key: value for key, value in progress.items() if value is not None}
-        if report.checkpoint:
-            known = self.status.get("checkpoint") or {}
-            if known.get("latestStep") != report.checkpoint.step:
-                known = {"lastSavedTime": stamp(at)}
-            self.status["checkpoint"] = known | {
-                "latestStep": report.checkpoint.step,
-                "latestUri": report.checkpoint.uri,
-            }
+        self.status["progress"] = progress(report, self.status.get("progress") or {}, at=at)
+        if saved := checkpoint(report, self.status.get("checkpoint") or {}, at=at):
+            self.status["checkpoint"] = saved
 
-    def _judge(self, spec: TrainSpec, current: JsonObject, since: float) -> None:
-        """Restart an attempt that reports, or reported, but whose step does not grow."""
+    def _judge(self, spec: TrainSpec, current: JsonObject, ready: Sequence[JsonObject], since: float) -> None:
+        """Restart an attempt whose step does not grow, if it reports at all; ask first where it is."""
         timeout = spec.run_policy.stall_timeout_seconds
         progress = self.status.get("progress") or {}
         reported = seconds(progress.get("lastReportTime"))
@@ -596,23 +626,45 @@ class _Pass:
         moved = max(seconds(progress.get("lastProgressTime")) or since, since)
         stands = reported - moved >= timeout
         silent = self.observed.now - reported >= 2 * timeout
-        if stands or silent:
-            step = progress["step"]
-            what = f"the step stayed at {step} for {timeout} s" if stands else f"no report since step {step}"
-            self._give_up(
-                spec,
-                current,
-                "Stalled",
-                f"{what} (runPolicy.stallTimeoutSeconds is {timeout}): a hang, or a step, measurement or"
-                " checkpoint that takes longer",
-            )
+        if not stands and not silent:
+            self.conditions.drop("Hung")
+            return
+        step = progress["step"]
+        what = f"the step stayed at {step} for {timeout} s" if stands else f"no report since step {step}"
+        asked = self.conditions.since("Hung")
+        self.conditions.set("Hung", "True", "StepStands" if stands else "Silent", what)
+        left = (self.observed.now if asked is None else asked) + _DUMP_SECONDS - self.observed.now
+        stacks = self._stacks(ready)
+        if left > 0:
+            self.ask.clear()  # an answer about the progress would take the place of the stacks
+            if not stacks:
+                self.ask += [self._question(spec, pod, "stacks") for pod in ready if _address(pod)][:_DUMPS]
+            self._again_in(left)
+            return
+        where = f"; {'; '.join(stacks)}"[:1500] if stacks else ""
+        self._give_up(
+            spec,
+            current,
+            "Stalled",
+            f"{what} (runPolicy.stallTimeoutSeconds is {timeout}): a hang, or a step, measurement or"
+            f" checkpoint that takes longer{where}",
+        )
+
+    def _stacks(self, pods: Sequence[JsonObject]) -> list[str]:
+        """Return what processes of an attempt that hangs were doing, as far as they have said."""
+        answers = [self.observed.answers.get(pod["metadata"]["uid"]) for pod in pods]
+        reports = [StackReport.read(answer.text) for answer in answers if answer]
+        number = self.status["attempt"]
+        return [line for report in reports if report and report.attempt == number for line in report.stacks]
+
+    def _question(self, spec: TrainSpec, pod: JsonObject, what: str) -> Question:
+        address = f"http://{reading.host(_address(pod))}:{spec.observability.port}"
+        return Question(pod["metadata"]["uid"], f"{address}/{what}")
 
     def _give_up(self, spec: TrainSpec, current: JsonObject, reason: str, message: str) -> None:
         """End the attempt as if it had failed of itself."""
-        failure = Failure(
-            reason=reason, message=message, attempt=self.status["attempt"], time=stamp(self.observed.now)
-        )
-        self._after_failure(spec, failure, started=_started(current))
+        failure = self._failure(reason, message)
+        self._after_failure(spec, failure, started=reading.started(current))
         self.ask.clear()
         if self.conditions.is_true("Failed"):
             self._clean_up()
@@ -622,11 +674,15 @@ class _Pass:
 
     # --- what is observed ---------------------------------------------------------------------------------
 
+    @property
+    def _number(self) -> str:
+        return str(self.status["attempt"])
+
     def _children(self, kind: str) -> Sequence[JsonObject]:
         return self.observed.children.get(kind, ())
 
     def _find(self, kind: str, attempt: str) -> JsonObject | None:
-        return next((child for child in self._children(kind) if _attempt_of(child) == attempt), None)
+        return next((child for child in self._children(kind) if reading.attempt_of(child) == attempt), None)
 
     def _current(self) -> JsonObject | None:
         """Return the Job of the present attempt, unless it is being deleted before it ended."""
@@ -641,7 +697,7 @@ class _Pass:
         ]
 
     def _last_words(self, job: JsonObject) -> Termination | None:
-        for pod in sorted(self._pods(job), key=_index):
+        for pod in sorted(self._pods(job), key=reading.index):
             for state in pod.get("status", {}).get("containerStatuses", ()):
                 text = ((state.get("state") or {}).get("terminated") or {}).get("message")
                 if text and (told := Termination.read(text)):
@@ -665,6 +721,25 @@ class _Pass:
         if spec.scheduling.queue_name is None:
             self.conditions.drop("Admitted")
 
+    def _say_who_starts_them(self, attempt: Attempt) -> None:
+        """Say who sees to it that all pods start or none."""
+        nodes = attempt.job.spec.parallelism.nodes
+        if nodes == 1:
+            self.conditions.drop("GangScheduled")
+        elif attempt.gang == "None":
+            text = without(nodes)
+            self.conditions.set("GangScheduled", "False", "NotInstalled", text)
+            self.events.append(Event("NoGangScheduling", text, "Warning"))
+        else:
+            self.conditions.set("GangScheduled", "True", attempt.gang, f"by {attempt.gang}")
+
+    def _read_gang_back(self, current: JsonObject) -> None:
+        """Say so where the API server has not kept that the pods belong together."""
+        if self.conditions.reason("GangScheduled") != "Native" or reading.gang_is_kept(current):
+            return
+        self.conditions.set("GangScheduled", "False", "SchedulingGroupDropped", DROPPED)
+        self.events.append(Event("SchedulingGroupDropped", DROPPED, "Warning"))
+
     def _set_state(self, state: str) -> None:
         self.status["state"] = state
 
@@ -685,77 +760,9 @@ class _Pass:
         )
 
 
-def _attempt_of(child: Mapping[str, Any]) -> str | None:
-    label: str | None = child["metadata"].get("labels", {}).get(ATTEMPT_LABEL)
-    return label
-
-
-def _finished(job: JsonObject) -> str | None:
-    """Return ``Complete`` or ``Failed`` once all pods have ended; before, Kubernetes says other words."""
-    for one in job.get("status", {}).get("conditions", ()):
-        if one.get("type") in ("Complete", "Failed") and one.get("status") == "True":
-            return str(one["type"])
-    return None
-
-
-def _started(job: JsonObject) -> float | None:
-    """Return when a Job's pods could first be made; that begins anew when a queue admits it again."""
-    return seconds(job.get("status", {}).get("startTime")) or seconds(
-        job["metadata"].get("creationTimestamp")
-    )
-
-
-def _is_running(pod: JsonObject) -> bool:
-    return pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
-
-
-def _is_ready(pod: JsonObject) -> bool:
-    status = pod.get("status", {})
-    if status.get("phase") == "Succeeded":  # others may have more to write
-        return True
-    return status.get("phase") == "Running" and any(
-        one.get("type") == "Ready" and one.get("status") == "True" for one in status.get("conditions", ())
-    )
-
-
-def _running_since(pod: JsonObject) -> float | None:
-    for state in pod.get("status", {}).get("containerStatuses", ()):
-        running = (state.get("state") or {}).get("running") or {}
-        if "startedAt" in running:
-            return seconds(running["startedAt"])
-    return None
-
-
-def _waiting(pod: JsonObject) -> str | None:
-    """Return why a container of ``pod`` cannot start, if it says so."""
-    for state in pod.get("status", {}).get("containerStatuses", ()):
-        waiting = (state.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            return f"{pod['metadata']['name']}: {waiting['reason']}: {waiting.get('message', '')}".strip(": ")
-    return None
-
-
-def _index(pod: JsonObject) -> int:
-    text = pod["metadata"].get("annotations", {}).get("batch.kubernetes.io/job-completion-index", "0")
-    return int(text) if str(text).isdigit() else 0
-
-
 def _needed(spec: TrainSpec, nodes: int) -> int:
     return spec.elastic.min_nodes if spec.elastic else nodes
 
 
-def _percentage(step: int, total: int) -> int:
-    return min(100, step * 100 // total) if total else 0
-
-
-def _host(ip: str) -> str:
-    return f"[{ip}]" if ":" in ip else ip
-
-
-def _no_gang(spec: TrainSpec) -> Event:
-    return Event(
-        "NoGangScheduling",
-        f"nothing starts the {spec.parallelism.nodes} pods all together: some may hold machines while others"
-        " wait; install Kueue and set scheduling.queueName, or turn on the cluster's PodGroups",
-        "Warning",
-    )
+def _address(pod: JsonObject) -> str:
+    return str(pod.get("status", {}).get("podIP") or "")

@@ -124,7 +124,11 @@ def _config(job: "DiffusionTrainJob", model: str | None) -> "ModelConfig":
     init = job.spec.model.init
     if init.config is not None:
         return parse_config(init.config, source="spec.model.init.config")
-    assert init.uri is not None, "one of the two, by the manifest's rules"
+    if init.uri is None:
+        raise UsageError(
+            "spec.model.init.job: the model of another job is known to a cluster only; give --config with a"
+            " copy of its config.json"
+        )
     if init.uri.startswith("pvc://"):
         raise UsageError(
             f"spec.model.init.uri: {init.uri} is on a volume; give --config with a copy of its config.json "

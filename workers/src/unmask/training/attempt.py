@@ -5,6 +5,7 @@ exit code that decides whether trying again can help. A process other than the f
 fails by itself leaves ``termination.rank-N.json``, and the first one passes on what it says.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ _REASONS = {
     ExitCode.HUNG: "Hung",
     ExitCode.DIVERGED: "Diverged",
 }
+_STACKS = "UNMASK_STACKS"
+"""Environment variable with the folder of the files in which stacks are written at SIGUSR1."""
 _TERMINATION_LOG = "UNMASK_TERMINATION_LOG"
 """Environment variable with the file that a container's supervisor reads, as Kubernetes does."""
 
@@ -81,6 +84,7 @@ class _Attempt:
     def run(self, world: World, locks: ExitStack) -> Termination:
         """Train, while the first process holds the folder's lock in ``locks``."""
         stop_requested = _collect_stop_requests()
+        locks.callback(_write_stacks_on_request(self._rank))
         _make_deterministic()
         try:
             with world.together():
@@ -213,6 +217,24 @@ def _collect_stop_requests() -> Callable[[], bool]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: received.append(number))
     return lambda: bool(received)
+
+
+def _write_stacks_on_request(rank: int) -> Callable[[], object]:
+    """At SIGUSR1 write the stacks of all threads, where a supervisor has named a folder; return what ends it.
+
+    That works while the interpreter waits for a collective or a file, since it runs below it.
+    """
+    if not (folder := os.environ.get(_STACKS)):
+        return lambda: None
+    file = (Path(folder) / f"rank-{rank}.txt").open("w")
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+
+    def end() -> None:
+        faulthandler.unregister(signal.SIGUSR1)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that was asked for just now must not end it
+        file.close()
+
+    return end
 
 
 def _make_deterministic() -> None:

@@ -1,0 +1,122 @@
+"""Machines that are only objects: the real scheduler places pods there, and a thread plays the kubelets."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from unmask_operator.control.api import Api, ApiError, Unreachable
+from unmask_operator.resources import RESOURCES, Resource
+
+__all__ = ["Nodes"]
+
+Json = dict[str, Any]
+NODE = Resource("Node", "", "v1", "nodes")
+POD = RESOURCES["Pod"]
+_MERGE = "application/merge-patch+json"
+
+
+class Nodes:
+    """Pods that have a machine run at once, and end at once when they are told to.
+
+    What a test says of a pod by :meth:`pod_status` stays.
+    """
+
+    def __init__(self, api: Api) -> None:
+        """``api`` is an administrator's."""
+        self._api = api
+        self._stop = threading.Event()
+        self._told: set[str] = set()
+        self.waiting: Callable[[Json], Json | None] = lambda pod: None
+        """Asked of each pod that has got a machine: why its container cannot start, if it cannot."""
+
+    def add(self, name: str, **capacity: str) -> None:
+        """Make a machine; what it has by resource, such as ``cpu="4"``, besides room for 100 pods."""
+        amounts = {"cpu": "64", "memory": "64Gi", "pods": "100"} | capacity
+        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"zone": name}}}
+        self._api.create(NODE, None, body)
+        # Who makes a node finds it tainted until a controller has seen it ready.
+        self._api.merge(NODE, None, name, {"spec": {"taints": None}})
+        status = {
+            "capacity": amounts,
+            "allocatable": amounts,
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }
+        self._patch(NODE.path(None, name, "status"), {"status": status})
+
+    def remove(self, name: str) -> None:
+        """Take a machine out of service."""
+        with contextlib.suppress(ApiError):
+            self._api._json("DELETE", NODE.path(None, name))
+
+    def pod_status(self, namespace: str, name: str, status: Json) -> None:
+        """Be the kubelet of a pod."""
+        pod = self._api.get(POD, namespace, name)
+        self._told.add(pod["metadata"]["uid"])
+        self._patch(POD.path(namespace, name, "status"), {"status": status})
+
+    def end(self, namespace: str, name: str, exit_code: int, message: str = "") -> None:
+        """Let the container of a pod end."""
+        terminated = {
+            "exitCode": exit_code,
+            "reason": "Error" if exit_code else "Completed",
+            "message": message,
+            "startedAt": "2026-11-27T00:00:00Z",
+            "finishedAt": "2026-11-27T00:00:01Z",
+        }
+        status = {
+            "phase": "Failed" if exit_code else "Succeeded",
+            "conditions": [{"type": "Ready", "status": "False", "reason": "PodCompleted"}],
+            "containerStatuses": [self._container({"terminated": terminated}, ready=False)],
+        }
+        self.pod_status(namespace, name, status)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Nodes"]:
+        """Play the kubelets meanwhile."""
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            with contextlib.suppress(ApiError, Unreachable):
+                for pod in self._api.list(POD, None)[0]:
+                    with contextlib.suppress(ApiError):
+                        self._look_after(pod)
+
+    def _look_after(self, pod: Json) -> None:
+        metadata = pod["metadata"]
+        where = POD.path(metadata["namespace"], metadata["name"])
+        if "deletionTimestamp" in metadata:
+            options = {"gracePeriodSeconds": 0, "preconditions": {"uid": metadata["uid"]}}
+            self._api._json("DELETE", where, {}, {"kind": "DeleteOptions", "apiVersion": "v1"} | options)
+        elif pod["spec"].get("nodeName") and metadata["uid"] not in self._told:
+            self._told.add(metadata["uid"])
+            why = self.waiting(pod)
+            state = {"waiting": why} if why else {"running": {"startedAt": metadata["creationTimestamp"]}}
+            # Nobody listens there, so that questions are refused and not waited for.
+            status: Json = {"phase": "Pending" if why else "Running", "podIP": "127.0.0.1"}
+            status["conditions"] = [
+                {"type": "PodScheduled", "status": "True"},
+                {"type": "Ready", "status": "False" if why else "True"},
+            ]
+            status["containerStatuses"] = [self._container(state, ready=not why)]
+            self._patch(f"{where}/status", {"status": status})
+
+    def _container(self, state: Json, *, ready: bool) -> Json:
+        return {
+            "name": "trainer",
+            "image": "",
+            "imageID": "",
+            "ready": ready,
+            "restartCount": 0,
+            "state": state,
+        }
+
+    def _patch(self, path: str, body: Json) -> None:
+        self._api._json("PATCH", path, {"fieldManager": "kubelet"}, body, _MERGE)

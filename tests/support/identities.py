@@ -15,11 +15,13 @@ from torch import Tensor
 
 from support.models import TINY, packed_row, random_tokens
 from support.ranks import join, start
-from unmask.attention import AttentionMetadata
+from unmask.attention import AttentionMetadata, AttentionPlan, attend_plainly
+from unmask.attention.tiled import plan_tiled
 from unmask.diffusion import layout
-from unmask.diffusion.losses import summed_loss
+from unmask.diffusion.losses import loss_terms, summed_loss
 from unmask.diffusion.noise import Corruption, NoiseConfig, corrupt
 from unmask.diffusion.rows import PackedRows
+from unmask.models import transformer
 from unmask.models.base import LanguageModel
 from unmask_api.train_job import DiffusionTrainJob
 
@@ -29,13 +31,16 @@ BLOCK = 4
 
 
 def differences(job: DiffusionTrainJob, *, ranks: int) -> dict[str, float]:
-    """The largest difference of each identity over all ranks, which share the model as ``job`` says."""
+    """The largest difference of each identity over all ranks, which share the model as ``job`` says.
+
+    And of :data:`BOUND`.
+    """
     run = Path(job.spec.checkpoint.uri)
     run.mkdir(parents=True, exist_ok=True)
     text = job.model_dump_json(by_alias=True, exclude_none=True)
     assert join(start(_measure, text, str(run), ranks=ranks)) == [0] * ranks
     found = [json.loads((run / f"{rank}.json").read_text()) for rank in range(ranks)]
-    return {name: max(one[name] for one in found) for name in IDENTITIES}
+    return {name: max(one[name] for one in found) for name in found[0]}
 
 
 def _measure(text: str, run: str) -> None:
@@ -50,6 +55,7 @@ def _measure(text: str, run: str) -> None:
         tokens = random_tokens(LENGTH, seed=world.rank)
         with torch.no_grad():
             found = {name: check(model, tokens) for name, check in IDENTITIES.items()}
+            found[BOUND] = _likelihood(model, tokens)
         Path(run, f"{world.rank}.json").write_text(json.dumps(found))
 
 
@@ -155,6 +161,63 @@ def _packed(model: LanguageModel, tokens: list[int]) -> float:
     return _apart(together, torch.cat(alone))
 
 
+DRAWS = 1024
+
+
+def _likelihood(model: LanguageModel, tokens: list[int]) -> float:
+    """How many standard errors lie between the mean loss over masks and the sum of all tokens' losses."""
+    forwards = 16
+    row = packed_row(tokens, length=LENGTH)
+    drawn = []
+    for forward in range(forwards):
+        rows = _repeated(row, DRAWS // forwards, first_ordinal=forward * DRAWS)
+        inputs = _two_copy(rows, _noise(rows, 1), 1)
+        terms = loss_terms(model.hidden(inputs.ids, inputs.metadata), model.logits, inputs) * inputs.weights
+        own = torch.zeros(len(rows.ids)).index_add(0, inputs.predict // inputs.ids.shape[1], terms)
+        drawn.append(own.double())
+    everything = Corruption(np.ones((1, 1, LENGTH), np.bool_), np.ones((1, 1, LENGTH), np.float32))
+    exact = summed_loss_of(model, _two_copy(row, everything, 1))
+    sums = torch.cat(drawn)
+    return float((sums.mean() - exact).abs() / (sums.std() / DRAWS**0.5))
+
+
+def _repeated(row: PackedRows, times: int, *, first_ordinal: int) -> PackedRows:
+    """The same document as many others, each masked in its own way."""
+    arrays = {
+        name: np.repeat(getattr(row, name), times, axis=0)
+        for name in ("ids", "document", "position", "supervised", "ordinal")
+    }
+    arrays["ordinal"] += first_ordinal + np.arange(times)[:, None]
+    return PackedRows(**arrays)
+
+
+class _Plainly:
+    """The reference of attention as a way to compute it."""
+
+    def __init__(self, query: AttentionMetadata, key: AttentionMetadata) -> None:
+        self._query, self._key = query, key
+
+    def attend(self, query_BHQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor) -> Tensor:
+        return attend_plainly(self._query, self._key, query_BHQD, key_BGKD, value_BGKD)
+
+
+def _tiles(model: LanguageModel, tokens: list[int]) -> float:
+    rows = packed_row(tokens[:8], tokens[8:], length=LENGTH)
+    inputs = _two_copy(rows, _noise(rows, BLOCK, views=2), BLOCK)
+    ways: tuple[Callable[[AttentionMetadata, AttentionMetadata], AttentionPlan], ...] = (
+        _Plainly,
+        lambda query, key: plan_tiled(query, key, tile=8),
+    )
+    found, usual = [], transformer.plan
+    for way in ways:
+        transformer.plan = way
+        try:
+            found.append(_predictions(model, inputs))
+        finally:
+            transformer.plan = usual
+    return _apart(*found)
+
+
 IDENTITIES: dict[str, Callable[[LanguageModel, list[int]], float]] = {
     "1 each noisy block is that of a forward on its clean prefix": _prefixes,
     "2 clean blocks of one token are the causal network": _causal,
@@ -163,5 +226,9 @@ IDENTITIES: dict[str, Callable[[LanguageModel, list[int]], float]] = {
     "5 views that share a clean copy are separate passes": _views,
     "6 what is left out changes nothing": _unread,
     "7 packed documents are each alone": _packed,
+    "9 attention in tiles is attention": _tiles,
 }
 """By number and name: the largest difference of the two sides, given a model and a document's tokens."""
+
+BOUND = "8 the weighted loss in blocks of one is the likelihood on average"
+"""In standard errors of the mean over masks."""

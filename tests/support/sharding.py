@@ -1,5 +1,6 @@
 """What ranks do in tests of sharded training, and how their shares are put together again."""
 
+import itertools
 import json
 import os
 import random
@@ -67,12 +68,12 @@ def block_job(
     )
 
 
-def stop_after(job: DiffusionTrainJob, step: int, *, ranks: int) -> int:
+def stop_after(job: DiffusionTrainJob, step: int, *, ranks: int, note_inputs: bool = False) -> int:
     """Run until SIGTERM after ``step``, wait until all ranks have saved, and return the step they saved."""
     run = Path(job.spec.checkpoint.uri)
     go = Path(f"{run}.go")
     go.unlink(missing_ok=True)
-    processes = start_ranks(job, ranks=ranks, pause_after=step)
+    processes = start_ranks(job, ranks=ranks, pause_after=step, note_inputs=note_inputs)
     deadline = time.monotonic() + 60
     while not any(line["step"] == step for line in _lines(run)):
         assert time.monotonic() < deadline, "waited for a minute"
@@ -175,15 +176,22 @@ def _lines(run: Path) -> list[Json]:
     return [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
 
 
-def first_gradient(job: DiffusionTrainJob, *, ranks: int) -> tuple[dict[str, Tensor], Json]:
-    """The gradient of the first step, whole, divided by the normaliser; and what else the ranks found."""
-    return first_gradients([job], ranks=ranks)[0]
+def first_gradient(
+    job: DiffusionTrainJob, *, ranks: int, looped: bool = False
+) -> tuple[dict[str, Tensor], Json]:
+    """The gradient of the first step, whole, divided by the normaliser; and what else the ranks found.
+
+    Where it is ``looped``, every grouped product of matrices is a loop over experts.
+    """
+    return first_gradients([job], ranks=ranks, looped=looped)[0]
 
 
-def first_gradients(jobs: Sequence[DiffusionTrainJob], *, ranks: int) -> list[tuple[dict[str, Tensor], Json]]:
+def first_gradients(
+    jobs: Sequence[DiffusionTrainJob], *, ranks: int, looped: bool = False
+) -> list[tuple[dict[str, Tensor], Json]]:
     """The same of each of ``jobs``, which the same processes compute one after the other."""
     texts = [job.model_dump_json(by_alias=True, exclude_none=True) for job in jobs]
-    assert join(start(_write_gradients, texts, ranks=ranks)) == [0] * ranks
+    assert join(start(_write_gradients, texts, looped, ranks=ranks)) == [0] * ranks
     return [_gradient_found(job.spec.checkpoint.uri, ranks=ranks) for job in jobs]
 
 
@@ -204,12 +212,34 @@ def _gradient_found(run: str, *, ranks: int) -> tuple[dict[str, Tensor], Json]:
     return {name: tensor / found["normaliser"] for name, tensor in whole.items()}, found
 
 
-def _write_gradients(texts: Sequence[str]) -> None:
+def _write_gradients(texts: Sequence[str], looped: bool) -> None:
     from unmask.training.distributed import joined_world
 
+    if looped:
+        _loop_over_experts()
     with joined_world() as world:
         for text in texts:
             _write_gradient(DiffusionTrainJob.from_json(text).spec, world)
+
+
+def _loop_over_experts() -> None:
+    from unmask.models import moe
+    from unmask.training.sharding import experts
+
+    def linear(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        rows, starts = [], [0, *ends_E.tolist()]
+        for expert, weight_OI in enumerate(weight_EOI.unbind()):
+            rows.append(x_NI[starts[expert] : starts[expert + 1]] @ weight_OI.T)
+        return torch.cat(rows)
+
+    def outer(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor) -> Tensor:
+        products, starts = [], [0, *ends_E.tolist()]
+        for first, end in itertools.pairwise(starts):
+            products.append(left_NO[first:end].T @ right_NI[first:end])
+        return torch.stack(products)
+
+    moe.grouped_linear = experts.grouped_linear = linear
+    moe._grouped_outer = outer
 
 
 def _write_gradient(spec: TrainSpec, world: Any) -> None:

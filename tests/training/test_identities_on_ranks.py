@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.identities import IDENTITIES, differences
+from support.identities import BOUND, IDENTITIES, differences
 from support.sharding import block_job
 
 pytestmark = pytest.mark.training
@@ -28,3 +28,9 @@ def found(tmp_path_factory):
 def test_the_two_sides_are_one_number_to_float32(found, identity, name, record_measurement):
     record_measurement(f"{identity}, {name}", found[name][identity])
     assert found[name][identity] < 2e-5
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_bound_in_blocks_of_one_is_the_likelihood_on_average(found, name, record_measurement):
+    record_measurement(f"{BOUND}, standard errors, {name}", found[name][BOUND])
+    assert 0 < found[name][BOUND] < 3

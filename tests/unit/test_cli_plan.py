@@ -110,6 +110,31 @@ def test_every_example_can_be_planned(capsys, path):
     pytest.fail("\n".join(refusals))
 
 
+RECIPES = {"llada2-mini": "ling-mini", "llada2-flash": "ling-flash", "llada-moe-7b-a1b": None}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_of_published_models_are_valid_and_fit_from_what_they_start_from(capsys, recipe):
+    path = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
+    with pytest.raises(SystemExit) as end:
+        main(["validate", str(path)])
+    assert end.value.code in (0, None)
+    start = [] if RECIPES[recipe] is None else ["--config", RECIPES[recipe]]
+    code, out, err = run(capsys, "-f", path, "--gpu", "h200-141g", "--json", *start)
+    assert (code, err) == (0, "")
+    plan = json.loads(out.partition("\n")[2] if not out.startswith("{") else out)
+    assert plan["fits"] and plan["useful_flops"] > 1e20
+
+
+@pytest.mark.parametrize(("page", "recipe"), [("learn-preferences", "dpo"), ("train-adapters", "dpo-lora")])
+def test_the_memory_that_pages_tell_is_what_is_planned(capsys, page, recipe):
+    path = ROOT / "examples" / "recipes" / f"{recipe}.yaml"
+    _, out, _ = run(capsys, "-f", path, "--config", "llada2-mini", "--gpu", "h200-141g", "--json")
+    told = (ROOT / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    for stage in json.loads(out)["stages"]:
+        assert f"{stage['peak_bytes'] / 2**30:.1f} GiB" in " ".join(told.split())
+
+
 def test_help_names_every_published_model_and_every_gpu(capsys):
     _, out, _ = run(capsys, "--help")
     words = " ".join(out.split())

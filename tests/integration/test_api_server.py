@@ -4,7 +4,6 @@ one."""
 import copy
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +62,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             api = Api(KubernetesTransport(real.client()), SystemClock())
             definition = yaml.safe_load((ROOT / "deploy/crds/diffusiontrainjobs.unmask.dev.yaml").read_text())
             api.create(real_api_server.DEFINITION, None, definition)
-            _served(api)
+            real_api_server.until_served(api, TRAIN_JOB)
             yield api, real.restart
         return
     server = ApiServer(collects=False)
@@ -73,16 +72,6 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with listening(server) as address:
         settings = client.Configuration(host=address)
         yield Api(KubernetesTransport(client.ApiClient(settings)), SystemClock()), server.compact
-
-
-def _served(api: Api) -> None:
-    for _ in range(100):
-        try:
-            api.list(TRAIN_JOB, None)
-            return
-        except ApiError:
-            time.sleep(0.1)
-    raise TimeoutError("the definition is not served")
 
 
 @pytest.fixture

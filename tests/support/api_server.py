@@ -20,14 +20,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import yaml
 
-from support import field_sets
+from support import field_sets, pod_logs
 from unmask_api import crd
 from unmask_operator.control.api import Reply, Request, Unreachable
 from unmask_operator.resources import EVENT, LEASE, RESOURCES, Resource
@@ -162,6 +162,8 @@ class ApiServer:
         twice."""
         self.frozen: int | None = None
         """Resource version beyond which watches and nothing else tell nothing."""
+        self.logs = pod_logs.PodLogs(self.changed)
+        """What containers have printed; a test writes it."""
         self._pages: dict[str, tuple[int, list[Json]]] = {}
         schemas = _schemas()
         self.stores = {
@@ -261,6 +263,19 @@ class ApiServer:
             return _reply(error), iter(())
         return Reply(200, {}, b""), self._events(store, namespace, dict(request.query), wait)
 
+    def log(self, request: Request, *, wait: bool) -> tuple[Reply, Iterator[bytes]]:
+        """Answer for the kubelet: the log of a pod's container."""
+        try:
+            store, namespace, name, _ = self._parsed(request.path)
+            with self.lock:
+                self._allow("get", store.resource, "log", namespace, name)
+                pod = copy.deepcopy(self._there(store, namespace, name))
+            if (why := pod_logs.waiting(pod, request.query.get("container", ""))) is not None:
+                raise _Refused(400, "BadRequest", why)
+        except _Refused as error:
+            return _reply(error), iter(())
+        return Reply(200, {}, b""), self.logs.read(pod["metadata"]["uid"], dict(request.query), wait=wait)
+
     def _events(self, store: _Store, namespace: str, query: Json, wait: bool) -> Iterator[bytes]:
         position = int(query.get("resourceVersion") or self.version)
         selector = query.get("labelSelector", "")
@@ -347,6 +362,8 @@ class ApiServer:
             there = self._there(store, namespace, name)
             return _scale(there) if subresource == "scale" else copy.deepcopy(there)
         manager = query.get("fieldManager", "")
+        if "dryRun" in query:
+            return self._rehearsed(request, user)
         if verb == "create":
             return self._create(store, namespace, body, manager or "unknown", user)
         if verb == "delete":
@@ -363,6 +380,18 @@ class ApiServer:
         if request.content_type == "application/apply-patch+yaml":
             return self._apply(store, namespace, name, subresource, body, query, user)
         raise _Refused(415, "UnsupportedMediaType", f"{request.content_type} is not spoken here")
+
+    def _rehearsed(self, request: Request, user: str) -> Json:
+        """Answer as if it were done, and leave everything as it was."""
+        before = (self.version, list(self.writes), self.seen.copy())
+        kept = {key: (dict(store.objects), list(store.log)) for key, store in self.stores.items()}
+        query = {key: value for key, value in request.query.items() if key != "dryRun"}
+        try:
+            return self._route(replace(request, query=query), user)
+        finally:
+            self.version, self.writes, self.seen = before
+            for key, (objects, log) in kept.items():
+                self.stores[key].objects, self.stores[key].log = objects, log
 
     def _allow(self, verb: str, resource: Resource, subresource: str, namespace: str, name: str) -> None:
         what = resource.plural + (f"/{subresource}" if subresource else "")
@@ -760,7 +789,10 @@ class DirectTransport:
 
     @contextlib.contextmanager
     def stream(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
-        yield self.server.watch(request, wait=False)
+        if request.path.endswith("/log"):
+            yield self.server.log(request, wait=False)
+        else:
+            yield self.server.watch(request, wait=False)
 
 
 @contextlib.contextmanager
@@ -778,7 +810,10 @@ def listening(server: ApiServer) -> Iterator[str]:
             query = dict(parse_qsl(address.query, keep_blank_values=True))
             request = Request(self.command, address.path, query, body, content_type)  # type: ignore[arg-type]
             if query.get("watch") in ("true", "1"):
-                self._watch(request)
+                self._stream(*server.watch(request, wait=True))
+                return
+            if address.path.endswith("/log"):
+                self._stream(*server.log(request, wait=True))
                 return
             try:
                 reply = server.answer(request, self.headers.get("X-User", ""))
@@ -794,8 +829,7 @@ def listening(server: ApiServer) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(reply.body)
 
-        def _watch(self, request: Request) -> None:
-            reply, lines = server.watch(request, wait=True)
+        def _stream(self, reply: Reply, lines: Iterator[bytes]) -> None:
             self.send_response(reply.status)
             self.send_header("Content-Type", "application/json")
             if reply.status >= 400:

@@ -16,7 +16,7 @@ import yaml
 from kubernetes import client
 
 from real_cluster import programs
-from unmask_operator.control.api import KubernetesTransport, Request, Unreachable
+from unmask_operator.control.api import Api, ApiError, KubernetesTransport, Request, Unreachable
 from unmask_operator.resources import Resource
 
 Json = dict[str, Any]
@@ -156,6 +156,17 @@ def running(
                 command = [PROGRAMS / name, f"--kubeconfig={config}", "--leader-elect=false", *flags, *gates]
                 start([*command, "--secure-port=0", "--kube-api-qps=200", "--kube-api-burst=400"])
         yield server
+
+
+def until_served(api: Api, resource: Resource) -> None:
+    """Wait until a definition that was just made is served."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(ApiError):
+            api.list(resource, None)
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{resource.plural} are not served")
 
 
 def _wait(server: RealServer, folder: Path, path: str = "/api/v1/namespaces/default") -> None:

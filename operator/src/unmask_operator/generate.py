@@ -19,4 +19,5 @@ def files() -> dict[str, str]:
     for name, namespace in (("operator", None), ("operator-namespaced", "default")):
         objects = [yaml_dialect.dump(one) for one in rbac.manifests(RECONCILERS, namespace)]
         texts[f"deploy/rbac/{name}.yaml"] = _RBAC_NOTICE + "---\n".join(objects)
+    texts["deploy/rbac/user.yaml"] = _RBAC_NOTICE + yaml_dialect.dump(rbac.user_role())
     return texts

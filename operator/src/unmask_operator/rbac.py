@@ -5,10 +5,21 @@ from collections.abc import Sequence
 from unmask_operator.decision import JsonObject, Reconciler
 from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, WARNINGS, Resource
 
-__all__ = ["SYSTEM_NAMESPACE", "lease_rules", "manifests", "rules", "rules_for_people"]
+__all__ = [
+    "SYSTEM_NAMESPACE",
+    "USER",
+    "lease_rules",
+    "manifests",
+    "rules",
+    "rules_for_people",
+    "user_role",
+]
 
 SYSTEM_NAMESPACE = "unmask-system"
 """Where the operator itself is installed by the manifests."""
+
+USER = "unmask-user"
+"""The role of people who submit jobs and follow them."""
 
 _LABELS = {"app.kubernetes.io/name": MANAGER, "app.kubernetes.io/part-of": "unmask"}
 
@@ -66,6 +77,33 @@ def rules_for_people(*, edit: bool) -> list[JsonObject]:
             {**where, "resources": [f"{resource.plural}/status"], "verbs": ["get"]},
         ]
     return found
+
+
+def user_role() -> JsonObject:
+    """Return the ClusterRole of people: what the commands ``unmask submit`` to ``unmask cancel`` ask.
+
+    Who has the role edit in a namespace has all this where the operator was installed by its chart.
+    """
+    own = [resource for resource in RESOURCES.values() if resource.custom]
+    pods = RESOURCES["Pod"]
+
+    def rule(group: str, names: list[str], *verbs: str) -> JsonObject:
+        return {"apiGroups": [group], "resources": names, "verbs": sorted(verbs)}
+
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": USER, "labels": dict(_LABELS)},
+        "rules": [
+            rule(pods.group, [pods.plural], "get", "list"),
+            rule(pods.group, [f"{pods.plural}/log"], "get"),
+            rule(EVENT.group, [EVENT.plural], "list"),
+            *(
+                rule(one.group, [one.plural], "create", "delete", "get", "list", "patch", "watch")
+                for one in own
+            ),
+        ],
+    }
 
 
 def manifests(reconcilers: Sequence[Reconciler], namespace: str | None) -> list[JsonObject]:

@@ -1,148 +1,35 @@
-"""Requests to the API server, in raw JSON over the official client's connections.
-
-The client brings what is laborious: where the server is, certificates, tokens that are read anew when they
-expire, the connection pool. Its typed models are left alone: reading a list through them takes ten times as
-long.
-"""
+"""What the operator asks of the API server, over :mod:`unmask_operator.transport`."""
 
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-from urllib.parse import urlencode
 
 from unmask_operator.control.clock import Clock
 from unmask_operator.control.workqueue import TokenBucket
 from unmask_operator.decision import JsonObject
 from unmask_operator.resources import MANAGER, Resource
+from unmask_operator.transport import (
+    APPLY,
+    JSON,
+    MERGE,
+    ApiError,
+    KubernetesTransport,
+    Method,
+    Reply,
+    Request,
+    Transport,
+    Unreachable,
+    refuse,
+)
 
 __all__ = ["Api", "ApiError", "Fenced", "KubernetesTransport", "Reply", "Request", "Transport", "Unreachable"]
 
 _WRITES = {"POST", "PUT", "PATCH", "DELETE"}
 _PAGE = 500
-_JSON = "application/json"
-_MERGE = "application/merge-patch+json"
-_APPLY = "application/apply-patch+yaml"  # JSON is YAML
-
-
-class ApiError(Exception):
-    """The API server said no."""
-
-    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{status} {reason}: {message}")
-        self.status = status
-        """HTTP status, or the code of an error inside a watch."""
-        self.reason = reason
-        """Kubernetes' word for it, such as ``AlreadyExists``; may be empty."""
-        self.message = message
-        """The server's sentence."""
-        self.retry_after = retry_after
-        """Seconds that the server asks to wait."""
-
-
-class Unreachable(Exception):
-    """No answer: the request may or may not have been carried out."""
 
 
 class Fenced(Exception):
     """A write was not sent, because this process may no longer be the leader."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One HTTP request."""
-
-    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
-    path: str
-    query: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-    content_type: str = _JSON
-    timeout: float = 10.0
-    """Seconds without a byte after which it counts as unanswered."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The answer to one: ``headers`` in lower case."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class Transport(Protocol):
-    """Carries requests; raises :class:`Unreachable` where there is no whole answer."""
-
-    def send(self, request: Request) -> Reply:
-        """Return the answer."""
-
-    def stream(self, request: Request) -> AbstractContextManager[tuple[Reply, Iterator[bytes]]]:
-        """Return the head of an answer (its body only where it is an error) and its lines as they come."""
-
-
-class KubernetesTransport:
-    """The official client's connections."""
-
-    def __init__(self, client: Any) -> None:
-        """Take a ``kubernetes.client.ApiClient``, configured."""
-        self._client = client
-        self._pool = client.rest_client.pool_manager
-
-    def send(self, request: Request) -> Reply:
-        """Return the answer, whatever its status."""
-        response = self._open(request, preload=True)
-        return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, response.data)
-
-    @contextmanager
-    def stream(self, request: Request) -> Iterator[tuple[Reply, Iterator[bytes]]]:
-        """Yield the head of an answer and its lines; the connection is closed at the end."""
-        response = self._open(request, preload=False)
-        try:
-            body = response.data if response.status >= 400 else b""
-            headers = {k.lower(): v for k, v in response.headers.items()}
-            yield Reply(response.status, headers, body), _lines(response)
-        finally:
-            response.close()
-
-    def _open(self, request: Request, *, preload: bool) -> Any:
-        import urllib3
-
-        configuration = self._client.configuration
-        headers = {"Accept": _JSON, "User-Agent": MANAGER}
-        if request.body is not None:
-            headers["Content-Type"] = request.content_type
-        # Asked for each time: tokens on disk are replaced about every hour.
-        self._client.update_params_for_auth(headers, [], ["BearerToken"])
-        query = f"?{urlencode(request.query)}" if request.query else ""
-        try:
-            return self._pool.request(
-                request.method,
-                configuration.host + request.path + query,
-                body=request.body,
-                headers=headers,
-                timeout=urllib3.Timeout(connect=min(5.0, request.timeout), read=request.timeout),
-                preload_content=preload,
-                retries=False,
-                redirect=False,
-            )
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Unreachable(f"{request.method} {request.path}: {error}") from error
-
-
-def _lines(response: Any) -> Iterator[bytes]:
-    """Yield what comes line by line; an incomplete last one is dropped."""
-    import urllib3
-
-    rest = b""
-    try:
-        # Watches come in chunks, one event or a few in each.
-        for piece in response.stream(1 << 16):
-            *lines, rest = (rest + piece).split(b"\n")
-            yield from lines
-    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        raise Unreachable(f"a watch was cut: {error}") from error
 
 
 class Api:
@@ -227,7 +114,7 @@ class Api:
         } | _selection(selector, fields)
         request = Request("GET", resource.path(namespace), query, timeout=idle)
         with self._transport.stream(request) as (head, lines):
-            _refuse(head)
+            refuse(head)
             for line in lines:
                 if not line.strip():
                     continue
@@ -259,11 +146,11 @@ class Api:
         """
         where = body["metadata"]
         path = resource.path(where["namespace"], where["name"], subresource)
-        return self._json("PATCH", path, {"fieldManager": MANAGER, "force": "true"}, body, _APPLY)
+        return self._json("PATCH", path, {"fieldManager": MANAGER, "force": "true"}, body, APPLY)
 
     def merge(self, resource: Resource, namespace: str | None, name: str, patch: JsonObject) -> JsonObject:
         """Change some fields (RFC 7386) and return the object."""
-        return self._json("PATCH", resource.path(namespace, name), {"fieldManager": MANAGER}, patch, _MERGE)
+        return self._json("PATCH", resource.path(namespace, name), {"fieldManager": MANAGER}, patch, MERGE)
 
     def delete(
         self,
@@ -291,11 +178,11 @@ class Api:
 
     def _json(
         self,
-        method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"],
+        method: Method,
         path: str,
         query: Mapping[str, str] | None = None,
         body: JsonObject | None = None,
-        content_type: str = _JSON,
+        content_type: str = JSON,
     ) -> JsonObject:
         if self._bucket is not None:
             self._clock.wait(self._bucket.reserve(), self._stop)
@@ -304,7 +191,7 @@ class Api:
         if method in _WRITES and self._fence is not None:
             self._fence()  # nothing may come between this and the sending
         reply = self._transport.send(request)
-        _refuse(reply)
+        refuse(reply)
         try:
             answer: JsonObject = json.loads(reply.body)
         except ValueError as error:
@@ -316,19 +203,3 @@ def _selection(selector: str, fields: str) -> dict[str, str]:
     """Return the part of a query that says which objects of a kind are meant."""
     query = {"labelSelector": selector, "fieldSelector": fields}
     return {key: value for key, value in query.items() if value}
-
-
-def _refuse(reply: Reply) -> None:
-    """Raise where an answer is an error."""
-    if reply.status < 400:
-        return
-    try:
-        status = json.loads(reply.body)
-    except ValueError:
-        status = {}
-    if not isinstance(status, dict):
-        status = {}
-    after = reply.headers.get("retry-after", "")
-    message = status.get("message") or reply.body[:200].decode(errors="replace")
-    # A date is allowed by HTTP and never sent by an API server.
-    raise ApiError(reply.status, status.get("reason", ""), message, float(after) if after.isdigit() else None)

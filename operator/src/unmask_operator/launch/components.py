@@ -1,40 +1,55 @@
 """TorchX components: the only place that knows the workers' command lines.
 
-A component is a pure function of its arguments, so that a job has one application wherever it runs; what
-differs between a laptop and a cluster (how the nodes find each other, threads, resources) is added by who
-runs it, as environment and resources of the role.
+A role is a pure function of its arguments, so that a job has one application wherever it runs; what differs
+between a laptop and a cluster (how the nodes find each other, threads, resources) is added by who runs it, as
+environment and resources of the role.
+
+``unmask.train`` and ``unmask.serve`` are for ``torchx run`` on any of its schedulers.
 """
 
-from torchx.specs import AppDef, Role
+from pathlib import Path
 
-__all__ = ["train"]
+from torchx.specs import NULL_RESOURCE, AppDef, Resource, Role, macros
+
+from unmask_operator.launch.admission import read_manifest
+from unmask_operator.launch.amounts import resource
+
+__all__ = ["MEETING", "serve", "server", "train", "trainer"]
+
+MEETING = "UNMASK_MEETING_HOST_IN"
+"""Variable that names the one in which a scheduler of TorchX puts the first node's address."""
+_MAIN = "unmask.cli.main"
+_AGENT = "unmask_operator.launch.agent"
 
 
-def train(
+def trainer(
     job: str,
+    *,
     nodes: int = 1,
     processes_per_node: int = 1,
     image: str = "",
     python: str = "python",
-    module: str = "unmask.cli.main",
-    launcher: str = "unmask_operator.launch.agent",
+    module: str = _MAIN,
+    launcher: str = _AGENT,
     min_nodes: int = 0,
     max_nodes: int = 0,
     max_restarts: int = 0,
-) -> AppDef:
-    """Train a diffusion language model: one elastic agent per node, each with its worker processes.
+    amounts: Resource = NULL_RESOURCE,
+) -> Role:
+    """Return the role that trains: one elastic agent per node, each with its worker processes.
 
     Args:
-        job: path of the job file
-        nodes: machines that train together
-        processes_per_node: worker processes on each
-        image: container image
-        python: the interpreter
-        module: the module that each worker process runs
-        launcher: the module that runs torchrun
-        min_nodes: fewest machines to train on; 0 for neither fewer nor more than nodes
-        max_nodes: most machines to train on, with min_nodes
-        max_restarts: times that the worker processes are started again on their machines
+        job: path of the job file.
+        nodes: machines that train together.
+        processes_per_node: worker processes on each.
+        image: container image.
+        python: the interpreter.
+        module: the module that each worker process runs.
+        launcher: the module that runs torchrun.
+        min_nodes: fewest machines to train on; 0 for neither fewer nor more than ``nodes``.
+        max_nodes: most machines to train on, with ``min_nodes``.
+        max_restarts: times that the worker processes are started again on their machines.
+        amounts: what a node takes of its machine.
     """
     agent = {
         "nnodes": f"{min_nodes}:{max_nodes}" if min_nodes else nodes,
@@ -43,11 +58,155 @@ def train(
         "max-restarts": max_restarts,
     }
     options = [f"--{name}={value}" for name, value in agent.items()]
-    trainer = Role(
+    return Role(
         name="trainer",
         image=image,
         entrypoint=python,
         args=["-m", launcher, *options, "-m", module, "train", "--job", job],
         num_replicas=nodes,
+        resource=amounts,
     )
-    return AppDef(name="train", roles=[trainer])
+
+
+def server(
+    model: str,
+    *,
+    image: str = "",
+    port: int = 50051,
+    metrics_port: int = 9090,
+    name: str = "",
+    rows: int = 8,
+    device: str = "cpu",
+    python: str = "python",
+    amounts: Resource = NULL_RESOURCE,
+) -> Role:
+    """Return the role that answers generation requests.
+
+    Args:
+        model: folder of the model.
+        image: container image.
+        port: gRPC.
+        metrics_port: Prometheus metrics.
+        name: what requests call the model; empty for the folder's name.
+        rows: requests that are decoded side by side.
+        device: where to compute.
+        python: the interpreter.
+        amounts: what it takes of its machine.
+    """
+    options = {
+        "host": "0.0.0.0",
+        "port": port,
+        "metrics-port": metrics_port,
+        "rows": rows,
+        "device": device,
+    } | ({"name": name} if name else {})
+    return Role(
+        name="server",
+        image=image,
+        entrypoint=python,
+        args=["-m", _MAIN, "serve", model, *(f"--{key}={value}" for key, value in options.items())],
+        port_map={"grpc": port, "metrics": metrics_port},
+        resource=amounts,
+    )
+
+
+def train(
+    job: str,
+    image: str = "",
+    nodes: int = 0,
+    processes_per_node: int = 0,
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,  # as TorchX spells it
+    python: str = "python",
+    port: int = 29400,
+) -> AppDef:
+    """Train a masked-diffusion language model.
+
+    What is 0 or empty is as the job file says; give nodes and processes_per_node where the file cannot be
+    read here. On schedulers other than kubernetes_unmask its paths must be absolute.
+
+    Args:
+        job: path of the job file, a DiffusionTrainJob manifest
+        image: container image
+        nodes: machines that train together
+        processes_per_node: worker processes on each
+        cpu: cores of each machine
+        gpu: GPUs of each machine
+        memMB: memory of each machine, in megabytes
+        python: the interpreter
+        port: port of the first machine at which the others meet it
+    """
+    asked = Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1)
+    if nodes and processes_per_node and not Path(job).is_file():
+        role = trainer(
+            job,
+            nodes=nodes,
+            processes_per_node=processes_per_node,
+            image=image,
+            python=python,
+            amounts=asked,
+        )
+    else:
+        spec = read_manifest(Path(job)).spec
+        usual = resource(spec.resources)
+        elastic = spec.elastic
+        role = trainer(
+            job,
+            nodes=nodes or spec.parallelism.nodes,
+            processes_per_node=processes_per_node or spec.parallelism.processes_per_node,
+            image=image or spec.image or "",
+            python=python,
+            min_nodes=elastic.min_nodes if elastic else 0,
+            max_nodes=elastic.max_nodes if elastic else 0,
+            max_restarts=elastic.max_process_restarts if elastic else 0,
+            amounts=Resource(
+                cpu=cpu or usual.cpu,
+                gpu=gpu or usual.gpu,
+                memMB=memMB or usual.memMB,
+            ),
+        )
+    role.env = {MEETING: macros.rank0_env, "UNMASK_MEETING_PORT": str(port), "PET_RDZV_ID": macros.app_id}
+    return AppDef(name="train", roles=[role])
+
+
+def serve(
+    model: str,
+    image: str = "",
+    port: int = 50051,
+    metrics_port: int = 9090,
+    name: str = "",
+    rows: int = 8,
+    device: str = "",
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,  # as TorchX spells it
+    python: str = "python",
+) -> AppDef:
+    """Answer generation requests over gRPC (unmask.v1.Generation).
+
+    Args:
+        model: folder with a masked-diffusion model
+        image: container image
+        port: gRPC
+        metrics_port: Prometheus metrics
+        name: what requests call the model; the folder's name where empty
+        rows: requests that are decoded side by side
+        device: where to compute; cuda with GPUs and cpu without where empty
+        cpu: cores
+        gpu: GPUs
+        memMB: memory, in megabytes
+        python: the interpreter
+    """
+    role = server(
+        model,
+        image=image,
+        port=port,
+        metrics_port=metrics_port,
+        name=name,
+        rows=rows,
+        device=device or ("cuda" if gpu else "cpu"),
+        python=python,
+        amounts=Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
+    )
+    return AppDef(name="serve", roles=[role])

@@ -24,7 +24,7 @@ from torchx.specs import AppDef, AppState, is_terminal
 
 from unmask_api.exit_codes import ExitCode
 from unmask_api.train_job import DiffusionTrainJob
-from unmask_operator.launch import components
+from unmask_operator.launch.application import of_job
 from unmask_operator.launch.attempts import Next, after
 from unmask_operator.launch.job_file import canonical
 
@@ -51,14 +51,7 @@ class Outcome:
 
 def application(job: DiffusionTrainJob, job_file: Path, *, module: str = _WORKER) -> AppDef:
     """Return the application of ``job``, whose canonical form is at ``job_file``."""
-    parallelism = job.spec.parallelism
-    return components.train(
-        job=str(job_file),
-        nodes=parallelism.nodes,
-        processes_per_node=parallelism.processes_per_node,
-        python=sys.executable,
-        module=module,
-    )
+    return of_job(job, str(job_file), python=sys.executable, module=module, elastic=False)
 
 
 def run(

@@ -17,7 +17,8 @@ from torchx.schedulers.kubernetes_scheduler import role_to_pod
 from torchx.specs import AppDef, macros
 
 from unmask_api.train_job import DiffusionTrainJob
-from unmask_operator.launch import components
+from unmask_operator.launch.amounts import GPU
+from unmask_operator.launch.application import of_job
 from unmask_operator.launch.attempts import FINAL
 from unmask_operator.launch.job_file import canonical
 from unmask_operator.launch.volumes import claims, resolve
@@ -51,7 +52,6 @@ _JOB_FILE = "job.json"
 _VOLUMES = "/volumes"
 _INDEX = "JOB_COMPLETION_INDEX"
 _INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-_GPU = "nvidia.com/gpu"
 _NCCL_PORTS = "40000 40999"
 _USER = 10001
 
@@ -173,17 +173,7 @@ def indexed_job(attempt: Attempt) -> Json:
 
 def application(attempt: Attempt) -> AppDef:
     """Return the job's application: that of a laptop, but for who starts torchrun and how nodes meet."""
-    spec = attempt.job.spec
-    app = components.train(
-        job=f"{_JOB_FOLDER}/{_JOB_FILE}",
-        nodes=spec.parallelism.nodes,
-        processes_per_node=spec.parallelism.processes_per_node,
-        image=attempt.image,
-        launcher=_LAUNCHER,
-        min_nodes=spec.elastic.min_nodes if spec.elastic else 0,
-        max_nodes=spec.elastic.max_nodes if spec.elastic else 0,
-        max_restarts=spec.elastic.max_process_restarts if spec.elastic else 0,
-    )
+    app = of_job(attempt.job, f"{_JOB_FOLDER}/{_JOB_FILE}", image=attempt.image, launcher=_LAUNCHER)
     app.roles[0].env.update(_environment(attempt))
     return app
 
@@ -341,7 +331,7 @@ def _resources(job: DiffusionTrainJob) -> Json:
 
 
 def _gpus(job: DiffusionTrainJob) -> bool:
-    return _GPU in job.spec.resources.limits
+    return GPU in job.spec.resources.limits
 
 
 def _threads(job: DiffusionTrainJob) -> int:

@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full cluster cluster-programs lint format generate verify path lock bench bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full test-torchx-nightly cluster cluster-programs lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,12 +34,23 @@ demo: setup ## Train a small diffusion model and generate with it, end to end, o
 
 test: setup-eval lint verify cluster-programs ## Check and test everything, fast tests first
 	@$(PYTEST)
+	@$(MAKE) test-torchx-nightly WHICH="$(SAMPLE_OF_SECOND)"
 
 test-fast: setup-eval ## Run the tests that take less than ten seconds each
 	@$(PYTEST) -m "not slow"
 
 test-training: setup-eval ## Run the tests that prove the training invariants, on 1, 2 and 4 processes
 	@$(PYTEST) -m training
+
+# What launches jobs and talks to clusters: what another TorchX and another Kubernetes client may change.
+WHICH ?= $(wildcard tests/unit/test_launch*.py tests/unit/test_operator_*.py tests/unit/test_train_job_*.py \
+  tests/integration/test_api_server.py tests/integration/test_cluster_*.py tests/integration/test_torchx_*.py)
+SAMPLE_OF_SECOND := tests/unit/test_launch_pods.py tests/integration/test_torchx_scheduler.py
+
+test-torchx-nightly: setup ## Run the tests of launching with torchx-nightly and its Kubernetes client
+	@$(PYTHON) scripts/environment.py setup-torchx-nightly
+	@PATH="$$($(PYTHON) scripts/environment.py path-torchx-nightly)/bin:$$PATH" OMP_NUM_THREADS=1 \
+	  python -m pytest -m "not slow" $(WHICH)
 
 # How often `make test-kills` kills.
 KILLS ?= 300

@@ -1,7 +1,9 @@
 """Makes the Python environment that every make target runs in, outside the tree, from pinned hashes.
 
 ``environment.py path`` prints the environment's folder; ``environment.py setup`` makes it, or returns at
-once where it is complete, and ``environment.py setup-eval`` adds what only evaluation needs. Only the
+once where it is complete, and ``environment.py setup-eval`` adds what only evaluation needs. ``environment.py
+setup-torchx-nightly`` makes a small second one, without torch, beside it, with the TorchX and the Kubernetes
+client that the first cannot have, and ``environment.py path-torchx-nightly`` prints its folder. Only the
 standard library is used: this is the first thing that runs on a fresh machine. The folder's name holds a
 digest of all that decides its content (interpreter, requirements, where this checkout lies), so checkouts
 and branches never share a wrong one. Set-up killed half-way leaves no stamp, and the next call starts that
@@ -33,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 SUPPORTED = ((3, 11), (3, 13))
+# What the second environment is made from, and the first is not.
+_SECOND = "torchx-nightly.txt"
 # What torch from PyPI brings along for its GPU, and another index's torch may not want.
 _OF_TORCH = re.compile(r"(torch|triton|nvidia-|cuda-)")
 
@@ -43,13 +47,23 @@ class SetupError(Exception):
 
 def environment(variables: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of this checkout's environment, whether or not it exists yet."""
+    locks = sorted(path for path in REQUIREMENTS.glob("*.txt") if path.name != _SECOND)
+    return _folder(locks, variables, variables.get("TORCH_INDEX", ""))
+
+
+def second_environment(variables: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the environment with the other TorchX, whether or not it exists yet."""
+    return _folder([REQUIREMENTS / _SECOND], variables, "")
+
+
+def _folder(locks: list[Path], variables: Mapping[str, str], torch_index: str) -> Path:
     default = Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
     parts = [
         str(ROOT),
         os.path.realpath(sys.executable),
         sys.version,
-        variables.get("TORCH_INDEX", ""),
-        *(path.read_text(encoding="utf-8") for path in sorted(REQUIREMENTS.glob("*.txt"))),
+        torch_index,
+        *(path.read_text(encoding="utf-8") for path in locks),
     ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     cache = Path(variables.get("UNMASK_CACHE") or default)
@@ -91,6 +105,26 @@ def add_evaluation(folder: Path) -> None:
         locked = str(REQUIREMENTS / "eval.txt")
         _uv(folder, "--no-build", "--no-deps", "--require-hashes", "-r", locked)
         stamp.touch()
+
+
+def set_up_second(folder: Path, first: Path) -> None:
+    """Complete the second environment in ``folder`` with the installer of the complete ``first``.
+
+    Raises:
+        SetupError: An installer failed.
+    """
+    stamp = folder / "complete"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == _project_digest():
+        return
+    with _lock(folder.parent / f"{folder.name}.lock"), _step("making the environment of torchx-nightly"):
+        if not stamp.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            venv.create(folder, symlinks=True)
+            (folder / "checkout").write_text(str(ROOT), encoding="utf-8")
+            locked = str(REQUIREMENTS / _SECOND)
+            _uv(first, "--no-build", "--no-deps", "--require-hashes", "-r", locked, into=folder)
+        _uv(first, "--offline", "--no-deps", "--no-build-isolation", "--editable", str(ROOT), into=folder)
+        stamp.write_text(_project_digest(), encoding="utf-8")
 
 
 def _install_requirements(folder: Path) -> None:
@@ -161,8 +195,9 @@ def _python(folder: Path) -> str:
     return str(folder / "bin" / "python")
 
 
-def _uv(folder: Path, *arguments: str) -> None:
-    command = [str(folder / "bin" / "uv"), "pip", "install", "--quiet", "--python", _python(folder)]
+def _uv(folder: Path, *arguments: str, into: Path | None = None) -> None:
+    target = _python(into or folder)
+    command = [str(folder / "bin" / "uv"), "pip", "install", "--quiet", "--python", target]
     _run([*command, *arguments], env={**os.environ, **_pip_index(folder)})
 
 
@@ -215,18 +250,22 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """Print the environment's folder (``path``), make it (``setup``), or add to it (``setup-eval``)."""
-    if sys.argv[1:] == ["path"]:
-        print(environment())
+    """Print an environment's folder, make it, or add to it."""
+    printed = {"path": environment, "path-torchx-nightly": second_environment}
+    made = {
+        "setup": lambda: setup(environment()),
+        "setup-eval": lambda: add_evaluation(environment()),
+        "setup-torchx-nightly": lambda: set_up_second(second_environment(), environment()),
+    }
+    task = sys.argv[1] if len(sys.argv) == 2 else ""
+    if task in printed:
+        print(printed[task]())
         return 0
-    if sys.argv[1:] not in (["setup"], ["setup-eval"]):
-        print(f"usage: {sys.argv[0]} path|setup|setup-eval", file=sys.stderr)
+    if task not in made:
+        print(f"usage: {sys.argv[0]} {'|'.join([*printed, *made])}", file=sys.stderr)
         return 64
     try:
-        if sys.argv[1] == "setup":
-            setup(environment())
-        else:
-            add_evaluation(environment())
+        made[task]()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1

@@ -105,6 +105,20 @@ def test_torchx_and_kubernetes_are_the_pair_that_is_tested():
     assert int(pins["kubernetes"].removeprefix("==").partition(".")[0]) < 37
 
 
+def test_the_second_pair_is_the_one_that_the_first_cannot_be():
+    pins = {pin.name: str(pin.specifier) for pin in pinned("torchx-nightly.txt")}
+    assert "torchx" not in pins and "torchx-nightly" in pins and "torch" not in pins
+    assert int(pins["kubernetes"].removeprefix("==").partition(".")[0]) >= 37
+    assert pins["urllib3"] >= "==2"
+
+
+def test_the_second_lock_differs_from_the_first_in_what_it_must_alone():
+    first = {pin.name: str(pin.specifier) for pin in pinned("dev.txt")}
+    second = {pin.name: str(pin.specifier) for pin in pinned("torchx-nightly.txt")}
+    other = {name for name, version in second.items() if first.get(name, version) != version}
+    assert other == {"kubernetes", "urllib3"}
+
+
 def test_what_the_sources_import_is_declared():
     everything = {*declared(), *declared("worker", "operator", "data", "eval")}
     assert imports("operator/src", "workers/src") <= everything

@@ -81,8 +81,8 @@ def explained(error: ApiError | Unreachable, *, what: str, namespace: str, serve
             )
         case 403:
             return NotAllowed(
-                f"cannot {what} in namespace {namespace}: {error.message}; ask for the role edit or unmask-user"
-                " there, or choose another namespace with --namespace"
+                f"cannot {what} in namespace {namespace}: {error.message}; ask for the role edit or"
+                " unmask-user there, or choose another namespace with --namespace"
             )
         case 404 if gone := _NO_NAMESPACE.search(error.message):
             return NotFound(

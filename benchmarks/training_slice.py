@@ -1,10 +1,9 @@
 """What a training step reaches on one GPU: ``python benchmarks/training_slice.py`` (a minute or two).
 
-Three things, each with its own line of JSON, and all of them in the last:
+Two things, each with its own line of JSON, and both of them in the last:
 
 * ``agreement``: grouped experts against a loop on this GPU, in float32, forward and backward; and a step's
   loss and gradient against those of the CPU.
-* ``nccl``: the same step of a model that FSDP2 shares out over the one process that there is.
 * ``slice``: a training step of the first layers of LLaDA2.0-mini as ``unmask train`` takes it, in operations
   that the mathematics asks for, as a share of the GPU's dense peak.
 
@@ -23,25 +22,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from unmask.diffusion import layout, noise
 from unmask.diffusion.noise import NoiseConfig
 from unmask.diffusion.rows import PackedRows
-from unmask.models.loading import build, initial_values
+from unmask.models.loading import build
 from unmask.models.moe import Experts, Routing, experts_one_by_one
 from unmask.models.published import PUBLISHED
 from unmask.models.registry import parse_config
 from unmask.training.distributed import World
 from unmask.training.learner import Learner
 from unmask.training.observation import StepWatch
-from unmask.training.sharding.plan import ShardingPlan
-from unmask.training.sharding.weights import ShardedWeights
 from unmask.training.sizing.flops import flops_of
 from unmask.training.sizing.shape import shape_of
-from unmask.training.steps import Totals, gradient_step, micro_batches
-from unmask.training.weights import Weights
+from unmask.training.steps import gradient_step, micro_batches
 from unmask_api.train_job import Balance, Optimizer, TrainSpec
 
 Json = dict[str, Any]
@@ -71,7 +66,7 @@ SMALL: Json = {
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["agreement", "nccl", "slice"], action="append")
+    parser.add_argument("--only", choices=["agreement", "slice"], action="append")
     parser.add_argument("--layers", type=int, default=4, help="of the slice")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row of the slice")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step of the slice")
@@ -85,7 +80,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("there is no CUDA device here; run it where there is one")
     torch.use_deterministic_algorithms(options.deterministic)
-    chosen = options.only or ["agreement", "nccl", "slice"]
+    chosen = options.only or ["agreement", "slice"]
     last: Json = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -94,7 +89,6 @@ def main() -> None:
     }
     parts: dict[str, Callable[[], Json]] = {
         "agreement": agreement,
-        "nccl": nccl,
         "slice": lambda: training_slice(options),
     }
     for name in chosen:
@@ -108,7 +102,7 @@ def main() -> None:
 
 
 def _is_wrong(part: Json) -> bool:
-    pairs = (("experts", "expertsTolerance"), ("step", "stepTolerance"), ("fp32", "tolerance"))
+    pairs = (("experts", "expertsTolerance"), ("step", "stepTolerance"))
     return any(np.max(part[name]) > part[limit] for name, limit in pairs if name in part)
 
 
@@ -183,32 +177,11 @@ def _step_differs() -> Json:
 def _step(device: str, precision: str) -> tuple[float, Tensor]:
     """The loss of a step of the small model, and its gradient."""
     learner = Learner(build(parse_config(SMALL), seed=3).to(device), _spec(precision))
-    totals = _learn(learner.weights, torch.device(device))
-    return totals.loss, learner.weights.gradient.cpu() / totals.normaliser
-
-
-def _learn(weights: Weights, device: torch.device) -> Totals:
+    world = World(rank=0, size=1, device=torch.device(device))
     rows = rows_of(2, 512, SMALL["vocab_size"])
     batches = (inputs_of(batch, SMALL["mask_token_id"]) for batch in micro_batches(rows, 1))
-    return gradient_step(weights, batches, World(rank=0, size=1, device=device), stop=False)
-
-
-def nccl() -> Json:
-    """Relative differences of loss and gradient norm from a model that is not shared out."""
-    device = torch.device("cuda", 0)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
-    found: Json = {"processes": 1, "tolerance": 1e-3}
-    for precision in ("fp32", "bf16"):
-        loss, gradient = _step("cuda", precision)
-        config = parse_config(SMALL)
-        world = World(rank=0, size=1, device=device)
-        weights = ShardedWeights(config, world, ShardingPlan(1, 1, 1), precision=precision)
-        weights.fill(initial_values(config, seed=3))
-        totals = _learn(weights, device)
-        norm = weights.norm() / totals.normaliser
-        found[precision] = [abs(totals.loss / loss - 1), abs(norm / float(gradient.norm()) - 1)]
-    dist.destroy_process_group()
-    return found
+    totals = gradient_step(learner.weights, batches, world, stop=False)
+    return totals.loss, learner.weights.gradient.cpu() / totals.normaliser
 
 
 def _spec(precision: str) -> TrainSpec:

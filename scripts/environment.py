@@ -53,16 +53,16 @@ def environment(variables: Mapping[str, str] = os.environ) -> Path:
 
 def second_environment(variables: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of the environment with the other TorchX, whether or not it exists yet."""
-    return _folder([REQUIREMENTS / _SECOND], variables, "")
+    return _folder([REQUIREMENTS / _SECOND], variables, _SECOND)
 
 
-def _folder(locks: list[Path], variables: Mapping[str, str], torch_index: str) -> Path:
+def _folder(locks: list[Path], variables: Mapping[str, str], kind: str) -> Path:
     default = Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
     parts = [
         str(ROOT),
         os.path.realpath(sys.executable),
         sys.version,
-        torch_index,
+        kind,
         *(path.read_text(encoding="utf-8") for path in locks),
     ]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

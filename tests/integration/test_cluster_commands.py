@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from unmask.cli.main import main
 from unmask_operator.client import JobState, TrainJob
 from unmask_operator.client.advice import next_step, obstacle
 from unmask_operator.resources import EVENT
+from unmask_operator.training import decide
 
 Json = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -255,6 +257,11 @@ def job(state: str | None, *conditions: tuple[str, str, str], **status: Any) -> 
     return TrainJob(raw)
 
 
+def changed_job(state: str, values: Json) -> TrainJob:
+    found = job(state)
+    return TrainJob(changed(found.raw, values))
+
+
 NOW = datetime.datetime(2026, 11, 27, 10, 5, tzinfo=datetime.UTC).timestamp()
 
 
@@ -262,6 +269,10 @@ NOW = datetime.datetime(2026, 11, 27, 10, 5, tzinfo=datetime.UTC).timestamp()
     ("found", "says"),
     [
         (job(None), "no operator has looked at it for 300 s"),
+        (
+            changed_job("Waiting", {"spec.model.init": {"job": {"name": "first"}}}),
+            "wait for job first: unmask describe first --namespace ml says how it is",
+        ),
         (job("Queued", ("Admitted", "WaitingForQuota", "waiting for queue a")), "wait for the queue"),
         (
             job("Starting", ("Running", "Starting", "tiny-a0-0: ImagePullBackOff: Back-off")),
@@ -320,6 +331,12 @@ NOW = datetime.datetime(2026, 11, 27, 10, 5, tzinfo=datetime.UTC).timestamp()
 def test_every_state_has_a_next_step(found: TrainJob, says: str) -> None:
     pods = [{"metadata": {"name": "tiny-a0-0"}}]
     assert next_step(found, pods, now=NOW).startswith(says)
+
+
+def test_every_word_that_the_operator_says_is_known() -> None:
+    text = Path(decide.__file__).read_text()
+    said = set(re.findall(r'_set_state\("(\w+)"', text)) | {"Succeeded", "Failed"}
+    assert said and said <= {str(state) for state in JobState}
 
 
 @pytest.mark.parametrize("state", JobState)

@@ -39,6 +39,31 @@ def test_other_requirements_another_index_and_another_checkout_make_another_envi
     assert script.environment({}) == first
 
 
+def test_the_second_environment_depends_on_its_own_lock_alone(script, tmp_path, monkeypatch):
+    for name in ("dev.txt", "torchx-nightly.txt"):
+        (tmp_path / name).write_text("a==1")
+    monkeypatch.setattr(script, "REQUIREMENTS", tmp_path)
+    first, second = script.environment({}), script.second_environment({})
+    assert first != second and first.parent == second.parent
+    (tmp_path / "torchx-nightly.txt").write_text("a==2")
+    assert script.environment({}) == first and script.second_environment({}) != second
+    second = script.second_environment({})
+    (tmp_path / "dev.txt").write_text("a==3")
+    assert script.environment({}) != first and script.second_environment({}) == second
+
+
+def test_the_second_environment_is_made_with_the_installer_of_the_first(script, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(script, "_run", lambda command, env=None: commands.append(command))
+    monkeypatch.setattr(script, "_pip_index", lambda folder: {})
+    first, second = tmp_path / "first", tmp_path / "second"
+    script.set_up_second(second, first)
+    script.set_up_second(second, first)
+    assert [command[0] for command in commands] == [str(first / "bin" / "uv")] * 2
+    assert all(str(second / "bin" / "python") in command for command in commands)
+    assert "--require-hashes" in commands[0] and commands[1][-1] == str(ROOT)
+
+
 def test_an_environment_without_its_stamp_is_made_anew_and_one_with_it_is_left_alone(
     script, tmp_path, monkeypatch
 ):

@@ -27,6 +27,7 @@ _MEND = {
     "StartupDeadlineExceeded": "remove what kept the pods from starting, or raise"
     " runPolicy.startupDeadlineSeconds",
     "ContainerCannotStart": "name an image whose python has unmask in spec.image",
+    "ModelJobFailed": "name another job in model.init.job, or mend that one first",
     "PodLost": "find out who deletes pods, or which machine failed (kubectl get events)",
 }
 """Reason of a failure -> what has to change before another try can do better."""
@@ -59,6 +60,14 @@ _OBSTACLES: tuple[tuple[str, str], ...] = (
         " and spec.tolerations (kubectl describe pod {pod} lists what each machine lacks)",
     ),
     (
+        r"MountVolume|FailedMount|AttachVolume",
+        "see why the volume cannot be mounted: kubectl describe pod {pod}",
+    ),
+    (
+        r"service ?account",
+        "make the service account that spec.serviceAccountName names, or drop it",
+    ),
+    (
         r"exceeded quota",
         "the namespace's quota is used up: lower spec.resources or end other jobs (kubectl describe quota)",
     ),
@@ -83,6 +92,8 @@ def obstacle(job: TrainJob) -> str:
             kinds = ("Stalled",)
         case JobState.RESTARTING:
             kinds = ("Restarting", "Running")
+        case JobState.WAITING:
+            kinds = ("ModelReady",)
         case JobState.QUEUED:
             kinds = ("Admitted",)
         case JobState.STARTING:
@@ -118,6 +129,9 @@ def next_step(job: TrainJob, pods: Sequence[JsonObject] = (), *, now: float) -> 
             )
         case JobState.SUBMITTED:
             return _unseen(job, now)
+        case JobState.WAITING:
+            other = job.raw["spec"]["model"]["init"].get("job", {}).get("name", "NAME")
+            return f"wait for job {other}: unmask describe {other} --namespace {job.namespace} says how it is"
         case JobState.QUEUED:
             queue = job.raw["spec"].get("scheduling", {}).get("queueName")
             look = f"kubectl describe localqueue {queue} --namespace {job.namespace}" if queue else ""

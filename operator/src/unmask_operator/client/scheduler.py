@@ -44,6 +44,7 @@ NAME = "kubernetes_unmask"
 
 _STATES = {
     JobState.SUBMITTED: AppState.SUBMITTED,
+    JobState.WAITING: AppState.PENDING,
     JobState.QUEUED: AppState.PENDING,
     JobState.STARTING: AppState.PENDING,
     JobState.RESTARTING: AppState.PENDING,

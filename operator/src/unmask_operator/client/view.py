@@ -26,6 +26,8 @@ class JobState(enum.StrEnum):
 
     SUBMITTED = "Submitted"
     """No operator has looked at it yet."""
+    WAITING = "Waiting"
+    """Another job is to make the model that it begins with."""
     QUEUED = "Queued"
     """A queue has not admitted it."""
     STARTING = "Starting"

@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults test-full test-torchx-nightly cluster cluster-programs lint format generate verify path lock bench bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly cluster cluster-programs lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ cluster-programs: ## Build a real Kubernetes for the tests that want one (20 min
 
 cluster: cluster-programs setup ## Run a Kubernetes of one node in the foreground until Enter; prints its kubeconfig
 	@PYTHONPATH=scripts $(RUN) python -m real_cluster.running node
+
+bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once to a real API server; prints JSON
+	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
 test-full: setup-eval cluster-programs ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full

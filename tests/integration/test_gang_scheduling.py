@@ -6,7 +6,7 @@ import pytest
 
 from support.operated import Operated, Place, operating, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_api]
+pytestmark = [pytest.mark.slow, pytest.mark.real_api, pytest.mark.timeout(900)]
 
 TWO = {"parallelism__nodes": 2, "resources": {"limits": {"cpu": "1", "memory": "1Gi"}}}
 

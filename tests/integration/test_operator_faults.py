@@ -4,17 +4,33 @@ import pytest
 
 from support import counts, fault_rig
 from support.attempts_reconciler import RECONCILER
+from unmask_operator.decision import Reconciler
+
+RECONCILERS = [
+    pytest.param(RECONCILER, 150, 20, id="the small one"),
+    pytest.param(fault_rig.TRAINING, 60, 10, id="training jobs"),
+]
 
 
-def test_every_fault_leads_to_the_same_objects_by_the_same_writes() -> None:
-    number, wrong = fault_rig.differing(RECONCILER, counts.of(sample=150, full=1000))
-    assert number == counts.of(sample=150, full=1000)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("reconciler", "sample", "pauses"), RECONCILERS)
+def test_every_fault_leads_to_the_same_objects_by_the_same_writes(
+    reconciler: Reconciler, sample: int, pauses: int
+) -> None:
+    number, wrong = fault_rig.differing(reconciler, counts.of(sample=sample, full=1000))
+    assert number == counts.of(sample=sample, full=1000)
     assert wrong == []
 
 
-def test_a_leader_that_stood_still_writes_nothing_more() -> None:
-    number, wrong = fault_rig.pauses(RECONCILER, counts.of(sample=20, full=100))
-    assert number == counts.of(sample=20, full=100)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("reconciler", "sample", "pauses"), RECONCILERS)
+def test_a_leader_that_stood_still_writes_nothing_more(
+    reconciler: Reconciler, sample: int, pauses: int
+) -> None:
+    number, wrong = fault_rig.pauses(reconciler, counts.of(sample=pauses, full=100))
+    assert number == counts.of(sample=pauses, full=100)
     assert wrong == []
 
 

@@ -16,7 +16,7 @@ from unmask_operator.reconcilers import RECONCILERS
 
 Json = dict[str, Any]
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_api]
+pytestmark = [pytest.mark.slow, pytest.mark.real_api, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,8 @@ class ApiServer:
         """Asked before each request is carried out, for (status, reason, message) of a refusal."""
         self.rules: list[Json] | None = None
         """Rules as in a ClusterRole; ``None`` allows everything."""
+        self.now: Callable[[], float] = time.time
+        """Seconds since 1970, for the times of objects."""
         self.watch_gap: Callable[[str], str | None] = lambda plural: None
         """Asked before each watch: "cut" breaks it in the middle, "silent" tells nothing, "repeat" tells
         twice."""
@@ -477,7 +479,7 @@ class ApiServer:
         metadata |= {
             "namespace": namespace,
             "uid": str(uuid.uuid4()),
-            "creationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "creationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now())),
         }
         if store.generations:
             metadata["generation"] = 1
@@ -689,7 +691,9 @@ class ApiServer:
             finalizers.append(_FOREGROUND)
         if finalizers:
             new = copy.deepcopy(there)
-            new["metadata"]["deletionTimestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            new["metadata"]["deletionTimestamp"] = time.strftime(
+                "%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now())
+            )
             new["metadata"]["finalizers"] = finalizers
             if store.generations:
                 new["metadata"]["generation"] = there["metadata"].get("generation", 1) + 1
@@ -756,7 +760,7 @@ class ApiServer:
 
     def _mark(self, store: _Store, place: tuple[str, str], item: Json) -> None:
         new = copy.deepcopy(item)
-        new["metadata"]["deletionTimestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        new["metadata"]["deletionTimestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now()))
         self._store(store, place, new, item)
 
     def _store(self, store: _Store, place: tuple[str, str], new: Json, there: Json) -> None:

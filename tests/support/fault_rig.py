@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from support import attempts_reconciler, counts
+from support import attempts_reconciler, counts, manifests
 from support.api_server import FAULTS, ApiServer, Crash, DirectTransport
+from unmask_operator import training
 from unmask_operator.control import controller, executor, reflector, workqueue
 from unmask_operator.control.api import Api, ApiError, Reply, Request, Unreachable
 from unmask_operator.control.manager import Manager
@@ -168,6 +169,7 @@ class World:
     def __init__(self, reconciler: Reconciler, plan: Callable[[int, Request], str | None]) -> None:
         self.server = ApiServer()
         self.clock = Clock()
+        self.server.now = self.clock.now
         self.reconciler = reconciler
         self.life = Life()
         self._plan = plan
@@ -256,11 +258,10 @@ class World:
                 self.server.set_status("Job", where["namespace"], where["name"], {"conditions": conditions})
 
 
-TRAIN_JOB: Json = {
-    "apiVersion": RESOURCES["DiffusionTrainJob"].api_version,
-    "kind": "DiffusionTrainJob",
-    "metadata": {"name": "mini", "namespace": NAMESPACE},
-    "spec": {"runPolicy": {"maxRestarts": 3}},
+TRAINING = training.reconciler(training.Settings(image="registry.example/unmask:1"))
+"""The operator's own; a smaller one of the same shape is what bugs are planted in."""
+TRAIN_JOB: Json = manifests.train_job(runPolicy={"maxRestarts": 3, "restartBackoffSeconds": 1}) | {
+    "metadata": {"name": "mini", "namespace": NAMESPACE}
 }
 
 
@@ -279,8 +280,9 @@ def _edit(world: World, people: Api) -> None:
 
 def _hand(world: World, people: Api) -> None:
     """Somebody edits one child and deletes another."""
+    service = world.server.objects("Service")[0]["metadata"]["name"]
     people.merge(
-        RESOURCES["Service"], NAMESPACE, "mini", {"spec": {"selector": {"unmask.dev/job": "another"}}}
+        RESOURCES["Service"], NAMESPACE, service, {"spec": {"selector": {"unmask.dev/job": "another"}}}
     )
     _remove(people, "ConfigMap", world.server.objects("ConfigMap")[0]["metadata"]["name"])
 
@@ -345,7 +347,8 @@ def snapshot(server: ApiServer) -> Json:
             item["metadata"].pop(gone, None)
         text = json.dumps(item, sort_keys=True)
         for uid, name in names.items():
-            text = text.replace(uid, name)
+            # An attempt's meeting is named by the first part of the UID.
+            text = text.replace(uid, name).replace(uid[:8], name)
         # The digest of what was applied covers the owner's UID.
         text = re.sub(r'("unmask.dev/applied": )"[0-9a-f]+"', r'\1"digest"', text)
         result[key] = _STAMP.sub("time", text)
@@ -666,8 +669,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run all of it; return the exit code."""
     logging.disable(logging.CRITICAL)
     number = int(arguments[0]) if arguments else counts.of(sample=150, full=1000)
-    run_, wrong = differing(attempts_reconciler.RECONCILER, number)
-    paused, broken = pauses(attempts_reconciler.RECONCILER, counts.of(sample=20, full=100))
+    run_, wrong = differing(TRAINING, number)
+    paused, broken = pauses(TRAINING, counts.of(sample=20, full=100))
     missed = [name for name in PLANTED if not caught(name)]
     for line in wrong + broken + [f"planted and not caught: {name}" for name in missed]:
         sys.stdout.write(f"{line}\n")

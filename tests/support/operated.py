@@ -38,7 +38,7 @@ _BATCH = "batch.kubernetes.io/"
 _numbers = itertools.count()
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+def until(true: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """Wait until ``true`` returns something, and return that."""
     end = time.monotonic() + seconds
     while not (found := true()):

@@ -337,6 +337,26 @@ def test_whoever_looks_at_a_resource_is_asked_when_it_changes() -> None:
     assert controller._watchers == {}
 
 
+def test_a_service_changed_by_hand_is_restored_unless_another_version_made_it() -> None:
+    one = fault_rig.World(fault_rig.TRAINING, lambda ordinal, request: None)
+
+    def edit(patch: Json) -> Json:
+        with one.by_people() as people:
+            people.merge(RESOURCES["Service"], fault_rig.NAMESPACE, "mini-a0", patch)
+        one.settle("edited")
+        (service,) = one.server.objects("Service")
+        return dict(service["spec"]["selector"])
+
+    with one.by_people() as people:
+        people.create(RESOURCES["DiffusionTrainJob"], fault_rig.NAMESPACE, copy.deepcopy(fault_rig.TRAIN_JOB))
+    one.settle("made")
+    selector = one.server.objects("Service")[0]["spec"]["selector"]
+    another = {"spec": {"selector": {"unmask.dev/job": "another"}}}
+    assert edit(another) == selector
+    made_by_another = {"metadata": {"annotations": {"unmask.dev/applied": "made otherwise"}}}
+    assert edit(another | made_by_another)["unmask.dev/job"] == "another"
+
+
 def test_a_lease_that_is_let_go_is_taken_at_once(pair: Any) -> None:
     _, clock, one, two = pair
     one.step()

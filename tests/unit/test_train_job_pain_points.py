@@ -1,6 +1,19 @@
-"""What users of other training operators suffer from, and that it cannot happen here: one test for each."""
+"""What users of other training operators suffer from, and that it cannot happen here.
 
+Fifteen things, by number. Three of them are known from serving, and are tested by what they come to in
+training: new versions that need twice the machines (10), one fault that takes everything down (11), and
+weights that every pod fetches for itself (12). What serving makes of them is for the resource that serves.
+"""
+
+import re
+import sys
+import threading
+
+from support.api_server import ApiServer, DirectTransport
 from support.cluster import Cluster
+from support.fault_rig import Clock
+from unmask_operator.control.manager import Manager
+from unmask_operator.reconcilers import RECONCILERS
 from unmask_operator.training.times import seconds, stamp
 
 
@@ -10,7 +23,7 @@ def running(**more: object) -> Cluster:
     return cluster
 
 
-def test_a_failed_job_is_not_run_again_when_its_child_is_deleted() -> None:
+def test_01_a_failed_job_is_not_run_again_when_its_child_is_deleted() -> None:
     cluster = running()
     cluster.fail(65)
     cluster.settle()
@@ -24,7 +37,7 @@ def test_a_failed_job_is_not_run_again_when_its_child_is_deleted() -> None:
     assert cluster.condition("Failed") == ("True", "DataError")
 
 
-def test_pods_do_not_leak_when_the_delete_after_a_deadline_is_lost() -> None:
+def test_02_pods_do_not_leak_when_the_delete_after_a_deadline_is_lost() -> None:
     cluster = running(runPolicy__activeDeadlineSeconds=60)
     cluster.now += 60
     decision = cluster.step(writes=2)  # the event and the status, then the operator dies
@@ -36,7 +49,7 @@ def test_pods_do_not_leak_when_the_delete_after_a_deadline_is_lost() -> None:
     assert cluster.children["Pod"] == []
 
 
-def test_pods_find_each_other_by_name_before_they_are_ready_and_only_the_first_is_host() -> None:
+def test_03_pods_find_each_other_by_name_before_they_are_ready_and_only_the_first_is_host() -> None:
     cluster = running(parallelism__nodes=2)
     (service,) = cluster.children["Service"]
     assert service["spec"]["publishNotReadyAddresses"] is True
@@ -49,7 +62,7 @@ def test_pods_find_each_other_by_name_before_they_are_ready_and_only_the_first_i
     assert "unmask_operator.launch.supervisor" in pod["containers"][0]["command"]
 
 
-def test_one_lost_pod_restarts_the_whole_attempt_under_a_new_rendezvous() -> None:
+def test_04_one_lost_pod_restarts_the_whole_attempt_under_a_new_rendezvous() -> None:
     cluster = running(parallelism__nodes=2)
     before = _env(cluster, "PET_RDZV_ID")
     cluster.end_pod(1, 1)
@@ -61,7 +74,7 @@ def test_one_lost_pod_restarts_the_whole_attempt_under_a_new_rendezvous() -> Non
     assert _env(cluster, "PET_RDZV_ID") != before
 
 
-def test_preemption_does_not_use_up_restarts() -> None:
+def test_05_preemption_does_not_use_up_restarts() -> None:
     cluster = running(runPolicy__maxRestarts=1)
     for _ in range(5):
         cluster.now += 100
@@ -74,7 +87,7 @@ def test_preemption_does_not_use_up_restarts() -> None:
     assert "Failed" not in cluster.status["state"]
 
 
-def test_a_hang_is_seen_by_the_step_that_stays_and_not_by_a_process_that_still_answers() -> None:
+def test_06_a_hang_is_seen_by_the_step_that_stays_and_not_by_a_process_that_still_answers() -> None:
     cluster = running(runPolicy__stallTimeoutSeconds=600)
     for _ in range(40):
         cluster.now += 15
@@ -91,7 +104,7 @@ def test_a_hang_is_seen_by_the_step_that_stays_and_not_by_a_process_that_still_a
     assert "step stayed at 7" in cluster.status["failure"]["message"]
 
 
-def test_a_trainer_that_moves_is_never_taken_for_a_hang_nor_is_one_that_nobody_can_reach() -> None:
+def test_06_a_trainer_that_moves_is_never_taken_for_a_hang_nor_is_one_that_nobody_can_reach() -> None:
     moving = running(runPolicy__stallTimeoutSeconds=600)
     for step in range(30):
         moving.now += 500
@@ -103,7 +116,7 @@ def test_a_trainer_that_moves_is_never_taken_for_a_hang_nor_is_one_that_nobody_c
     assert moving.status["attempt"] == out_of_reach.status["attempt"] == 0
 
 
-def test_progress_and_the_cause_of_a_failure_are_in_the_status() -> None:
+def test_07_progress_and_the_cause_of_a_failure_are_in_the_status() -> None:
     cluster = running()
     cluster.now += 15
     cluster.report(12, stage="blocks", loss="2.5")
@@ -116,7 +129,7 @@ def test_progress_and_the_cause_of_a_failure_are_in_the_status() -> None:
     assert ("Warning", "Failed") in cluster.events
 
 
-def test_running_means_that_the_pods_of_this_attempt_run_and_for_this_generation() -> None:
+def test_08_running_means_that_the_pods_of_this_attempt_run_and_for_this_generation() -> None:
     cluster = running(parallelism__nodes=2)
     assert cluster.condition("Running") == ("True", "Running")
     cluster.pods()[1]["status"]["conditions"][1]["status"] = "False"
@@ -128,7 +141,7 @@ def test_running_means_that_the_pods_of_this_attempt_run_and_for_this_generation
     assert 2 in observed
 
 
-def test_a_new_operator_or_an_unrelated_edit_restarts_nothing() -> None:
+def test_09_a_new_operator_or_an_unrelated_edit_restarts_nothing() -> None:
     cluster = running()
     job = cluster.job["metadata"]["uid"]
     cluster.resource["metadata"]["annotations"] = {"note": "mine"}
@@ -148,7 +161,7 @@ def test_a_suspended_job_does_not_make_the_operator_busy() -> None:
     assert not decision.events
 
 
-def test_a_job_that_is_stuck_at_the_start_is_told_from_one_that_takes_long() -> None:
+def test_13_a_job_that_is_stuck_at_the_start_is_told_from_one_that_takes_long() -> None:
     stuck = Cluster({"spec.runPolicy": {"startupDeadlineSeconds": 100, "maxRestarts": 0}})
     stuck.settle()
     stuck.make_pods()
@@ -161,13 +174,13 @@ def test_a_job_that_is_stuck_at_the_start_is_told_from_one_that_takes_long() -> 
     assert slow.condition("Running") == ("True", "Running")
 
 
-def test_nothing_has_to_be_installed_for_a_job_to_run() -> None:
+def test_15_nothing_has_to_be_installed_for_a_job_to_run() -> None:
     cluster = running(parallelism__nodes=2)
     kinds = {child["apiVersion"] for kind in cluster.children.values() for child in kind}
     assert kinds == {"v1", "batch/v1"}
 
 
-def test_two_trainers_never_run_side_by_side() -> None:
+def test_10_two_attempts_never_hold_machines_side_by_side() -> None:
     cluster = running()
     cluster.fail(1)
     for _ in range(5):
@@ -177,6 +190,77 @@ def test_two_trainers_never_run_side_by_side() -> None:
     assert cluster.status["state"] == "Restarting"
     cluster.settle()
     assert cluster.made.count("tiny-a1") == 1
+
+
+def test_10_another_size_needs_no_second_set_of_machines() -> None:
+    cluster = running(elastic={"minNodes": 1, "maxNodes": 4})
+    cluster.resource["spec"]["parallelism"]["nodes"] = 4
+    cluster.settle()
+    cluster.run()
+    cluster.settle()
+    assert [pod["metadata"]["name"] for pod in cluster.children["Pod"]] == [f"tiny-a0-{n}" for n in range(4)]
+
+
+def test_11_a_lost_machine_of_an_elastic_job_takes_only_its_own_pod_with_it() -> None:
+    cluster = running(parallelism__nodes=4, elastic={"minNodes": 2, "maxNodes": 4})
+    spec = cluster.job["spec"]
+    assert spec["backoffLimit"] > 0
+    disruption = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert disruption in spec["podFailurePolicy"]["rules"]
+    cluster.disrupt_pod(3)
+    cluster.settle()
+    assert (cluster.status["attempt"], cluster.status["restarts"]) == (0, 0)
+    assert cluster.condition("Running") == ("True", "Running")
+    assert cluster.status["nodes"] == {"desired": 4, "ready": 3, "failed": 1}
+
+
+def test_12_weights_and_data_are_mounted_and_fetched_by_no_pod() -> None:
+    cluster = running(model={"init": {"uri": "pvc://models/base"}}, parallelism__nodes=2)
+    pod = cluster.job["spec"]["template"]["spec"]
+    claims = {
+        one["persistentVolumeClaim"]["claimName"]
+        for one in pod["volumes"]
+        if len(one) == 2 and "persistentVolumeClaim" in one
+    }
+    assert claims == {"data", "models", "run"}
+    assert "initContainers" not in pod
+
+
+def test_13_no_probe_ends_a_pod_that_takes_its_time() -> None:
+    (container,) = running().job["spec"]["template"]["spec"]["containers"]
+    assert not [key for key in container if key.endswith("Probe")]
+
+
+def test_13_there_is_time_to_save_before_a_pod_is_ended() -> None:
+    cluster = running(terminationGracePeriodSeconds=600)
+    assert cluster.job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 600
+    assert _env(cluster, "UNMASK_GRACE_SECONDS") == "600"
+
+
+def test_14_an_operator_that_is_told_nothing_any_more_says_so() -> None:
+    server, clock = ApiServer(), Clock()
+    manager = Manager(
+        DirectTransport(server), clock, RECONCILERS, identity="one", namespace=None, lease_namespace="system"
+    )
+    for cache in manager.caches.values():
+        cache.step()
+    assert (manager.ready(), manager.alive()) == ("", "")
+    server.refusal = lambda request: (503, "ServiceUnavailable", "no") if "/pods" in request.path else None
+    stop = threading.Event()
+    while clock.time < 1_000 + 600 and not stop.is_set():
+        for cache in manager.caches.values():
+            if cache.resource.plural != "pods":
+                cache.step()
+        clock.time += 30
+    assert manager.ready() == "Pod out of date"
+    assert "watch of Pod hangs" in manager.alive(), "the kubelet starts it anew"
+
+
+def test_each_of_the_fifteen_has_a_test() -> None:
+    names = [name for name in dir(sys.modules[__name__]) if name.startswith("test_")]
+    assert {match[1] for name in names if (match := re.match(r"test_(\d\d)_", name))} == {
+        f"{number:02}" for number in range(1, 16)
+    }
 
 
 def test_times_survive_the_status() -> None:

@@ -126,6 +126,11 @@ class Decision:
     set (``spec.suspend`` under Kueue) are left out here, and stay as they are. What already is so is not
     written. A child that is left out is *not* deleted.
     """
+    restore: Sequence[JsonObject] = ()
+    """Children that somebody may have changed by hand, as they were made: written again where that is so.
+
+    One that was made otherwise, by another version of the operator, is left as it is.
+    """
     delete: Sequence[Deletion] = ()
     """Children that should go; one that is already being deleted is not deleted again."""
     status: JsonObject | None = None

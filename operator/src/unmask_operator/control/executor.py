@@ -119,6 +119,9 @@ class Executor:
             self._delete(observed, deletion)
         for child in decision.apply:
             self._apply(observed, child, outcome)
+        for child in decision.restore:
+            if _as_made(observed, prepared(observed.resource, child)):
+                self._apply(observed, child, outcome)
         return outcome
 
     def _status(self, observed: Observed, status: JsonObject) -> None:
@@ -312,6 +315,13 @@ def _find(observed: Observed, kind: str, name: str) -> JsonObject | None:
     if kind == observed.resource["kind"]:
         return observed.resource if observed.resource["metadata"]["name"] == name else None
     return next((one for one in observed.children.get(kind, ()) if one["metadata"]["name"] == name), None)
+
+
+def _as_made(observed: Observed, desired: JsonObject) -> bool:
+    """Whether a child is there that was made as ``desired``, whatever has become of it."""
+    there = _find(observed, desired["kind"], desired["metadata"]["name"])
+    annotations = (there or {}).get("metadata", {}).get("annotations") or {}
+    return bool(annotations.get(APPLIED) == desired["metadata"]["annotations"][APPLIED])
 
 
 def _owner(there: JsonObject, resource: JsonObject) -> str:

@@ -24,7 +24,7 @@ from unmask_api.train_job import DiffusionTrainJob, ModelInit, TrainSpec
 from unmask_api.train_status import Failure
 from unmask_operator.decision import Decision, Deletion, Event, JsonObject, Observed, Question, Reconciler
 from unmask_operator.launch import pods as rendering
-from unmask_operator.launch.pods import Attempt
+from unmask_operator.launch.pods import Attempt, GangBy
 from unmask_operator.launch.report import Report, StackReport, Termination
 from unmask_operator.training import reading
 from unmask_operator.training.conditions import Conditions
@@ -99,6 +99,7 @@ class _Pass:
     status: JsonObject = field(init=False)
     conditions: Conditions = field(init=False)
     apply: list[JsonObject] = field(default_factory=list)
+    restore: list[JsonObject] = field(default_factory=list)
     delete: list[Deletion] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     ask: list[Question] = field(default_factory=list)
@@ -401,9 +402,12 @@ class _Pass:
         with_model = self._with_model(job)
         if with_model is None:
             return None
+        return self._attempt_by(with_model, image=image, gang=gang)
+
+    def _attempt_by(self, job: DiffusionTrainJob, *, image: str, gang: GangBy) -> Attempt:
         metadata = self.observed.resource["metadata"]
         return Attempt(
-            job=with_model,
+            job=job,
             number=self.status["attempt"],
             uid=metadata["uid"],
             namespace=metadata["namespace"],
@@ -504,7 +508,7 @@ class _Pass:
             self._starts(job.spec, current, pods, placed)
 
     def _repaired(self, job: DiffusionTrainJob, current: JsonObject) -> bool:
-        """Make again what was deleted beside a Job that runs, and give an elastic one its nodes.
+        """Make again what was deleted or changed beside a Job that runs, and give an elastic one its nodes.
 
         Returns whether that takes a new attempt.
         """
@@ -517,6 +521,7 @@ class _Pass:
         if attempt is not None:
             made = self._objects(attempt)
             self.apply += [one for one in made if one["kind"] in missing]
+        self.restore.append(rendering.service(self._attempt_by(job, image="", gang="None")))
         nodes = job.spec.parallelism.nodes
         if job.spec.elastic is None or current["spec"].get("parallelism") == nodes:
             return False
@@ -752,6 +757,7 @@ class _Pass:
         status = {key: value for key, value in self.status.items() if value is not None}
         return Decision(
             apply=tuple(self.apply),
+            restore=tuple(self.restore),
             delete=tuple(self.delete),
             status=status,
             requeue_after=self.wait,

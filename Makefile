@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly cluster cluster-programs lint format generate verify path lock bench bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster cluster cluster-programs images lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ setup-eval: setup ## Add the packages of `unmask eval --harness` and `--task` (3
 demo: setup ## Train a small diffusion model and generate with it, end to end, on this machine
 	@$(RUN) python examples/quickstart/demo.py
 
-test: setup-eval lint verify cluster-programs ## Check and test everything, fast tests first
+test: setup-eval lint verify images ## Check and test everything, fast tests first
 	@$(PYTEST)
 	@$(MAKE) test-torchx-nightly WHICH="$(SAMPLE_OF_SECOND)"
 
@@ -64,13 +64,20 @@ test-faults: setup ## Fail each write of the operator in ten ways; UNMASK_FULL=1
 cluster-programs: ## Build a real Kubernetes for the tests that want one (20 minutes; nothing to do if it is there)
 	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.programs node
 
-cluster: cluster-programs setup ## Run a Kubernetes of one node in the foreground until Enter; prints its kubeconfig
+test-cluster: setup-eval images ## Train on a real Kubernetes node, of this machine: kills, pauses, restarts of the operator
+	@$(PYTEST) -m "real_api or real_node or real_images"
+
+images: cluster-programs ## Build the operator's and the worker's image, without a registry, for the tests that run them
+	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.images
+
+cluster: images setup ## Run a Kubernetes of one node in the foreground until Enter; prints its kubeconfig
 	@PYTHONPATH=scripts $(RUN) python -m real_cluster.running node
 
 bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once to a real API server; prints JSON
 	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
 test-full: setup-eval cluster-programs ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+test-full: setup-eval images ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
 
 lint: setup ## Check format, style, types and who imports whom

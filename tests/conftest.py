@@ -44,14 +44,16 @@ def _deselect_what_needs_a_gpu(config: pytest.Config, items: list[pytest.Item]) 
 def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this machine cannot run, and say so; in CI it must be able to."""
     said = config.stash.setdefault(_LEFT_OUT, [])
-    for kind in ("api", "node"):
-        needing = [item for item in items if item.get_closest_marker(f"real_{kind}")]
-        if not needing or (why := real_clusters.obstacle(kind)) is None:
+    for marker, why in (
+        ("real_api", lambda: real_clusters.obstacle("api")),
+        ("real_node", lambda: real_clusters.obstacle("node")),
+        ("real_images", lambda: real_clusters.obstacle("node", with_images=True)),
+    ):
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if not needing or (reason := why()) is None:
             continue
         if os.environ.get("CI"):
-            raise pytest.UsageError(
-                f"{len(needing)} tests need a real {kind}, and in CI they must run: {why}"
-            )
+            raise pytest.UsageError(f"{len(needing)} tests are {marker}, and in CI they must run: {reason}")
         items[:] = [item for item in items if item not in needing]
         config.hook.pytest_deselected(items=needing)
-        said.append(f"{len(needing)} tests left out that need a real {kind}: {why}")
+        said.append(f"{len(needing)} tests left out that are {marker}: {reason}")

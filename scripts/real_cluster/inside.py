@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from real_cluster.control_plane import DOMAIN, PODS, Plane, make_certificates
-from real_cluster.images import import_images, write_pause_image
+from real_cluster.images import import_images, link_unpacked, write_pause_image
 from real_cluster.programs import folder as programs
 
 __all__ = ["PLANE_PORTS", "main"]
@@ -128,6 +128,7 @@ class _Node:
         """Start the programs, one after the other where one needs the other."""
         plane, folder = self.plane, self.folder
         self._run("etcd", plane.etcd_command())
+        link_unpacked(folder / "containerd")
         self._run("containerd", self._containerd_command())
         self._run("kube-apiserver", plane.api_server_command())
         socket_path = folder / "containerd.sock"
@@ -142,6 +143,12 @@ class _Node:
         self._run("kube-proxy", self._proxy_command())
         self._run("coredns", self._dns_command())
         self._wait(120, *kubectl, "wait", "--for=condition=Ready", "node/node0", "--timeout=1s")
+        # The kubelet does not find the size of every disk; without one it offers none, and pods ask for some.
+        storage = {"ephemeral-storage": "100Gi"}
+        status = json.dumps({"status": {"capacity": storage, "allocatable": storage}})
+        self._wait(
+            60, *kubectl, "patch", "node", "node0", "--subresource=status", "--type=merge", "-p", status
+        )
         self._wait(60, *kubectl, "-n", "default", "get", "serviceaccount", "default")
 
     def _run(self, name: str, command: list[str]) -> None:

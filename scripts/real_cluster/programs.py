@@ -19,11 +19,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["API", "NODE", "Missing", "build", "folder", "missing", "obstacle"]
+__all__ = [
+    "API",
+    "NODE",
+    "SETS",
+    "Missing",
+    "add_system_packages",
+    "attempt",
+    "build",
+    "folder",
+    "missing",
+    "obstacle",
+]
 
 HERE = Path(__file__).resolve().parent
 VERSION = "1.37.2"
@@ -146,13 +157,13 @@ def build(programs: Iterable[Program]) -> None:
             print(f" {time.monotonic() - started:.0f} s", flush=True)
 
 
-def add_system_packages() -> None:
-    """Install what a node needs of the system, where this may.
+def add_system_packages(packages: Mapping[str, str]) -> None:
+    """Install ``packages``, each with a path that shows that it is there, where this may.
 
     Raises:
         Missing: It may not, or that failed.
     """
-    lacking = [name for name, path in SYSTEM.items() if not Path(path).exists()]
+    lacking = [name for name, path in packages.items() if not Path(path).exists()]
     if not lacking:
         return
     names = " ".join(lacking)
@@ -215,28 +226,34 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def attempt(work: Callable[[], None], what: str, *, node: bool) -> int:
+    """Do ``work`` where this machine can; return the exit code, which is that of a failure only in CI."""
+    try:
+        if why := obstacle(node=node):
+            raise Missing(why)
+        work()
+    except Missing as error:
+        strict = bool(os.environ.get("CI"))
+        print(f"cluster: {error}", file=sys.stderr)
+        ending = "cannot run, and in CI they must" if strict else "are left out"
+        print(f"cluster: {what} {ending}", file=sys.stderr)
+        return int(strict)
+    return 0
+
+
 def main() -> int:
     """Build one of the sets that the command line names."""
     if len(sys.argv) != 2 or sys.argv[1] not in SETS:
         print(f"usage: python -m real_cluster.programs {'|'.join(SETS)}", file=sys.stderr)
         return 64
     node = sys.argv[1] == "node"
-    try:
-        if why := obstacle(node=node):
-            raise Missing(why)
+
+    def work() -> None:
         if node:
-            add_system_packages()
+            add_system_packages(SYSTEM)
         build(SETS[sys.argv[1]])
-    except Missing as error:
-        strict = bool(os.environ.get("CI"))
-        print(f"cluster: {error}", file=sys.stderr)
-        print(
-            f"cluster: tests on a real {'node' if node else 'API server'} "
-            + ("cannot run, and in CI they must" if strict else "are left out"),
-            file=sys.stderr,
-        )
-        return int(strict)
-    return 0
+
+    return attempt(work, f"tests on a real {'node' if node else 'API server'}", node=node)
 
 
 if __name__ == "__main__":

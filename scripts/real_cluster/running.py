@@ -206,6 +206,9 @@ def _cgroup() -> Iterator[str]:
         for setting in ("cpuset.cpus", "cpuset.mems"):  # empty in a new one, of the older kind
             if (root / setting).exists():
                 (root / name / setting).write_text((root / setting).read_text())
+        shares = root / name / "cpu.shares"
+        if shares.exists():  # or all pods together weigh as much as one process outside
+            shares.write_text(str(1024 * (os.cpu_count() or 1)))
     try:
         yield f"/{name}"
     finally:

@@ -39,7 +39,7 @@ def test_a_control_plane_without_a_node_makes_pods_and_finds_no_place_for_them(p
     plane.kubectl("apply", "-f", "-", given=JOB)
 
     def reasons() -> list[str]:
-        pods = plane.get("pods", "-l", "batch.kubernetes.io/job-name=one")["items"]
+        pods = plane.items("pods", "-l", "batch.kubernetes.io/job-name=one")
         told = [condition.get("reason") for pod in pods for condition in pod["status"].get("conditions", ())]
         return told if len(told) == 2 else []
 
@@ -65,7 +65,7 @@ def test_a_node_runs_pods_that_find_each_other_and_leaves_nothing(tmp_path: Path
         cluster.kubectl("apply", "-f", "-", given=JOB)
 
         def running() -> bool:
-            pods = cluster.get("pods", "-l", "batch.kubernetes.io/job-name=one")["items"]
+            pods = cluster.items("pods", "-l", "batch.kubernetes.io/job-name=one")
             return [pod["status"]["phase"] for pod in pods] == ["Running"] * 2
 
         cluster.until(running, "two pods that run")

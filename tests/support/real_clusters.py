@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from real_cluster import programs
+from real_cluster import images, programs
 
 __all__ = ["Cluster", "obstacle", "running"]
 
@@ -32,8 +30,9 @@ class Cluster:
         """Return what kubectl prints; ``given`` is an object, or a list of them, for ``-f -``."""
         text = None
         if given is not None:
-            objects = given if isinstance(given, list) else [given]
-            text = yaml.safe_dump_all(objects)
+            items = given if isinstance(given, list) else [given]
+            # JSON: YAML's versions disagree about what is a number.
+            text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
         done = subprocess.run(
             self.command(*arguments), input=text, stdin=None if text else subprocess.DEVNULL,
             capture_output=True, text=True,
@@ -51,6 +50,11 @@ class Cluster:
         text = self.kubectl("get", *arguments, "--ignore-not-found", "-o", "json")
         return json.loads(text) if text else None
 
+    def items(self, *arguments: str) -> list[Any]:
+        """Return the objects that ``kubectl get`` finds."""
+        found = self.get(*arguments)
+        return found["items"] if found else []
+
     def until(self, true: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
         """Wait until ``true`` returns something, and return that."""
         end = time.monotonic() + seconds
@@ -60,12 +64,16 @@ class Cluster:
         return found
 
 
-def obstacle(kind: Kind) -> str | None:
-    """Return why this machine cannot have such a cluster, or ``None``."""
+def obstacle(kind: Kind, *, with_images: bool = False) -> str | None:
+    """Return why this machine cannot have such a cluster (with this checkout's images), or ``None``."""
     if why := programs.obstacle(node=kind == "node"):
         return why
     lacking = ", ".join(one.name for one in programs.missing(programs.SETS[kind]))
-    return f"{lacking} not built; `make cluster-programs` does it" if lacking else None
+    if lacking:
+        return f"{lacking} not built; `make cluster-programs` does it"
+    if with_images and not images.is_built():
+        return "the images are not built; `make images` does it"
+    return None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,328 @@
+"""A training job on a real node, by the operator in a pod of its own, with its own permissions.
+
+Every namespace enforces restricted Pod Security. The job is the quickstart's small one, on two pods of one
+process each.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from real_cluster import images, programs
+from support import real_clusters
+from support.quickstart import EXAMPLE, load_module
+from support.real_clusters import Cluster
+from unmask.client import Client
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_images]
+
+ROOT = Path(__file__).parents[2]
+SYSTEM, TRAINING = "unmask-system", "training"
+USER = 10001
+STEPS = 255
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node with the operator on it, and a namespace to train in."""
+
+    cluster: Cluster
+    volumes: Path
+    """What the claims ``data`` and ``run`` are on the node."""
+
+    def job(self, name: str) -> Any:
+        found = self.cluster.get("dtj", name, "-n", TRAINING)
+        return found and found | {"status": found.get("status", {})}
+
+    def step(self, name: str) -> int:
+        return int(self.job(name)["status"].get("progress", {}).get("step", 0))
+
+    def committed(self, name: str) -> int:
+        """Return the newest checkpoint's step."""
+        steps = (self.volumes / "run" / name / "checkpoints").glob("*/manifest.json")
+        return max((int(path.parent.name.rpartition("-")[2]) for path in steps), default=0)
+
+    def pods(self, name: str, attempt: int) -> dict[str, Any]:
+        chosen = f"unmask.dev/job={name},unmask.dev/attempt={attempt}"
+        return {
+            pod["metadata"]["name"]: pod for pod in self.cluster.items("pods", "-n", TRAINING, "-l", chosen)
+        }
+
+    def until_state(self, name: str, state: str, seconds: float = 600.0) -> Any:
+        def reached() -> Any:
+            job = self.job(name)
+            told = job["status"].get("state")
+            assert told in (state, *_ON_THE_WAY), json.dumps(job["status"], indent=1) + self.story(name)
+            return job if told == state else None
+
+        try:
+            return self.cluster.until(reached, f"{name}: {state}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story(name)}") from None
+
+    def story(self, name: str) -> str:
+        """Return what helps whoever reads of a failure."""
+        told = [json.dumps(self.job(name).get("status"), indent=1)]
+        for arguments in (
+            ["describe", "pods", "-n", TRAINING],
+            ["get", "events", "-n", TRAINING],
+            ["logs", "-n", TRAINING, "-l", f"unmask.dev/job={name}", "--tail=30", "--prefix"],
+            ["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/name=unmask-operator", "--tail=30"],
+        ):
+            done = subprocess.run(self.cluster.command(*arguments), capture_output=True, text=True)
+            told.append(f"$ kubectl {' '.join(arguments)}\n{done.stdout[-6000:]}{done.stderr}")
+        return "\n".join(told)
+
+    def weights(self, name: str) -> dict[str, str]:
+        folder = self.volumes / "run" / name / "model"
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.glob("*.safetensors"))
+        }
+
+
+_ON_THE_WAY = ("None", None, "Queued", "Starting", "Running", "Restarting", "Suspended")
+
+
+def train_job(name: str) -> Any:
+    """Return the quickstart's small job as two pods, with results below ``name`` on the volume."""
+    job = yaml.safe_load((EXAMPLE / "quickstart-small.yaml").read_text())
+    job["metadata"] = {"name": name, "namespace": TRAINING}
+    job["spec"]["parallelism"] |= {"nodes": 2, "processesPerNode": 1}
+    job["spec"]["checkpoint"]["uri"] = f"pvc://run/{name}"
+    job["spec"]["stages"][-1]["steps"] += 100  # or it ends before all has happened to it
+    job["spec"]["observability"] = {"progressIntervalSeconds": 5}
+    job["spec"]["runPolicy"] = {"restartBackoffSeconds": 1}
+    return job
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    volumes = tmp_path_factory.mktemp("volumes")
+    with real_clusters.running("node") as cluster:
+        for name in (SYSTEM, TRAINING):
+            levels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
+            metadata = {"name": name, "labels": levels}
+            cluster.kubectl(
+                "create", "-f", "-", given={"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+            )
+        for name in ("data", "run"):
+            (volumes / name).mkdir()
+            os.chown(volumes / name, USER, USER)  # a storage class would see to that
+            cluster.kubectl("create", "-f", "-", given=claim(name, volumes / name))
+        load_module("prepare").prepare(volumes / "data")
+        chosen = [*image("image", "operator"), *image("workerImage", "worker"), "--set=lease.seconds=5"]
+        chart = str(ROOT / "deploy/helm/unmask-operator")
+        helm(cluster, "install", "unmask-operator", chart, "--namespace", SYSTEM, *chosen)
+        yield Place(cluster, volumes)
+
+
+def claim(name: str, folder: Path) -> list[Any]:
+    """Return a claim, and the volume for it: a folder of the node."""
+    size = {"storage": "1Gi"}
+    volume = {
+        "capacity": size,
+        "accessModes": ["ReadWriteMany"],
+        "hostPath": {"path": str(folder)},
+        "storageClassName": "",
+        "claimRef": {"namespace": TRAINING, "name": name},
+    }
+    wanted = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": size},
+        "storageClassName": "",
+        "volumeName": name,
+    }
+    return [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": volume},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": name, "namespace": TRAINING},
+            "spec": wanted,
+        },
+    ]
+
+
+def helm(cluster: Cluster, *arguments: str) -> None:
+    command = [str(programs.folder() / "helm"), f"--kubeconfig={cluster.kubeconfig}", *arguments]
+    done = subprocess.run([*command, "--wait", "--timeout=10m"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def image(value: str, name: str) -> list[str]:
+    """Return helm's options for an image of this checkout."""
+    repository, _, tag = images.reference(name).rpartition(":")
+    return [f"--set-string={value}.repository={repository}", f"--set-string={value}.tag={tag}"]
+
+
+def kill(pod: str) -> None:
+    """Kill all processes of a pod: those in a control group with its UID in the name."""
+    killed = 0
+    for path in Path("/proc").glob("[0-9]*/cgroup"):
+        with suppress(OSError):  # it has ended
+            if f"pod{pod}" in path.read_text():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                killed += 1
+    assert killed
+
+
+@contextmanager
+def watching(place: Place, path: Path) -> Iterator[None]:
+    """Write what ``kubectl get dtj -w`` prints to ``path``."""
+    with (
+        path.open("wb") as printed,
+        subprocess.Popen(
+            place.cluster.command("get", "dtj", "-n", TRAINING, "-w"), stdout=printed
+        ) as process,
+    ):
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def forwarded(cluster: Cluster, target: str, port: int) -> Iterator[str]:
+    """Yield an address of this machine from which kubectl forwards to a port in the cluster."""
+    command = cluster.command("port-forward", "-n", TRAINING, target, f":{port}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            found = re.search(r"127\.0\.0\.1:\d+", line)
+            assert found, line
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Place, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A job that nothing happened to; returns what ``kubectl get dtj -w`` printed of it."""
+    printed = tmp_path_factory.mktemp("watch") / "printed"
+    with watching(place, printed):
+        place.cluster.kubectl("apply", "-f", "-", given=train_job("quiet"))
+        place.until_state("quiet", "Succeeded")
+    return printed.read_text()
+
+
+def test_the_job_trains_keeps_checkpoints_and_completes(place: Place, undisturbed: str) -> None:
+    status = place.job("quiet")["status"]
+    told = {one["type"]: one for one in status["conditions"]}
+    assert told["Complete"]["status"] == "True" and told["Succeeded"]["status"] == "True"
+    assert status["attempt"] == 0 and status["restarts"] == 0
+    assert status["progress"]["step"] == STEPS and status["progress"]["percentage"] == 100
+    assert place.committed("quiet") == STEPS
+    assert place.weights("quiet")
+    ended = [
+        state["state"]["terminated"]
+        for pod in place.pods("quiet", 0).values()
+        for state in pod["status"]["containerStatuses"]
+    ]
+    assert [json.loads(one["message"])["reason"] for one in ended] == ["Completed"] * 2
+
+
+def test_kubectl_get_shows_step_loss_and_what_is_left_as_they_change(undisturbed: str) -> None:
+    head, *rows = (line.split() for line in undisturbed.splitlines())
+    assert head == "NAME STATE STAGE STEP LOSS LEFT RESTARTS AGE".split()
+    # Before the first step some columns are empty.
+    shown = [(int(row[3]), float(row[4]), int(row[5])) for row in rows if len(row) == len(head)]
+    steps = [step for step, _, _ in shown]
+    assert steps == sorted(steps) and len(set(steps)) >= 3, undisturbed
+    assert all(loss > 0 for _, loss, _ in shown)
+    assert any(left > 0 for _, _, left in shown) and shown[-1][2] == 0
+
+
+def test_a_lost_pod_a_new_operator_and_a_pause_change_no_weight(place: Place, undisturbed: str) -> None:
+    name, cluster = "disturbed", place.cluster
+    cluster.kubectl("apply", "-f", "-", given=train_job(name))
+    cluster.until(lambda: place.committed(name) >= 20 and place.step(name), "a checkpoint", 600)
+
+    # The operator ends and another takes its place: the pods are the same, and none was restarted.
+    before = {pod: found["metadata"]["uid"] for pod, found in place.pods(name, 0).items()}
+    assert len(before) == 2
+    cluster.kubectl("delete", "pod", "-n", SYSTEM, "-l", "app.kubernetes.io/name=unmask-operator", "--wait")
+    cluster.kubectl("rollout", "status", "deployment/unmask-operator", "-n", SYSTEM, "--timeout=300s")
+    seen = place.step(name)
+    cluster.until(lambda: place.step(name) > seen, "progress under the new operator", 600)
+    after = place.pods(name, 0)
+    assert {pod: found["metadata"]["uid"] for pod, found in after.items()} == before
+    assert all(
+        one["restartCount"] == 0 for pod in after.values() for one in pod["status"]["containerStatuses"]
+    )
+
+    # A pod's processes are killed, which no trainer can do anything about.
+    (lost,) = (pod for pod in after.values() if "-a0-1-" in pod["metadata"]["name"])
+    kill(lost["metadata"]["uid"])
+    cluster.until(lambda: len(place.pods(name, 1)) == 2, "another attempt", 600)
+    # It goes on from the last commit, and commits again.
+    since = place.committed(name)
+    cluster.until(lambda: place.committed(name) > since >= 20, "a checkpoint of the second attempt", 600)
+
+    pause = {"spec": {"suspend": True}}
+    cluster.kubectl("patch", "dtj", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(pause))
+    place.until_state(name, "Suspended")
+    chosen = ["-n", TRAINING, "-l", f"unmask.dev/job={name}"]
+    cluster.until(lambda: not cluster.items("pods,jobs", *chosen), "no pods while it is suspended")
+    saved = place.committed(name)
+    assert saved < STEPS
+    pause["spec"]["suspend"] = False
+    cluster.kubectl("patch", "dtj", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(pause))
+    status = place.until_state(name, "Succeeded")["status"]
+
+    assert status["restarts"] == 2 and status["restartsCounted"] == 1
+    told = [one["reason"] for one in status["history"]]
+    assert len(told) == 3 and told[1:] == ["Suspended", "Completed"], told
+    assert place.weights(name) == place.weights("quiet")
+    records = (place.volumes / "run" / name / "metrics.jsonl").read_text().splitlines()
+    steps = [one["step"] for one in map(json.loads, records) if one["kind"] == "step"]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
+    place: Place, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    demo, cluster = load_module("demo"), place.cluster
+    chosen = ["--set=model.uri=pvc://run/quiet/model", *image("image", "worker")]
+    chart = str(ROOT / "deploy/helm/unmask-inference")
+    helm(cluster, "install", "words", chart, "--namespace", TRAINING, *chosen)
+    service = "service/words-unmask-inference"
+    with forwarded(cluster, service, 50051) as address, Client(address) as client:
+        words = [[{"role": "user", "content": word}] for word in ("hello", "diffusion", "unmasked")]
+        answers = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
+    folder = place.volumes / "run" / "quiet" / "model"
+    with demo.serving(folder, log=tmp_path / "log") as local, Client(local) as client:
+        expected = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
+    assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
+    assert all(one.usage.forwards_denoise > 0 for one in answers)
+    helm(cluster, "uninstall", "words", "--namespace", TRAINING)
+    chosen = ["-n", TRAINING, "-l", "app.kubernetes.io/instance=words"]
+    cluster.until(lambda: not cluster.items("all", *chosen), "nothing of the release is left")
+
+
+def test_deleting_jobs_leaves_only_what_they_wrote(place: Place, undisturbed: str) -> None:
+    cluster = place.cluster
+    cluster.kubectl("delete", "dtj", "--all", "-n", TRAINING, "--wait")
+
+    def left() -> list[str]:
+        kinds = "jobs,pods,services,configmaps,secrets,dtj"
+        found = [one["metadata"]["name"] for one in cluster.items(kinds, "-n", TRAINING)]
+        return [name for name in found if name != "kube-root-ca.crt"]
+
+    cluster.until(lambda: not left(), "nothing is left")
+    claims = cluster.items("pvc", "-n", TRAINING)
+    assert {one["metadata"]["name"] for one in claims} == {"data", "run"}
+    assert place.weights("quiet")

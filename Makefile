@@ -76,7 +76,6 @@ cluster: images setup ## Run a Kubernetes of one node in the foreground until En
 bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once to a real API server; prints JSON
 	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
-test-full: setup-eval cluster-programs ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 test-full: setup-eval images ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
 

@@ -18,7 +18,7 @@ PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster cluster cluster-programs images lint format generate verify path lock bench bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ test-kills: setup ## Kill one of two training ranks KILLS=300 times, and compare
 
 test-faults: setup ## Fail each write of the operator in ten ways; UNMASK_FULL=1: 1,000 runs, 100 pauses of the leader
 	@$(RUN) PYTHONPATH=tests python -m support.fault_rig
+
+charts: setup ## Lint and test the Helm charts, and package them into dist/
+	@CI=true $(PYTEST) tests/unit/test_repository_charts.py tests/integration/test_charts.py
+	@$(RUN) python scripts/charts.py
 
 cluster-programs: ## Build a real Kubernetes for the tests that want one (20 minutes; nothing to do if it is there)
 	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.programs node

@@ -3,9 +3,14 @@
 ``values.yaml`` is the source of the last two. The comment above a value describes it; a line
 ``@schema {...}`` in it adds to the value's JSON Schema, whose type is otherwise that of the default. A
 mapping is a section of values, unless it is empty or its schema says what may be in it.
+
+``python scripts/charts.py`` lints the charts and packages them into ``dist/``.
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +18,17 @@ from typing import Any
 
 import yaml
 
+from real_cluster import programs
 from unmask_api import crd
 from unmask_operator import rbac, yaml_dialect
 from unmask_operator.reconcilers import RECONCILERS
 
-__all__ = ["Value", "files", "markdown", "permissions", "schema", "values"]
+__all__ = ["Value", "files", "helm", "markdown", "permissions", "schema", "values"]
 
 Json = dict[str, Any]
 
-_CHARTS = Path(__file__).resolve().parent.parent / "deploy/helm"
+_ROOT = Path(__file__).resolve().parent.parent
+_CHARTS = _ROOT / "deploy/helm"
 _OPERATOR = "unmask-operator"
 _MADE = "Made by `make generate`"
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
@@ -49,7 +56,7 @@ class Value:
 def files() -> dict[str, str]:
     """Return every file that is made for the charts: its path below the root of the tree -> its text."""
     texts = {}
-    for chart in sorted(path.parent for path in _CHARTS.glob("*/Chart.yaml")):
+    for chart in _folders():
         about = yaml_dialect.load((chart / "Chart.yaml").read_text(encoding="utf-8"))
         found = values((chart / "values.yaml").read_text(encoding="utf-8"))
         texts[f"{chart.name}/README.md"] = markdown(about, found)
@@ -58,6 +65,12 @@ def files() -> dict[str, str]:
         texts[f"{_OPERATOR}/templates/crds/{resource.full_name}.yaml"] = _definition(resource)
     texts[f"{_OPERATOR}/templates/_permissions.tpl"] = permissions()
     return {f"deploy/helm/{name}": text for name, text in texts.items()}
+
+
+def helm() -> str | None:
+    """Return where Helm is: beside the cluster's programs, or on ``PATH``."""
+    built = programs.folder() / "helm"
+    return str(built) if built.is_file() else shutil.which("helm")
 
 
 def values(text: str) -> list[Value]:
@@ -118,6 +131,21 @@ def permissions() -> str:
         )
         texts.append(f'{{{{- define "{_OPERATOR}.{name}" -}}}}\n{body}{{{{- end }}}}\n')
     return "\n".join(texts)
+
+
+def main() -> int:
+    """Lint and package every chart; return the exit code."""
+    if (program := helm()) is None:
+        print(f"charts: no helm in {programs.folder()} or on PATH; `make cluster-programs` builds it")
+        return 1
+    for chart in _folders():
+        subprocess.run([program, "lint", "--strict", "--quiet", chart], check=True)
+        subprocess.run([program, "package", chart, f"--destination={_ROOT / 'dist'}"], check=True)
+    return 0
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in _CHARTS.glob("*/Chart.yaml"))
 
 
 def _definition(resource: crd.Resource) -> str:
@@ -194,3 +222,7 @@ def _compact(value: Any) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

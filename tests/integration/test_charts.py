@@ -1,6 +1,7 @@
 """The Helm charts, rendered: what would be applied, and what is refused."""
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,67 +11,30 @@ import pytest
 import yaml
 
 import charts
-from support.charts import CHARTS, Json, helm, of_kind, pods, refused, render, require, restricted
+from support.charts import (
+    CHARTS,
+    DIGEST,
+    INFERENCE,
+    MATRIX,
+    MODEL,
+    MONITORING,
+    OPERATOR,
+    PEER,
+    PLACED,
+    Json,
+    helm,
+    of_kind,
+    page_commands,
+    pods,
+    refused,
+    render,
+    require,
+    restricted,
+)
 from unmask.cli import generate, serve
 from unmask_api import crd
 from unmask_operator import entry, rbac
 from unmask_operator.reconcilers import RECONCILERS
-
-OPERATOR, INFERENCE = "unmask-operator", "unmask-inference"
-MODEL: Json = {"model": {"uri": "pvc://models/small/model"}}
-DIGEST = "sha256:" + "0123456789abcdef" * 4
-MONITORING = ("--api-versions", "monitoring.coreos.com/v1")
-PEER = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
-PLACED: Json = {
-    "commonLabels": {"team": "a"},
-    "podLabels": {"tier": "b"},
-    "podAnnotations": {"note": "c"},
-    "nodeSelector": {"disk": "fast"},
-    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
-        {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]}}},
-    "topologySpreadConstraints": [
-        {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway",
-         "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": "r"}}}],
-    "priorityClassName": "high",
-    "hostUsers": False,
-    "serviceAccount": {"annotations": {"note": "d"}},
-    "service": {"annotations": {"note": "e"}},
-}  # fmt: skip
-PRIVATE = {"registry": "registry.example:5000", "digest": DIGEST, "pullSecrets": [{"name": "key"}]}
-MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
-MATRIX: dict[str, tuple[str, Json]] = {
-    "operator": (OPERATOR, {}),
-    "operator: two copies": (OPERATOR, {"replicas": 2}),
-    "operator: one namespace": (OPERATOR, {"watchNamespace": "team-a"}),
-    "operator: nothing that needs an administrator": (
-        OPERATOR,
-        {"crds": {"install": False}, "rbac": {"create": False, "aggregate": False},
-         "serviceAccount": {"create": False, "name": "given"}},
-    ),
-    "operator: everything": (
-        OPERATOR,
-        PLACED | {
-            "replicas": 2, "image": PRIVATE, "metrics": MONITORS | {"prometheusRule": {"enabled": True}},
-            "networkPolicy": {"enabled": True, "metricsFrom": [PEER],
-                              "apiServerPeers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]}},
-    ),
-    "inference": (INFERENCE, MODEL),
-    "inference: gpu": (INFERENCE, MODEL | {"gpu": {"enabled": True}, "runtimeClassName": "nvidia"}),
-    "inference: left to an autoscaler": (INFERENCE, MODEL | {"replicas": None}),
-    "inference: everything": (
-        INFERENCE,
-        MODEL | PLACED | {
-            "replicas": 3, "image": PRIVATE, "gpu": {"enabled": True}, "metrics": MONITORS,
-            "strategy": {"maxSurge": "50%", "maxUnavailable": 0},
-            "server": {"context": 512, "threads": 4, "extraArgs": ["--max-queue=9"]},
-            "extraEnv": [{"name": "A", "value": "b"}],
-            "extraVolumes": [{"name": "more", "emptyDir": {}}],
-            "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
-            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
-    ),
-}  # fmt: skip
-"""What the charts are rendered with: name -> chart and values."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -530,3 +494,34 @@ def test_a_packaged_chart_renders_the_same(chart: str, tmp_path: Path) -> None:
     values = MODEL if chart == INFERENCE else {}
     told = helm("template", "r", str(package), "--namespace=place", values=values)
     assert [thing for thing in yaml.safe_load_all(told) if thing] == render(chart, values)
+
+
+PAGE = CHARTS.parents[1] / "docs/how-to/install-with-helm.md"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for heading in ("## The operator", "## An engine") for line in page_commands(PAGE, heading)[:1]],
+)
+def test_what_the_page_installs_renders_with_what_it_sets(line: str) -> None:
+    program, action, name, chart, *options = shlex.split(line)
+    assert (program, action) == ("helm", "install")
+    options = [option for option in options if option != "--create-namespace"]
+    objects = [
+        thing
+        for thing in yaml.safe_load_all(helm("template", name, str(CHARTS.parents[1] / chart), *options))
+        if thing
+    ]
+    image = container(objects)["image"]
+    assert image.startswith("registry.example/")
+    assert one(objects, "Deployment")["metadata"]["name"] in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_values_that_the_page_shows_ask_for_an_accelerator() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    engine = container(render(INFERENCE, yaml.safe_load(block)))
+    assert engine["resources"]["limits"] == {
+        "memory": "48Gi",
+        "ephemeral-storage": "4Gi",
+        "nvidia.com/gpu": 1,
+    }

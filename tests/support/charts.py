@@ -1,7 +1,7 @@
 """The Helm charts as Helm renders them: the one beside the cluster's programs, or on ``PATH``."""
 
 import os
-import shutil
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +10,99 @@ from typing import Any
 import pytest
 import yaml
 
+import charts
 from real_cluster import programs
 
-__all__ = ["CHARTS", "Json", "helm", "of_kind", "pods", "refused", "render", "require", "restricted"]
+__all__ = [
+    "CHARTS",
+    "DIGEST",
+    "INFERENCE",
+    "MATRIX",
+    "MODEL",
+    "MONITORING",
+    "OPERATOR",
+    "PEER",
+    "PLACED",
+    "Json",
+    "helm",
+    "of_kind",
+    "page_commands",
+    "pods",
+    "refused",
+    "render",
+    "require",
+    "restricted",
+]
 
 Json = dict[str, Any]
 
 CHARTS = Path(__file__).parents[2] / "deploy/helm"
-_BUILT = programs.folder() / "helm"
-HELM = str(_BUILT) if _BUILT.is_file() else shutil.which("helm")
+HELM = charts.helm()
+
+
+OPERATOR, INFERENCE = "unmask-operator", "unmask-inference"
+MODEL: Json = {"model": {"uri": "pvc://models/small/model"}}
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+MONITORING = ("--api-versions", "monitoring.coreos.com/v1")
+PEER = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
+PLACED: Json = {
+    "commonLabels": {"team": "a"},
+    "podLabels": {"tier": "b"},
+    "podAnnotations": {"note": "c"},
+    "nodeSelector": {"disk": "fast"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+        {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]}}},
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway",
+         "labelSelector": {"matchLabels": {"app.kubernetes.io/instance": "r"}}}],
+    "priorityClassName": "high",
+    "hostUsers": False,
+    "serviceAccount": {"annotations": {"note": "d"}},
+    "service": {"annotations": {"note": "e"}},
+}  # fmt: skip
+PRIVATE = {"registry": "registry.example:5000", "digest": DIGEST, "pullSecrets": [{"name": "key"}]}
+MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
+MATRIX: dict[str, tuple[str, Json]] = {
+    "operator": (OPERATOR, {}),
+    "operator: two copies": (OPERATOR, {"replicas": 2}),
+    "operator: one namespace": (OPERATOR, {"watchNamespace": "team-a"}),
+    "operator: nothing that needs an administrator": (
+        OPERATOR,
+        {"crds": {"install": False}, "rbac": {"create": False, "aggregate": False},
+         "serviceAccount": {"create": False, "name": "given"}},
+    ),
+    "operator: everything": (
+        OPERATOR,
+        PLACED | {
+            "replicas": 2, "image": PRIVATE, "metrics": MONITORS | {"prometheusRule": {"enabled": True}},
+            "networkPolicy": {"enabled": True, "metricsFrom": [PEER],
+                              "apiServerPeers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]}},
+    ),
+    "inference": (INFERENCE, MODEL),
+    "inference: gpu": (INFERENCE, MODEL | {"gpu": {"enabled": True}, "runtimeClassName": "nvidia"}),
+    "inference: left to an autoscaler": (INFERENCE, MODEL | {"replicas": None}),
+    "inference: everything": (
+        INFERENCE,
+        MODEL | PLACED | {
+            "replicas": 3, "image": PRIVATE, "gpu": {"enabled": True}, "metrics": MONITORS,
+            "strategy": {"maxSurge": "50%", "maxUnavailable": 0},
+            "server": {"context": 512, "threads": 4, "extraArgs": ["--max-queue=9"]},
+            "extraEnv": [{"name": "A", "value": "b"}],
+            "extraVolumes": [{"name": "more", "emptyDir": {}}],
+            "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
+    ),
+}  # fmt: skip
+"""What the charts are rendered with: name -> chart and values."""
+
+
+def page_commands(page: Path, heading: str) -> list[str]:
+    """Return the command lines below one heading of a page, in its order."""
+    section = page.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def require() -> str:

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import pytest
 
+import charts
 from unmask.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,12 @@ def complaint(line: str) -> str | None:
             return None  # tests/integration/test_cluster_page.py runs them
         case ["python", script, *_]:
             return None if (ROOT / script).is_file() else f"no such file: {script}"
+        case ["helm", action, *arguments]:
+            return _helm_complaint(action, arguments)
+        case ["kubectl", *arguments]:
+            files = [file for flag, file in pairwise(arguments) if flag == "-f"]
+            missing = [file for file in files if not (ROOT / file).is_file()]
+            return f"no such file: {missing}" if missing else None
     return "a command that no test knows"
 
 
@@ -55,6 +63,17 @@ def _unmask_complaint(arguments: list[str]) -> str | None:
     return f"no such option: {unknown}" if unknown else None
 
 
+def _helm_complaint(action: str, arguments: list[str]) -> str | None:
+    if action not in ("install", "upgrade"):
+        return None if action in ("test", "uninstall") else f"no test knows helm {action}"
+    chart = ROOT / arguments[1]
+    if not (chart / "Chart.yaml").is_file():
+        return f"no such chart: {arguments[1]}"
+    known = {".".join(value.path) for value in charts.values((chart / "values.yaml").read_text())}
+    given = {each.partition("=")[0] for flag, each in pairwise(arguments) if flag == "--set"}
+    return f"no such value: {given - known}" if given - known else None
+
+
 @pytest.mark.parametrize(("document", "line"), commands(), ids=" ".join)
 def test_a_command_in_a_document_exists(document, line):
     assert complaint(line) is None
@@ -69,7 +88,16 @@ def test_readme_opens_with_the_two_commands_that_do_everything():
 
 @pytest.mark.parametrize(
     "line",
-    ["make nonsense", "unmask nonsense", "unmask serve --nonsense", "curl nowhere", "python nowhere.py"],
+    [
+        "make nonsense",
+        "unmask nonsense",
+        "unmask serve --nonsense",
+        "curl nowhere",
+        "python nowhere.py",
+        "helm install a deploy/helm/nonsense",
+        "helm install a deploy/helm/unmask-operator --set nonsense=1",
+        "kubectl apply -f nowhere.yaml",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found_out(line):
     assert complaint(line) is not None

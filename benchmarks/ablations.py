@@ -310,7 +310,7 @@ def _places(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, A
 
 
 def as_table(variants: Sequence[Variant], results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Mean and standard deviation over the seeds, and how many rose and fell against the first row."""
+    """Means; over several seeds, standard deviations, and how many rose and fell against the first row."""
     figures = {one.name: summary(results[one.name]) for one in variants}
     columns = list(figures[variants[0].name])
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
@@ -319,11 +319,13 @@ def as_table(variants: Sequence[Variant], results: Mapping[str, Sequence[Mapping
         cells = []
         for column in columns:
             values = figures[one.name][column]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cell = f"{statistics.mean(values):.3f} ± {spread:.3f}"
-            if one is not variants[0]:
+            cell = f"{statistics.mean(values):.3f}"
+            if len(values) > 1:
+                cell += f" +- {statistics.stdev(values):.3f}"
+            if len(values) > 1 and one is not variants[0]:
                 pairs = list(zip(values, base[column], strict=True))
-                cell += f" ({sum(new > old for new, old in pairs)}↑ {sum(new < old for new, old in pairs)}↓)"
+                rose, fell = sum(new > old for new, old in pairs), sum(new < old for new, old in pairs)
+                cell += f" ({rose} up, {fell} down)"
             cells.append(cell)
         lines.append(f"| {one.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -336,9 +338,9 @@ def as_page(report: Mapping[str, Any], table: str) -> str:
     )
     return f"""# What each part of the training is worth
 
-`{report["command"].strip()}` on {report["machine"]}, {report["date"]}: {report["seeds"]} seeds,
+`{report["command"].strip()}` on {report["machine"]}, {report["date"]}: {report["seeds"]} seed(s),
 {report["words"]} held-out words, 1/{report["divide"]} of the quickstart's steps after its autoregressive
-stage. Mean ± standard deviation over the seeds; in brackets how many seeds rose and fell against the first
+stage. Mean +- standard deviation over the seeds; in brackets how many seeds rose and fell against the first
 row, which starts from the same autoregressive weights. *largest gradient norm*: of the first 50 steps of the
 conversion, before clipping. *nats*: the bound on an answer's negative log-likelihood per phoneme.
 

@@ -71,5 +71,7 @@ def test_the_table_counts_the_seeds_that_rose_and_fell():
         variants[1].name: [measured(0.5, 1.0), measured(0.5, 1.5)],
     }
     table = ablations.as_table(variants, rows).splitlines()
-    assert table[2] == "| all | 2.000 ± 0.000 | 1.000 ± 0.000 | 0.450 ± 0.071 | 2.000 ± 0.000 |"
-    assert table[3].endswith("| 0.500 ± 0.000 (1↑ 0↓) | 1.250 ± 0.354 (0↑ 2↓) |")
+    assert table[2] == "| all | 2.000 +- 0.000 | 1.000 +- 0.000 | 0.450 +- 0.071 | 2.000 +- 0.000 |"
+    assert table[3].endswith("| 0.500 +- 0.000 (1 up, 0 down) | 1.250 +- 0.354 (0 up, 2 down) |")
+    single = ablations.as_table(variants, {name: found[:1] for name, found in rows.items()}).splitlines()
+    assert single[3] == "| no warm-up | 2.000 | 1.000 | 0.500 | 1.000 |", "one seed has no spread"

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from unmask.cli.main import main
 from unmask.errors import UsageError
 from unmask.telemetry import listener as listening
 from unmask.telemetry import metrics
@@ -171,6 +172,21 @@ def test_a_picture_is_drawn(tmp_path):
     head = (tmp_path / "curves.png").read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(head[16:20], "big") == 1080
+
+
+def test_the_command_draws_beside_the_log_and_says_where(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(step(n))}\n" for n in (1, 2)))
+    for options, path in (([], tmp_path / "curves.png"), (["--output", str(tmp_path / "other.png")], None)):
+        with pytest.raises(SystemExit) as ended:
+            main(["plot", str(tmp_path), *options])
+        target = path or tmp_path / "other.png"
+        assert ended.value.code in (0, None)
+        assert capsys.readouterr().out == f"wrote {target}\n"
+        assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit) as ended:
+        main(["plot", str(tmp_path / "nowhere")])
+    assert ended.value.code == 64
+    assert "metrics.jsonl: cannot be read" in capsys.readouterr().err
 
 
 def test_a_run_without_a_step_has_no_curves(tmp_path):

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from support import real_api_server
 from support.operated import TRAIN_JOB, Operated, operating, until
 from unmask_operator import rbac
-from unmask_operator.control.api import ApiError
 from unmask_operator.reconcilers import RECONCILERS
 
 Json = dict[str, Any]
@@ -208,7 +206,7 @@ def test_an_operator_that_ends_or_is_another_version_disturbs_no_pod(operated: O
     operated.stop()
     operated.start(program=ANOTHER_VERSION)
     for number in range(3):
-        place.submit(f"job-{number}", parallelism__nodes=2, elastic={"minNodes": 1, "maxNodes": 2})
+        place.submit(f"job-{number}", parallelism__nodes=2)
     for number in range(3):
         place.until_running(2, name=f"job-{number}")
     before = _identities(place)
@@ -253,14 +251,17 @@ def test_an_operator_that_is_killed_again_and_again_leaves_one_attempt_that_runs
     assert place.status("job-2")["restartsCounted"] == 1
 
 
-def test_a_namespace_is_deleted_though_the_operator_is_gone(operated: Operated) -> None:
+def test_a_job_is_deleted_though_the_operator_is_gone(operated: Operated) -> None:
     place = operated.place()
-    place.submit(terminationGracePeriodSeconds=30)  # the namespace's controller waits for half of it
+    place.submit()
     place.until_running()
+    kinds = ("DiffusionTrainJob", "Service", "ConfigMap", "Job")
+    held = [one for kind in kinds for one in place.objects(kind) if one["metadata"].get("finalizers")]
+    assert held == [], "nothing of ours waits for us, so namespaces do not either"
     operated.stop()
     try:
-        place.api._json("DELETE", real_api_server.NAMESPACE.path(None, place.name))
-        until(lambda: _is_gone(operated, place.name), "the namespace is gone")
+        place.delete("DiffusionTrainJob", "tiny")
+        until(lambda: not any(_ours(place.objects(kind)) for kind in (*kinds, "Pod")), "nothing is left")
     finally:
         operated.start()
 
@@ -362,11 +363,3 @@ def _identities(place: Any) -> dict[str, tuple[str, Any]]:
 
 def _generation(place: Any, name: str) -> int:
     return int(place.api.get(TRAIN_JOB, place.name, name)["metadata"]["generation"])
-
-
-def _is_gone(operated: Operated, name: str) -> bool:
-    try:
-        operated.api.get(real_api_server.NAMESPACE, None, name)
-    except ApiError as error:
-        return error.status == 404
-    return False

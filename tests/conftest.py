@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from support import real_clusters
+from support import charts, real_clusters
 
 pytest_plugins = ["support.report"]
 
@@ -48,6 +48,7 @@ def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Ite
         ("real_api", lambda: real_clusters.obstacle("api")),
         ("real_node", lambda: real_clusters.obstacle("node")),
         ("real_images", lambda: real_clusters.obstacle("node", with_images=True)),
+        ("helm", charts.obstacle),
     ):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if not needing or (reason := why()) is None:

@@ -28,7 +28,6 @@ from support.charts import (
     pods,
     refused,
     render,
-    require,
     restricted,
 )
 from unmask.cli import generate, serve
@@ -36,10 +35,7 @@ from unmask_api import crd
 from unmask_operator import entry, rbac
 from unmask_operator.reconcilers import RECONCILERS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _helm() -> None:
-    require()
+pytestmark = pytest.mark.helm
 
 
 @cache

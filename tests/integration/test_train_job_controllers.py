@@ -102,8 +102,8 @@ def test_a_job_begins_with_the_model_of_another_once_that_is_complete(operated: 
     place.until_condition("Complete", "True", "Completed", "first")
     place.until_running(name="second")
     given = next(one for one in place.objects("ConfigMap") if one["metadata"]["name"] == "second-a0")
-    assert json.loads(given["data"]["job.json"])["spec"]["model"]["init"] == {"uri": "/tmp/run/model"}
-    assert place.status("second")["modelUri"] == "/tmp/run/model"
+    assert json.loads(given["data"]["job.json"])["spec"]["model"]["init"] == {"uri": "/data/run/model"}
+    assert place.status("second")["modelUri"] == "/data/run/model"
 
 
 # --- what only the operator can see -----------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """The Helm charts as Helm renders them: the one beside the cluster's programs, or on ``PATH``."""
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 import charts
@@ -25,12 +23,12 @@ __all__ = [
     "PLACED",
     "Json",
     "helm",
+    "obstacle",
     "of_kind",
     "page_commands",
     "pods",
     "refused",
     "render",
-    "require",
     "restricted",
 ]
 
@@ -105,14 +103,9 @@ def page_commands(page: Path, heading: str) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-def require() -> str:
-    """Return where Helm is. Skip the test where it is not; in CI, fail."""
-    if HELM:
-        return HELM
-    why = f"no helm in {programs.folder()} or on PATH; `make cluster-programs` builds it"
-    if os.environ.get("CI"):
-        pytest.fail(f"the charts cannot be tested: {why}")
-    pytest.skip(f"the charts are not tested: {why}")
+def obstacle() -> str | None:
+    """Return why this machine cannot try the charts, or ``None``."""
+    return None if HELM else f"no helm in {programs.folder()} or on PATH; `make cluster-programs` builds it"
 
 
 def helm(*arguments: str, values: Json | None = None) -> str:
@@ -183,7 +176,7 @@ def restricted(pod: Json) -> list[str]:
 def _run(*arguments: str, values: Json | None) -> subprocess.CompletedProcess[str]:
     given = [] if values is None else ["--values", "-"]
     return subprocess.run(
-        [require(), *arguments, *given],
+        [str(HELM), *arguments, *given],
         input=yaml.safe_dump(values) if values is not None else "",
         capture_output=True,
         text=True,

@@ -151,7 +151,7 @@ class Place:
             "spec.model.tokenizer.uri": "/data/tokenizer",
             "spec.data.train[0].uri": "/data/train.jsonl",
             "spec.data.validation[0].uri": "/data/held-out.jsonl",
-            "spec.checkpoint.uri": "/tmp/run",
+            "spec.checkpoint.uri": "/data/run",
             "spec.resources": {"limits": {"cpu": "1", "memory": "1Gi"}},
         }
         spec = {f"spec.{key.replace('__', '.')}": value for key, value in values.items()}

@@ -88,18 +88,21 @@ def test_the_limit_would_stop_a_process_that_loads_the_model(tmp_path):
 
 @pytest.mark.slow
 def test_the_mean_of_checkpoints_larger_than_memory_is_written(tmp_path, record_measurement):
-    sources = [tmp_path / name for name in ("a", "b", "c")]
-    write_checkpoint(sources[0], SHAPES)
-    for other in sources[1:]:
-        shutil.copytree(sources[0], other, copy_function=os.link)
-    size = sum(file.stat().st_size for file in sources[0].iterdir())
-    write_checkpoint(tmp_path / "small", SMALL_LING)
-    at_least = peak_of("merge", tmp_path / "small", tmp_path / "small", tmp_path / "small-target")
-    peak = peak_of("merge", *sources, tmp_path / "mean", limit=2_000_000_000)
-    record_measurement("bytes of each of three merged checkpoints", size)
-    record_measurement("most memory while merging them, bytes", peak)
-    assert peak - at_least < 400_000_000 < 3 * size
-    before, after = opened(sources[0]), opened(tmp_path / "mean")
-    assert before.keys() == after.keys()
-    for name in sorted(before)[:: max(1, len(before) // 50)]:
-        assert torch.equal(before[name].get_tensor(name), after[name].get_tensor(name)), name
+    try:
+        sources = [tmp_path / name for name in ("a", "b", "c")]
+        write_checkpoint(sources[0], SHAPES)
+        for other in sources[1:]:
+            shutil.copytree(sources[0], other, copy_function=os.link)
+        size = sum(file.stat().st_size for file in sources[0].iterdir())
+        write_checkpoint(tmp_path / "small", SMALL_LING)
+        at_least = peak_of("merge", tmp_path / "small", tmp_path / "small", tmp_path / "small-target")
+        peak = peak_of("merge", *sources, tmp_path / "mean", limit=2_000_000_000)
+        record_measurement("bytes of each of three merged checkpoints", size)
+        record_measurement("most memory while merging them, bytes", peak)
+        assert peak - at_least < 400_000_000 < 3 * size
+        before, after = opened(sources[0]), opened(tmp_path / "mean")
+        assert before.keys() == after.keys()
+        for name in sorted(before)[:: max(1, len(before) // 50)]:
+            assert torch.equal(before[name].get_tensor(name), after[name].get_tensor(name)), name
+    finally:
+        shutil.rmtree(tmp_path)

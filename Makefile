@@ -15,6 +15,12 @@ VENV = $(shell $(PYTHON) scripts/environment.py path)
 RUN = PATH="$(VENV)/bin:$$PATH"
 # One thread each: the tests start several processes on few cores.
 PYTEST = $(RUN) OMP_NUM_THREADS=1 python -m pytest
+# In several processes, file by file, fast tests first; what runs a whole node wants the machine for itself.
+WORKERS ?= 2
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+ON_A_NODE := real_node or real_images
+# Where the machine can run no node there is no test of one, which pytest ends with 5.
+OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
@@ -33,11 +39,12 @@ demo: setup ## Train a small diffusion model and generate with it, end to end, o
 	@$(RUN) python examples/quickstart/demo.py
 
 test: setup-eval lint verify images ## Check and test everything, fast tests first
-	@$(PYTEST)
+	@$(PYTEST) $(SPREAD) -m "not ($(ON_A_NODE))"
+	@$(PYTEST) -m "$(ON_A_NODE)" $(OR_NONE)
 	@$(MAKE) test-torchx-nightly WHICH="$(SAMPLE_OF_SECOND)"
 
 test-fast: setup-eval ## Run the tests that take less than ten seconds each
-	@$(PYTEST) -m "not slow"
+	@$(PYTEST) $(SPREAD) -m "not slow"
 
 test-training: setup-eval ## Run the tests that prove the training invariants, on 1, 2 and 4 processes
 	@$(PYTEST) -m training
@@ -81,7 +88,8 @@ bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once 
 	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
 test-full: setup-eval images ## Run every test at its full counts and write docs/reports/test-full.{md,json}
-	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full
+	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full $(SPREAD) -m "not ($(ON_A_NODE))"
+	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full --report-goes-on -m "$(ON_A_NODE)" $(OR_NONE)
 
 lint: setup ## Check format, style, types and who imports whom
 	@$(RUN) ruff format --check --quiet . || { echo "lint: make format mends these" >&2; exit 1; }

@@ -25,6 +25,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _deselect_what_needs_a_cluster(config, items)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: tell the first one what was left out."""
+    if (told := getattr(session.config, "workeroutput", None)) is not None:
+        told["left out"] = session.config.stash.get(_LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the first of several processes: take that over, from one of them, for all say the same."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", [])
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for reason in config.stash.get(_LEFT_OUT, ()):
         terminalreporter.write_line(reason, yellow=True)

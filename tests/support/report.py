@@ -1,7 +1,8 @@
 """Writes down what a test run found: ``--report=PATH`` makes ``PATH.json`` and ``PATH.md``.
 
 A test adds a number worth keeping with the ``record_measurement`` fixture. The files are committed, so that a
-reader sees when and on which machine the full counts were last run, and what they measured.
+reader sees when and on which machine the full counts were last run, and what they measured. With
+``--report-goes-on`` what an earlier run has written there is added to.
 """
 
 import datetime
@@ -19,26 +20,29 @@ import pytest
 
 _PACKAGES = ("torch", "grpcio", "pydantic", "torchx")
 _SLOWEST = 10
+_MEASUREMENT = "measurement"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", type=Path, help="write PATH.json and PATH.md about this run", metavar="PATH")
+    parser.addoption("--report-goes-on", action="store_true", help="add to what PATH.json says")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--report")
-    if path is not None:
-        config.pluginmanager.register(Report(path), "unmask-report")
+    if path is not None and not hasattr(config, "workerinput"):  # what processes beside it run, it is told
+        earlier = {}
+        if config.getoption("--report-goes-on"):
+            earlier = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        config.pluginmanager.register(Report(path, earlier), "unmask-report")
 
 
 @pytest.fixture
 def record_measurement(request: pytest.FixtureRequest) -> Callable[[str, float | str], None]:
     """A function ``(name, value)`` that keeps a number for the report, where one is written."""
-    report = request.config.pluginmanager.get_plugin("unmask-report")
 
     def record(name: str, value: float | str) -> None:
-        if report is not None:
-            report.measurements.append({"test": request.node.nodeid, "name": name, "value": value})
+        request.node.user_properties.append((_MEASUREMENT, [name, value]))
 
     return record
 
@@ -46,17 +50,23 @@ def record_measurement(request: pytest.FixtureRequest) -> Callable[[str, float |
 class Report:
     """Collects outcomes, durations and measurements, and writes them when the run ends."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: dict[str, Any]) -> None:
         self.path = path
-        self.measurements: list[dict[str, Any]] = []
-        self.outcomes: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
-        self.started = time.monotonic()
+        self.measurements: list[dict[str, Any]] = list(earlier.get("measurements", ()))
+        self.outcomes: Counter[str] = Counter(earlier.get("outcomes", {}))
+        self.seconds: Counter[str] = Counter(dict(earlier.get("slowest", ())))
+        self.started = time.monotonic() - earlier.get("seconds", 0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
+        if report.when == "teardown":
+            self.measurements += [
+                {"test": report.nodeid, "name": value[0], "value": value[1]}
+                for name, value in report.user_properties
+                if name == _MEASUREMENT
+            ]
 
     def pytest_sessionfinish(self) -> None:
         facts = self.facts()

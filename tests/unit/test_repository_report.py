@@ -32,6 +32,18 @@ def test_a_report_says_what_ran_where_and_what_was_measured(pytester):
     assert "| largest difference | 0.25 |" in page
 
 
+def test_it_holds_what_other_processes_ran_and_goes_on(pytester):
+    pytester.makepyfile(test_one=PASSES, test_two="def test_two(): pass")
+    spread = ["-n", "2", "--dist", "loadfile"]
+    for options in ([*spread, "test_one.py", "test_two.py"], ["--report-goes-on", "test_one.py"]):
+        pytester.runpytest_subprocess(
+            "-p", "support.report", "--report=run", "-p", "no:cacheprovider", *options
+        )
+    facts = json.loads((pytester.path / "run.json").read_text())
+    assert facts["outcomes"] == {"passed": 3, "failed": 0}
+    assert [one["value"] for one in facts["measurements"]] == [0.25, 0.25]
+
+
 def test_without_a_report_a_measurement_is_let_go(pytester):
     pytester.makepyfile(PASSES)
     assert pytester.runpytest_subprocess("-p", "support.report").ret == 0

@@ -66,9 +66,24 @@ def test_a_run_killed_at_random_moments_computes_what_an_undisturbed_run_does(
     undisturbed, record_measurement
 ):
     folder, ranks = undisturbed
+    kills, runs = killed_until(counts.of(sample=8, full=150), folder, ranks=ranks)
+    _record(record_measurement, ranks, kills, runs)
+
+
+@pytest.mark.slow
+def test_four_ranks_killed_at_random_moments_compute_what_an_undisturbed_run_does(
+    tmp_path, record_measurement
+):
+    train_to_the_end(job_in(tmp_path, "undisturbed"), ranks=4)
+    kills, runs = killed_until(counts.of(sample=2, full=30), tmp_path, ranks=4)
+    _record(record_measurement, 4, kills, runs)
+
+
+def killed_until(enough, folder, *, ranks):
+    """Kill runs with ``ranks`` ranks at random moments ``enough`` times, and let each end; kills and runs."""
     chance = random.Random(ranks)
     kills, runs = 0, 0
-    while kills < counts.of(sample=8, full=150):
+    while kills < enough:
         run = folder / "killed"
         shutil.rmtree(run, ignore_errors=True)
         runs += 1
@@ -77,6 +92,10 @@ def test_a_run_killed_at_random_moments_computes_what_an_undisturbed_run_does(
         ):
             kills += 1
         assert_same_run(folder, "killed")
+    return kills, runs
+
+
+def _record(record_measurement, ranks, kills, runs):
     record_measurement(f"kills of a run with {ranks} ranks", kills)
     record_measurement(f"complete runs with {ranks} ranks that equal the undisturbed one", runs)
 

@@ -55,6 +55,15 @@ def test_counts_do_not_depend_on_the_number_of_ranks(runs):
             assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-4))
 
 
+def test_the_tokens_of_each_expert_are_listed_now_and_then_whatever_the_ranks(runs):
+    assert ["expert_tokens" in line["telemetry"] for line in runs[1]] == [True] + [False] * (len(runs[1]) - 1)
+    one, two = (runs[ranks][0]["telemetry"] for ranks in (1, 2))
+    assert one["expert_tokens"] == two["expert_tokens"]
+    for counts, imbalance in zip(one["expert_tokens"], one["expert_imbalance"], strict=True):
+        assert max(counts) * len(counts) / sum(counts) == pytest.approx(imbalance, abs=1e-4)
+    assert sum(counts.count(0) for counts in one["expert_tokens"]) == one["experts_unused"]
+
+
 def test_losses_by_ratio_make_up_the_loss_of_a_flat_weight(runs):
     denoising = [line for line in runs[2] if "loss_by_ratio" in line["telemetry"]]
     assert len(denoising) == STEPS

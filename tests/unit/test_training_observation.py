@@ -9,7 +9,7 @@ import torch
 from support.training import training_job
 from unmask.attention.metadata import CLEAN, PADDING, AttentionMetadata, may_attend
 from unmask.diffusion.layout import ModelInputs
-from unmask.training.observation import BUCKETS, StepWatch, pairs_of
+from unmask.training.observation import BUCKETS, EXPERT_COUNTS_EVERY, StepWatch, pairs_of
 
 CPU = torch.device("cpu")
 
@@ -64,24 +64,31 @@ def test_losses_are_told_apart_by_the_ratio_and_work_is_counted():
         useful_flops=100.0,
         peak_flops=200.0,
         expert_tokens=[torch.tensor([6, 2, 0, 0])],
+        step=EXPERT_COUNTS_EVERY,
     )
     assert found["predictions_by_ratio"] == [2, 1, 1, 0, 2]
     assert found["loss_by_ratio"] == [2.0, 5.0, 7.0, None, 10.0]
     assert (found["tokens_per_second"], found["mfu"]) == (4.0, 0.25)
     assert (found["expert_imbalance"], found["experts_unused"]) == ([3.0], 2)
+    assert found["expert_tokens"] == [[6, 2, 0, 0]]
     assert len(found["loss_by_ratio"]) == BUCKETS
     json.dumps(found, allow_nan=False)
 
 
 def test_what_is_not_known_is_left_out():
-    found = StepWatch(CPU).summary(tokens=8, seconds=2.0, useful_flops=1.0, peak_flops=None, expert_tokens=[])
-    assert not {"mfu", "loss_by_ratio", "expert_imbalance"} & found.keys()
+    watch = StepWatch(CPU)
+    found = watch.summary(
+        tokens=8, seconds=2.0, useful_flops=1.0, peak_flops=None, expert_tokens=[], step=EXPERT_COUNTS_EVERY
+    )
+    assert not {"mfu", "loss_by_ratio", "expert_imbalance", "expert_tokens"} & found.keys()
 
 
 def test_a_loss_that_is_not_finite_is_none_in_its_bucket_alone():
     watch = StepWatch(CPU)
     watch.note_losses(torch.tensor([float("nan"), 2.0]), inputs_with([0.1, 0.9]))
-    found = watch.summary(tokens=1, seconds=1.0, useful_flops=1.0, peak_flops=None, expert_tokens=[])
+    found = watch.summary(
+        tokens=1, seconds=1.0, useful_flops=1.0, peak_flops=None, expert_tokens=[], step=1
+    )
     assert found["loss_by_ratio"] == [None, None, None, None, 2.0]
 
 

@@ -21,10 +21,13 @@ from unmask.diffusion.rows import PackedRows
 from unmask.training.distributed import World
 from unmask.training.sizing.work import Work
 
-__all__ = ["BUCKETS", "StepWatch", "pairs_of"]
+__all__ = ["BUCKETS", "EXPERT_COUNTS_EVERY", "StepWatch", "pairs_of"]
 
 BUCKETS = 5
 """Of mask ratios: above 0 to 0.2, above 0.2 to 0.4, and so on."""
+
+EXPERT_COUNTS_EVERY = 50
+"""Steps from one list of all experts' tokens to the next: a large model has thousands of experts."""
 
 
 class StepWatch:
@@ -96,6 +99,7 @@ class StepWatch:
         useful_flops: float,
         peak_flops: float | None,
         expert_tokens: Sequence[Tensor],
+        step: int,
     ) -> dict[str, Any]:
         """The notes, as the log has them; after :meth:`add_up`.
 
@@ -105,6 +109,7 @@ class StepWatch:
             useful_flops: That it asked for.
             peak_flops: Of all devices together, if known.
             expert_tokens: For each router, int64 (experts,).
+            step: Of the run, from 1; some notes are too long for every line.
         """
         supervised = float(self._sums[2, 0])
         found: dict[str, Any] = {
@@ -129,6 +134,8 @@ class StepWatch:
                 for tokens in expert_tokens
             ]
             found["experts_unused"] = sum(int((tokens == 0).sum()) for tokens in expert_tokens)
+            if step == 1 or step % EXPERT_COUNTS_EVERY == 0:
+                found["expert_tokens"] = [tokens.tolist() for tokens in expert_tokens]
         return found
 
 

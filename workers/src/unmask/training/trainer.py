@@ -364,6 +364,7 @@ class Trainer:
             useful_flops=flops.useful,
             peak_flops=float(peak) * self._world.size if peak is not None else None,
             expert_tokens=totals.expert_tokens,
+            step=self._at.step,
         ) | ({"checkpoint_write_seconds": self._writer.seconds} if self._writer.seconds else {})
 
     def _write_reference(self, plan: StagePlan) -> None:

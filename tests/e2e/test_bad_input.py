@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from parent_death import bound
 from support.folders import served_folder
 from support.manifests import changed
 from support.training import training_job
@@ -187,7 +188,7 @@ def test_a_flipped_bit_in_a_model_of_ours(manifest: Manifest, tmp_path: Path) ->
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = served_folder(tmp_path_factory.mktemp("served") / "tiny")
     command = [*COMMAND, "serve", str(folder), "--port=0", "--metrics-port=0", "--context=64"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(bound(command), stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         match = re.search(r" on (\S+:\d+),", server.stdout.readline())
         assert match

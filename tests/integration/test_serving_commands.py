@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import pytest
 
+from parent_death import bound
 from support.folders import GOLDEN, add_tokenizer, served_folder
 from unmask.cli.main import main
 from unmask.client import BlockCommitted, Client, Finished
@@ -26,7 +27,8 @@ READY = re.compile(r"serving tiny \(LLaDA\w+\) on (\S+:\d+), metrics on (http://
 def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server process and its address."""
     command = [sys.executable, "-m", "unmask.cli.main", "serve", str(folder), "--port=0", "--metrics-port=0"]
-    with subprocess.Popen([*command, "--threads=1", *options], stdout=subprocess.PIPE, text=True) as process:
+    command = bound([*command, "--threads=1", *options])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -117,13 +118,16 @@ def write_job(job: DiffusionTrainJob, path: Path) -> Path:
 
 
 def start_training(job_file: Path, *, processes: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Start ``unmask train``, under torchrun if there is more than one process."""
+    """Start ``unmask train``, under torchrun if there is more than one process; it ends with this process."""
+    from parent_death import bound  # on pytest's path, which not all have who import this module
+
     launcher = [sys.executable]
     if processes > 1:
         options = [f"--nproc-per-node={processes}", "--max-restarts=0", "--rdzv-backend=c10d"]
         launcher += ["-m", "torch.distributed.run", *options, "--rdzv-endpoint=localhost:0"]
+    command = [*launcher, "-m", "unmask.cli.main", "train", "--job", str(job_file)]
     return subprocess.Popen(
-        [*launcher, "-m", "unmask.cli.main", "train", "--job", str(job_file)],
+        bound(command, signal.SIGTERM),  # torchrun passes that on
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

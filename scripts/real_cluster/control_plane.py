@@ -1,16 +1,31 @@
-"""The control plane: its certificates, and the command lines of its programs."""
+"""The control plane: its certificates, the command lines of its programs, and the programs as they run."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import socket
+import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from parent_death import bound
 from real_cluster.programs import folder as programs
 
-__all__ = ["DOMAIN", "PODS", "SERVICES", "Plane", "kubeconfig", "make_certificates"]
+__all__ = [
+    "DOMAIN",
+    "PODS",
+    "SERVICES",
+    "ControlPlane",
+    "Plane",
+    "certificate_of",
+    "kubeconfig",
+    "make_certificates",
+]
 
 SERVICES = "10.96.0.0/16"
 PODS = "10.244.0.0/16"
@@ -42,6 +57,41 @@ class Plane:
     """Port of the scheduler."""
     flags: Sequence[str] = ()
     """More flags of the API server."""
+    controller_flags: Sequence[str] = ()
+    """More flags of the controller manager."""
+    scheduler_flags: Sequence[str] = ()
+    """More flags of the scheduler."""
+
+    @classmethod
+    def on_loopback(
+        cls,
+        folder: Path,
+        *,
+        flags: Sequence[str] = (),
+        controller_flags: Sequence[str] = (),
+        scheduler_flags: Sequence[str] = (),
+    ) -> Self:
+        """Return one with ports that are free now."""
+        with contextlib.ExitStack() as stack:
+            taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(5)]
+            port, etcd, peers, controllers, scheduler = (one.getsockname()[1] for one in taken)
+        return cls(
+            folder=folder,
+            address="127.0.0.1",
+            port=port,
+            etcd=etcd,
+            peers=peers,
+            controllers=controllers,
+            scheduler=scheduler,
+            flags=flags,
+            controller_flags=controller_flags,
+            scheduler_flags=scheduler_flags,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the API server answers."""
+        return f"https://{self.address}:{self.port}"
 
     @property
     def pki(self) -> Path:
@@ -105,9 +155,10 @@ class Plane:
             "--leader-elect=false",
             "--allocate-node-cidrs",
             f"--cluster-cidr={PODS}",
+            *self.controller_flags,
         ]
 
-    def scheduler_command(self, flags: Sequence[str] = ()) -> list[str]:
+    def scheduler_command(self) -> list[str]:
         """Return the command line of the scheduler."""
         return [
             str(programs() / "kube-scheduler"),
@@ -115,54 +166,124 @@ class Plane:
             "--bind-address=127.0.0.1",
             f"--secure-port={self.scheduler}",
             "--leader-elect=false",
-            *flags,
+            *self.scheduler_flags,
         ]
+
+
+class ControlPlane:
+    """The programs of a control plane on this machine, in a ``with`` that starts etcd and the API server.
+
+    They end with the thread that started them, however that ends.
+    """
+
+    def __init__(self, plane: Plane) -> None:
+        self.plane = plane
+        """Where it is."""
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        make_certificates(self.plane)
+        self._start(self.plane.etcd_command())
+        self._start(self.plane.api_server_command())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in reversed(list(self._running)):
+            self._end(name)
+
+    def start_controllers(self) -> None:
+        """Start the controllers and the scheduler; they end where the API server is not healthy soon."""
+        self._start(self.plane.controllers_command())
+        self._start(self.plane.scheduler_command())
+
+    def restart_api_server(self) -> None:
+        """End the API server and start it again, which takes it some seconds."""
+        self._end("kube-apiserver")
+        self._start(self.plane.api_server_command())
+
+    def serves(self, path: str = "/readyz") -> bool:
+        """Whether the API server answers an administrator's question for ``path`` with success.
+
+        Raises:
+            RuntimeError: A program has ended, so that this will never be so.
+        """
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                raise RuntimeError(f"{name} has ended: {self.last_words(name)}")
+        pki = self.plane.pki
+        trusted = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+        trusted.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+        asking = http.client.HTTPSConnection(
+            self.plane.address, self.plane.port, timeout=10.0, context=trusted
+        )
+        try:
+            asking.request("GET", path)
+            return asking.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            asking.close()
+
+    def last_words(self, name: str = "kube-apiserver") -> str:
+        """Return the end of what a program has logged."""
+        return self._log(name).read_text(errors="replace")[-2000:]
+
+    def _start(self, command: Sequence[str]) -> None:
+        name = Path(command[0]).name
+        with self._log(name).open("ab") as log:
+            self._running[name] = subprocess.Popen(
+                bound(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _end(self, name: str) -> None:
+        process = self._running.pop(name)
+        process.kill()  # on SIGTERM the API server would wait for its watches
+        process.wait()
+
+    def _log(self, name: str) -> Path:
+        return self.plane.folder / f"{name}.log"
 
 
 def make_certificates(plane: Plane) -> None:
     """Make an authority, a certificate for each who needs one, and a kubeconfig with it."""
     pki = plane.pki
     pki.mkdir(parents=True)
-    _openssl("genrsa", "-out", pki / "accounts.key", "2048")
-    key = ("-newkey", "rsa:2048", "-nodes")
-    _openssl(
-        "req",
-        "-x509",
-        *key,
-        "-keyout",
-        pki / "ca.key",
-        "-out",
-        pki / "ca.crt",
-        "-subj",
-        "/CN=ca",
-        "-days",
-        "30",
-    )
+    # Keys on curves are made in no time.
+    _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", pki / "accounts.key")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    authority = ("-keyout", pki / "ca.key", "-out", pki / "ca.crt", "-subj", "/CN=ca", "-days", "30")
+    _openssl("req", "-x509", *key, *authority, "-addext", "keyUsage=critical,keyCertSign,cRLSign")
     names = ["IP:127.0.0.1", f"IP:{_FIRST_SERVICE}", f"IP:{plane.address}", "DNS:localhost"]
     names += ["DNS:kubernetes.default.svc", f"DNS:kubernetes.default.svc.{DOMAIN}"]
-    (pki / "names").write_text(f"subjectAltName={','.join(dict.fromkeys(names))}\n")
+    extensions = ["subjectKeyIdentifier=hash", "authorityKeyIdentifier=keyid"]  # or strict readers refuse it
+    extensions.append(f"subjectAltName={','.join(dict.fromkeys(names))}")
+    (pki / "extensions").write_text("\n".join(extensions) + "\n")
     for name, subject in _IDENTITIES.items():
         request = pki / f"{name}.csr"
         _openssl("req", *key, "-keyout", pki / f"{name}.key", "-out", request, "-subj", subject)
         signing = ["-CA", pki / "ca.crt", "-CAkey", pki / "ca.key", "-CAcreateserial"]
-        made = ["-out", pki / f"{name}.crt", "-days", "30", "-extfile", pki / "names"]
+        made = ["-out", pki / f"{name}.crt", "-days", "30", "-extfile", pki / "extensions"]
         _openssl("x509", "-req", "-in", request, *signing, *made)
-        server = f"https://{plane.address}:{plane.port}"
-        (pki / f"{name}.kubeconfig").write_text(json.dumps(kubeconfig(pki, name, server)))
+        (pki / f"{name}.kubeconfig").write_text(kubeconfig(pki, plane.url, certificate_of(pki, name)))
 
 
-def kubeconfig(pki: Path, name: str, server: str) -> Mapping[str, object]:
-    """Return the kubeconfig by which ``name`` reaches ``server``."""
+def certificate_of(pki: Path, name: str) -> Mapping[str, str]:
+    """Return who somebody with a certificate is to a kubeconfig."""
+    return {"client-certificate": str(pki / f"{name}.crt"), "client-key": str(pki / f"{name}.key")}
+
+
+def kubeconfig(pki: Path, server: str, user: Mapping[str, str]) -> str:
+    """Return the kubeconfig by which ``user`` reaches ``server``."""
     cluster = {"server": server, "certificate-authority": str(pki / "ca.crt")}
-    user = {"client-certificate": str(pki / f"{name}.crt"), "client-key": str(pki / f"{name}.key")}
-    return {
+    config = {
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": "test", "cluster": cluster}],
-        "users": [{"name": name, "user": user}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": name}}],
+        "users": [{"name": "test", "user": user}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         "current-context": "test",
     }
+    return json.dumps(config)
 
 
 def _openssl(*arguments: object) -> None:

@@ -20,11 +20,10 @@ from real_cluster.control_plane import DOMAIN, PODS, Plane, make_certificates
 from real_cluster.images import import_images, link_unpacked, write_pause_image
 from real_cluster.programs import folder as programs
 
-__all__ = ["PLANE_PORTS", "main"]
+__all__ = ["main"]
 
 ADDRESS = "10.10.0.1"
 """The node's, in its own network alone; nothing is routed out of that."""
-PLANE_PORTS = {"port": 6443, "etcd": 2379, "peers": 2380, "controllers": 10257, "scheduler": 10259}
 PAUSE = "cluster.local/pause:1"
 # Written to whatever folder they are told, by programs that know of no other cluster on the machine.
 _PRIVATE = ["/run", "/var/lib/cni", "/var/lib/kubelet", "/var/log/containers"]
@@ -43,7 +42,16 @@ def main() -> None:
 
 def _start(settings: dict[str, Any]) -> None:
     """Start everything, say on the file ``ready`` when it serves, or what went wrong; then keep watch."""
-    plane = Plane(folder=Path(settings["folder"]), address=ADDRESS, flags=settings["flags"], **PLANE_PORTS)
+    plane = Plane(
+        folder=Path(settings["folder"]),
+        address=ADDRESS,
+        port=6443,
+        etcd=2379,
+        peers=2380,
+        controllers=10257,
+        scheduler=10259,
+        flags=settings["flags"],
+    )
     node = _Node(plane, settings["cgroup"], settings["images"])
     threading.Thread(target=_pass_on, args=[settings["listener"], plane.port], daemon=True).start()
     try:

@@ -26,7 +26,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from real_cluster.control_plane import Plane, kubeconfig, make_certificates
+from parent_death import bound
+from real_cluster.control_plane import ControlPlane, Plane, certificate_of, kubeconfig
 from real_cluster.programs import folder as programs
 
 __all__ = ["main"]
@@ -84,55 +85,17 @@ def _folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _api(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[Path | None]:
-    names = ("port", "etcd", "peers", "controllers", "scheduler")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    plane = Plane(folder=folder, address="127.0.0.1", flags=options.flag, **ports)
-    make_certificates(plane)
-    config = plane.pki / "admin.kubeconfig"
-    with contextlib.ExitStack() as stack:
-
-        def start(command: list[str]) -> None:
-            stack.enter_context(_process(command, folder))
-
-        start(plane.etcd_command())
-        start(plane.api_server_command())
-        serves = [str(programs() / "kubectl"), f"--kubeconfig={config}", "get", "--raw", "/readyz"]
+    plane = Plane.on_loopback(folder, flags=options.flag)
+    with ControlPlane(plane) as serving:
         end = time.monotonic() + START_SECONDS
-        while subprocess.run(serves, capture_output=True).returncode:
+        while not serving.serves():
             if time.monotonic() > end:
-                raise TimeoutError((folder / "kube-apiserver.log").read_text()[-2000:])
+                raise TimeoutError(serving.last_words())
             if select.select([sys.stdin, stopped], [], [], 0.2)[0]:
                 yield None
                 return
-        start(plane.controllers_command())
-        start(plane.scheduler_command())
-        yield config
-
-
-@contextlib.contextmanager
-def _process(command: list[str], folder: Path) -> Iterator[None]:
-    with (folder / f"{Path(command[0]).name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_end_with_parent
-        )
-    try:
-        yield
-    finally:
-        process.kill()  # on SIGTERM the API server would wait for its watches
-        process.wait()
-
-
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; between fork and exec."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [one.getsockname()[1] for one in sockets]
+        serving.start_controllers()
+        yield plane.pki / "admin.kubeconfig"
 
 
 # --- a node -------------------------------------------------------------------------------------------
@@ -156,12 +119,11 @@ def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[P
         namespaces = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (folder / "node.log").open("wb") as log:
             first = subprocess.Popen(
-                [*namespaces, sys.executable, "-m", "real_cluster.inside", json.dumps(settings)],
+                bound([*namespaces, sys.executable, "-m", "real_cluster.inside", json.dumps(settings)]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno(), told],
-                preexec_fn=_end_with_parent,
                 env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
             )
         os.close(told)
@@ -178,7 +140,7 @@ def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[P
             pki = folder / "pki"
             config = pki / "outside.kubeconfig"
             server = f"https://127.0.0.1:{listener.getsockname()[1]}"
-            config.write_text(json.dumps(kubeconfig(pki, "admin", server)))
+            config.write_text(kubeconfig(pki, server, certificate_of(pki, "admin")))
             yield config
         finally:
             # The first process of the namespaces is gone when all the others are.

@@ -2,10 +2,8 @@
 
 import contextlib
 import copy
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import yaml
 
 from support import fault_rig
 from support.api_server import ApiServer, listening
+from support.operator_process import operator_process
 from unmask_operator.control.api import Api, Request
 from unmask_operator.control.clock import SystemClock
 from unmask_operator.resources import RESOURCES
@@ -34,17 +33,10 @@ def operator(folder: Path, address: str) -> Iterator["subprocess.Popen[bytes]"]:
     context = {"contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
     config = folder / "kubeconfig"
     config.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config"} | cluster | context))
-    command = [sys.executable, "-c", _PROGRAM, "--kubeconfig", str(config), "--lease-namespace", "system"]
-    command += ["--lease-seconds", "3", "--host", "127.0.0.1", "--port", "0", "--workers", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    environment.pop("KUBERNETES_SERVICE_HOST", None)
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stderr=log)
-    try:
+    flags = [f"--kubeconfig={config}", "--lease-namespace=system", "--lease-seconds=3"]
+    flags += ["--host=127.0.0.1", "--port=0", "--workers=2"]
+    with operator_process(_PROGRAM, *flags, log=folder / "log") as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def until(true: Callable[[], bool], folder: Path, seconds: float = 60.0) -> None:

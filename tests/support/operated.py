@@ -3,10 +3,8 @@
 import contextlib
 import itertools
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,10 +15,11 @@ import yaml
 
 from support import real_api_server
 from support.manifests import changed, train_job
+from support.operator_process import operator_process
 from support.real_api_server import DEFINITION, NAMESPACE, RealServer
 from support.simulated_nodes import Nodes
 from unmask_operator import rbac
-from unmask_operator.control.api import Api, ApiError, KubernetesTransport
+from unmask_operator.control.api import Api, KubernetesTransport
 from unmask_operator.control.clock import SystemClock
 from unmask_operator.reconcilers import RECONCILERS
 from unmask_operator.resources import MANAGER, RESOURCES, Resource
@@ -57,14 +56,7 @@ def install(api: Api) -> None:
         plural = f"{body['kind'].lower()}s"
         resource = Resource(body["kind"], group, version, plural)
         api.create(resource, body["metadata"].get("namespace"), body)
-    until(lambda: _served(api), "the definition is served")
-
-
-def _served(api: Api) -> bool:
-    with contextlib.suppress(ApiError):
-        api.list(TRAIN_JOB, None)
-        return True
-    return False
+    real_api_server.until_served(api, TRAIN_JOB)
 
 
 def namespace(api: Api, name: str, **labels: str) -> str:
@@ -80,16 +72,10 @@ def started(
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run the operator; ``program`` is Python to run before it, another version of it so to say."""
     lines = f"import sys\n{program}\nfrom unmask_operator.entry import main\nsys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", lines, f"--kubeconfig={server.kubeconfig(folder)}", f"--image={IMAGE}"]
-    command += [f"--lease-namespace={rbac.SYSTEM_NAMESPACE}", "--host=127.0.0.1", "--port=0", *flags]
-    environment = {key: value for key, value in os.environ.items() if key != "KUBERNETES_SERVICE_HOST"}
-    with (folder / "operator.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stderr=log)
-    try:
+    given = [f"--kubeconfig={server.kubeconfig(folder)}", f"--image={IMAGE}"]
+    given += [f"--lease-namespace={rbac.SYSTEM_NAMESPACE}", "--host=127.0.0.1", "--port=0", *flags]
+    with operator_process(lines, *given, log=folder / "operator.log") as process:
         yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @dataclass

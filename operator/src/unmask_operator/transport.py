@@ -6,12 +6,13 @@ long.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from urllib.parse import urlencode
 
+from unmask_operator.decision import JsonObject
 from unmask_operator.resources import MANAGER
 
 __all__ = [
@@ -25,6 +26,10 @@ __all__ = [
     "Request",
     "Transport",
     "Unreachable",
+    "delete_options",
+    "exchange",
+    "json_request",
+    "pages",
     "refuse",
 ]
 
@@ -32,6 +37,8 @@ Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 JSON = "application/json"
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"  # JSON is YAML
+_PAGE = 500
+"""Objects in a page of a list."""
 
 
 class ApiError(Exception):
@@ -136,6 +143,57 @@ class KubernetesTransport:
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unreachable(f"{request.method} {request.path}: {error}") from error
+
+
+def json_request(
+    method: Method,
+    path: str,
+    query: Mapping[str, str] | None = None,
+    body: JsonObject | None = None,
+    content_type: str = JSON,
+    *,
+    timeout: float = 10.0,
+) -> Request:
+    """Return a request whose body, if it has one, is JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    return Request(method, path, dict(query or {}), data, content_type, timeout)
+
+
+def exchange(transport: Transport, request: Request) -> JsonObject:
+    """Send a request once, and return the object that answers it.
+
+    Raises:
+        ApiError: the server refuses.
+        Unreachable: there is no answer, or none that is JSON.
+    """
+    reply = transport.send(request)
+    refuse(reply)
+    try:
+        answer: JsonObject = json.loads(reply.body)
+    except ValueError as error:
+        raise Unreachable(f"{request.method} {request.path}: the answer is no JSON") from error
+    return answer
+
+
+def pages(ask: Callable[[Mapping[str, str]], JsonObject], query: Mapping[str, str]) -> Iterator[JsonObject]:
+    """Yield the pages of a list, which ``ask`` returns for a query."""
+    query = {"limit": str(_PAGE), **query}
+    while True:
+        page = ask(query)
+        yield page
+        if not (following := page["metadata"].get("continue")):
+            return
+        query = {**query, "continue": following}
+
+
+def delete_options(uid: str, propagation: str, *, version: str | None = None) -> JsonObject:
+    """Return the body of a request that deletes an object if it still has this UID and version."""
+    return {
+        "apiVersion": "v1",
+        "kind": "DeleteOptions",
+        "preconditions": {"uid": uid} | ({"resourceVersion": version} if version else {}),
+        "propagationPolicy": propagation,
+    }
 
 
 def refuse(reply: Reply) -> None:

@@ -1,12 +1,10 @@
 """Where the cluster is and who asks, and requests that are tried again while that can help."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from unmask_operator.client.errors import NoCluster, explained
 from unmask_operator.decision import JsonObject
@@ -20,6 +18,10 @@ from unmask_operator.transport import (
     Request,
     Transport,
     Unreachable,
+    delete_options,
+    exchange,
+    json_request,
+    pages,
     refuse,
 )
 
@@ -29,7 +31,6 @@ AGENT = "unmask"
 """The field manager of what people do, and what the API server's log calls them."""
 _TRIES = 3
 _PAUSE_S = 0.5
-_PAGE = 500
 _BUSY = {429, 500, 502, 503, 504}
 _ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -114,29 +115,27 @@ class Connection:
         self, resource: Resource, namespace: str | None, *, what: str, **selectors: str
     ) -> list[JsonObject]:
         """Return all objects that the selectors (``labelSelector``, ``fieldSelector``) choose."""
-        query = {"limit": str(_PAGE)} | selectors
         place = namespace or "(all namespaces)"
         items: list[JsonObject] = []
-        while True:
-            page = self._ask("GET", resource.path(namespace), query, what=what, namespace=place)
+        for page in pages(
+            lambda query: self._ask("GET", resource.path(namespace), query, what=what, namespace=place),
+            selectors,
+        ):
             items += page.get("items") or ()
-            if not (following := page["metadata"].get("continue")):
-                return items
-            query["continue"] = following
+        return items
 
     def create(
         self, resource: Resource, namespace: str, body: JsonObject, *, what: str, dry_run: bool
     ) -> JsonObject | None:
         """Make an object and return it; ``None`` where the name is taken."""
         query = {"fieldManager": AGENT, "fieldValidation": "Strict"} | _dry(dry_run)
-        try:
-            return self._send("POST", resource.path(namespace), query, body)
-        except ApiError as error:
-            if error.status == 409 and error.reason == "AlreadyExists":
-                return None
-            raise self.explained(error, what=what, namespace=namespace) from None
-        except Unreachable as error:
-            raise self.explained(error, what=what, namespace=namespace) from None
+        with self._explaining(what, namespace):
+            try:
+                return self._send("POST", resource.path(namespace), query, body)
+            except ApiError as error:
+                if error.status == 409 and error.reason == "AlreadyExists":
+                    return None
+                raise
 
     def merge(
         self, resource: Resource, namespace: str, name: str, patch: JsonObject, *, what: str, dry_run: bool
@@ -150,19 +149,13 @@ class Connection:
         self, resource: Resource, namespace: str, name: str, uid: str, *, what: str, dry_run: bool
     ) -> None:
         """Delete the object with this UID; one that is gone already is as good."""
-        body = {
-            "apiVersion": "v1",
-            "kind": "DeleteOptions",
-            "preconditions": {"uid": uid},
-            "propagationPolicy": "Background",
-        } | ({"dryRun": ["All"]} if dry_run else {})
-        try:
-            self._send("DELETE", resource.path(namespace, name), _dry(dry_run), body)
-        except ApiError as error:
-            if error.status not in (404, 409):  # 409: another object has the name by now
-                raise self.explained(error, what=what, namespace=namespace) from None
-        except Unreachable as error:
-            raise self.explained(error, what=what, namespace=namespace) from None
+        body = delete_options(uid, "Background") | ({"dryRun": ["All"]} if dry_run else {})
+        with self._explaining(what, namespace):
+            try:
+                self._send("DELETE", resource.path(namespace, name), _dry(dry_run), body)
+            except ApiError as error:
+                if error.status not in (404, 409):  # 409: another object has the name by now
+                    raise
 
     @contextmanager
     def lines(self, path: str, query: Mapping[str, str], *, timeout: float) -> Iterator[Iterator[bytes]]:
@@ -192,8 +185,13 @@ class Connection:
         what: str,
         namespace: str,
     ) -> JsonObject:
-        try:
+        with self._explaining(what, namespace):
             return self._send(method, path, query, body, content_type)
+
+    @contextmanager
+    def _explaining(self, what: str, namespace: str) -> Iterator[None]:
+        try:
+            yield
         except (ApiError, Unreachable) as error:
             raise self.explained(error, what=what, namespace=namespace) from None
 
@@ -206,12 +204,11 @@ class Connection:
         content_type: str = JSON,
     ) -> JsonObject:
         """Send until there is an answer; every request of this class may be carried out twice."""
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(method, path, dict(query or {}), data, content_type)
+        request = json_request(method, path, query, body, content_type)
         for left in reversed(range(_TRIES)):
             pause = _PAUSE_S * (_TRIES - left)
             try:
-                return self._once(request)
+                return exchange(self._transport, request)
             except Unreachable:
                 if not left:
                     raise
@@ -221,16 +218,6 @@ class Connection:
                 pause = error.retry_after or pause
             self.sleep(pause)
         raise AssertionError("the last try returns or raises")
-
-    def _once(self, request: Request) -> JsonObject:
-        reply = self._transport.send(request)
-        refuse(reply)
-        try:
-            answer: Any = json.loads(reply.body)
-        except ValueError as error:
-            raise Unreachable(f"{request.method} {request.path}: the answer is no JSON") from error
-        found: JsonObject = answer
-        return found
 
 
 def _dry(dry_run: bool) -> dict[str, str]:

@@ -19,13 +19,16 @@ from unmask_operator.transport import (
     Request,
     Transport,
     Unreachable,
+    delete_options,
+    exchange,
+    json_request,
+    pages,
     refuse,
 )
 
 __all__ = ["Api", "ApiError", "Fenced", "KubernetesTransport", "Reply", "Request", "Transport", "Unreachable"]
 
 _WRITES = {"POST", "PUT", "PATCH", "DELETE"}
-_PAGE = 500
 
 
 class Fenced(Exception):
@@ -80,15 +83,14 @@ class Api:
         Raises:
             ApiError: among others 410, where the pages took so long that the rest is gone.
         """
-        query = {"limit": str(_PAGE)} | _selection(selector, fields)
         items: list[JsonObject] = []
-        while True:
-            page = self._json("GET", resource.path(namespace), query)
+        version = ""
+        for page in pages(
+            lambda query: self._json("GET", resource.path(namespace), query), _selection(selector, fields)
+        ):
             items += page.get("items") or ()
-            following = page["metadata"].get("continue")
-            if not following:
-                return items, page["metadata"]["resourceVersion"]
-            query["continue"] = following
+            version = page["metadata"]["resourceVersion"]
+        return items, version
 
     def watch(
         self,
@@ -162,13 +164,7 @@ class Api:
         propagation: str,
     ) -> JsonObject:
         """Delete an object if it still has this UID and version; return it or the server's word."""
-        preconditions = {"uid": uid} | ({"resourceVersion": version} if version else {})
-        body = {
-            "apiVersion": "v1",
-            "kind": "DeleteOptions",
-            "preconditions": preconditions,
-            "propagationPolicy": propagation,
-        }
+        body = delete_options(uid, propagation, version=version)
         return self._json("DELETE", resource.path(namespace, name), {}, body)
 
     def served(self) -> frozenset[str]:
@@ -186,17 +182,10 @@ class Api:
     ) -> JsonObject:
         if self._bucket is not None:
             self._clock.wait(self._bucket.reserve(), self._stop)
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(method, path, dict(query or {}), data, content_type, self._timeout)
+        request = json_request(method, path, query, body, content_type, timeout=self._timeout)
         if method in _WRITES and self._fence is not None:
             self._fence()  # nothing may come between this and the sending
-        reply = self._transport.send(request)
-        refuse(reply)
-        try:
-            answer: JsonObject = json.loads(reply.body)
-        except ValueError as error:
-            raise Unreachable(f"{method} {path}: the answer is no JSON") from error
-        return answer
+        return exchange(self._transport, request)
 
 
 def _selection(selector: str, fields: str) -> dict[str, str]:

@@ -29,14 +29,28 @@ class Nodes:
         self._told: set[str] = set()
         self.waiting: Callable[[Json], Json | None] = lambda pod: None
         """Asked of each pod that has got a machine: why its container cannot start, if it cannot."""
+        self.ending: Callable[[Json], int | None] = lambda pod: None
+        """Asked of each pod that is told to end: its exit code; ``None``: it is gone without a word."""
+        self.told_to_end: dict[str, int] = {}
+        """Name of each pod that ended with an exit code, when told to -> seconds that it was given."""
 
-    def add(self, name: str, **capacity: str) -> None:
-        """Make a machine; what it has by resource, such as ``cpu="4"``, besides room for 100 pods."""
+    def add(
+        self, name: str, *, labels: dict[str, str] | None = None, taint: str = "", **capacity: str
+    ) -> None:
+        """Make a machine.
+
+        Args:
+            name: its name, and the value of its label ``zone``.
+            labels: further ones.
+            taint: key of a taint that keeps pods away.
+            capacity: what it has by resource, such as ``cpu="4"``, besides room for 100 pods.
+        """
         amounts = {"cpu": "64", "memory": "64Gi", "pods": "100"} | capacity
-        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"zone": name}}}
-        self._api.create(NODE, None, body)
+        metadata = {"name": name, "labels": {"zone": name} | (labels or {})}
+        self._api.create(NODE, None, {"apiVersion": "v1", "kind": "Node", "metadata": metadata})
         # Who makes a node finds it tainted until a controller has seen it ready.
-        self._api.merge(NODE, None, name, {"spec": {"taints": None}})
+        taints = [{"key": taint, "effect": "NoSchedule"}] if taint else None
+        self._api.merge(NODE, None, name, {"spec": {"taints": taints}})
         status = {
             "capacity": amounts,
             "allocatable": amounts,
@@ -93,6 +107,11 @@ class Nodes:
         metadata = pod["metadata"]
         where = POD.path(metadata["namespace"], metadata["name"])
         if "deletionTimestamp" in metadata:
+            code = self.ending(pod)
+            if code is not None and metadata["name"] not in self.told_to_end:
+                self.told_to_end[metadata["name"]] = int(metadata["deletionGracePeriodSeconds"])
+                self.end(metadata["namespace"], metadata["name"], code)
+                return
             options = {"gracePeriodSeconds": 0, "preconditions": {"uid": metadata["uid"]}}
             self._api._json("DELETE", where, {}, {"kind": "DeleteOptions", "apiVersion": "v1"} | options)
         elif pod["spec"].get("nodeName") and metadata["uid"] not in self._told:

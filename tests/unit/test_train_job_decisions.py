@@ -675,6 +675,30 @@ def test_an_elastic_job_in_a_queue_asks_it_anew() -> None:
     assert cluster.status["restartsCounted"] == 0
 
 
+def test_an_elastic_job_that_waits_in_a_queue_is_resized_and_stays_suspended() -> None:
+    values = {"spec.elastic": {"minNodes": 1, "maxNodes": 4}, "spec.scheduling.queueName": "team"}
+    cluster = Cluster(values, served=["kueue.x-k8s.io/v1beta2"])
+    cluster.settle()
+    cluster.resource["spec"]["parallelism"]["nodes"] = 2
+    (resized,) = [one for one in cluster.step(writes=0).apply if one["kind"] == "Job"]
+    assert resized["metadata"]["name"] == "tiny-a0"
+    assert (resized["spec"]["parallelism"], resized["spec"]["completions"]) == (2, 2)
+    assert resized["spec"]["suspend"] is True
+
+
+def test_the_next_attempt_in_a_queue_waits_for_quota_and_was_not_evicted() -> None:
+    cluster = Cluster({"spec.scheduling.queueName": "team"}, served=["kueue.x-k8s.io/v1beta2"])
+    cluster.settle()
+    cluster.job["spec"]["suspend"] = False
+    cluster.run()
+    cluster.settle()
+    cluster.fail(75)
+    cluster.now += 600
+    cluster.settle()
+    assert cluster.job["metadata"]["name"] == "tiny-a1"
+    assert cluster.condition("Admitted") == ("False", "WaitingForQuota")
+
+
 def test_the_time_limit_ends_the_job_and_its_pods() -> None:
     cluster = failing({"spec.runPolicy.activeDeadlineSeconds": 1000})
     cluster.now += 999

@@ -75,7 +75,8 @@ def next_attempt(turn: Pass, *, counted: bool, pause: int) -> None:
     turn.status["attempt"] += 1
     turn.status["restarts"] += 1
     turn.status["restartsCounted"] += counted
-    turn.conditions.drop("Hung")
+    for one in ("Hung", "Admitted"):  # of the attempt that ends
+        turn.conditions.drop(one)
     turn.status.pop("nextAttemptTime", None)
     if pause:
         turn.status["nextAttemptTime"] = stamp(turn.now + pause)

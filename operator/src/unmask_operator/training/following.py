@@ -75,6 +75,7 @@ def _resized(turn: Pass, spec: TrainSpec, current: JsonObject) -> bool:
         turn.set_state("Restarting")
         return True
     kept = ("apiVersion", "kind")
+    # With `suspend` as it is: what admission sets as a Job is made counts as ours, and left out it would go.
     body = {key: value for key, value in current["spec"].items() if key != "selector"}
     labels = current["metadata"].get("labels", {})
     resized = {key: current[key] for key in kept} | {

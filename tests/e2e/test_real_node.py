@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
+from parent_death import bound
 from real_cluster import images, programs
 from support import real_clusters
+from support.charts import PAGE, Prompt, page_commands
 from support.quickstart import EXAMPLE, load_module
 from support.real_clusters import Cluster
 from unmask.client import Client
@@ -40,6 +43,7 @@ class Place:
     cluster: Cluster
     volumes: Path
     """What the claims ``data`` and ``run`` are on the node."""
+    prompt: Prompt
 
     def job(self, name: str) -> Any:
         found = self.cluster.get("dtj", name, "-n", TRAINING)
@@ -125,7 +129,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         chosen = [*image("image", "operator"), *image("workerImage", "worker"), "--set=lease.seconds=5"]
         chart = str(ROOT / "deploy/helm/unmask-operator")
         helm(cluster, "install", "unmask-operator", chart, "--namespace", SYSTEM, *chosen)
-        yield Place(cluster, volumes)
+        yield Place(cluster, volumes, Prompt(cluster.kubeconfig, tmp_path_factory.mktemp("helm")))
 
 
 def claim(name: str, folder: Path) -> list[Any]:
@@ -161,6 +165,15 @@ def helm(cluster: Cluster, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def shown(*starts: str) -> Iterator[str]:
+    """Yield the commands of docs/how-to/install-with-helm.md that begin with ``starts``, one for each."""
+    headings = ("## The operator", "## An engine", "## Upgrade and remove")
+    lines = [line for heading in headings for line in page_commands(PAGE, heading)]
+    for start in starts:
+        (line,) = [line for line in lines if line.startswith(start)]
+        yield line
+
+
 def image(value: str, name: str) -> list[str]:
     """Return helm's options for an image of this checkout."""
     repository, _, tag = images.reference(name).rpartition(":")
@@ -184,7 +197,7 @@ def watching(place: Place, path: Path) -> Iterator[None]:
     with (
         path.open("wb") as printed,
         subprocess.Popen(
-            place.cluster.command("get", "dtj", "-n", TRAINING, "-w"), stdout=printed
+            bound(place.cluster.command("get", "dtj", "-n", TRAINING, "-w")), stdout=printed
         ) as process,
     ):
         try:
@@ -196,7 +209,7 @@ def watching(place: Place, path: Path) -> Iterator[None]:
 @contextmanager
 def forwarded(cluster: Cluster, target: str, port: int) -> Iterator[str]:
     """Yield an address of this machine from which kubectl forwards to a port in the cluster."""
-    command = cluster.command("port-forward", "-n", TRAINING, target, f":{port}")
+    command = bound(cluster.command("port-forward", "-n", TRAINING, target, f":{port}"))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -291,6 +304,13 @@ def test_a_lost_pod_a_new_operator_and_a_pause_change_no_weight(place: Place, un
     assert steps == list(range(1, STEPS + 1))
 
 
+def test_the_operator_s_own_test_passes(place: Place) -> None:
+    for line in shown("kubectl --namespace unmask-system rollout", "helm test unmask-operator"):
+        place.prompt.run(line)
+    left = place.cluster.items("pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=test")
+    assert left == [], "what has succeeded is gone"
+
+
 def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
     place: Place, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,17 +319,50 @@ def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
     chosen = ["--set=model.uri=pvc://run/quiet/model", *image("image", "worker")]
     chart = str(ROOT / "deploy/helm/unmask-inference")
     helm(cluster, "install", "words", chart, "--namespace", TRAINING, *chosen)
+    ready, test, forward, ask, upgrade, remove = shown(
+        "kubectl --namespace training rollout",
+        "helm test words",
+        "kubectl --namespace training port-forward",
+        "unmask generate",
+        "helm upgrade words",
+        "helm uninstall words",
+    )
+    place.prompt.run(ready)
+    said = place.prompt.run(test)
+    assert "Succeeded" in said and '"text"' in said, said
+
     service = "service/words-unmask-inference"
-    with forwarded(cluster, service, 50051) as address, Client(address) as client:
-        words = [[{"role": "user", "content": word}] for word in ("hello", "diffusion", "unmasked")]
-        answers = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
+    assert forward.split()[3:6] == ["port-forward", service, "50051:50051"]
+
+    def answers() -> list[list[int]]:
+        with forwarded(cluster, service, 50051) as address, Client(address) as client:
+            found = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
+        assert all(one.usage.forwards_denoise > 0 for one in found)
+        return [list(one.token_ids) for one in found]
+
+    words = [[{"role": "user", "content": word}] for word in ("hello", "diffusion", "unmasked")]
     folder = place.volumes / "run" / "quiet" / "model"
     with demo.serving(folder, log=tmp_path / "log") as local, Client(local) as client:
         expected = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
-    assert [one.token_ids for one in answers] == [one.token_ids for one in expected]
-    assert all(one.usage.forwards_denoise > 0 for one in answers)
-    helm(cluster, "uninstall", "words", "--namespace", TRAINING)
+    assert answers() == [list(one.token_ids) for one in expected]
+    with forwarded(cluster, service, 50051) as address:
+        program, *arguments = ask.replace("127.0.0.1:50051", address).split()
+        command = [sys.executable, "-m", f"{program}.cli.main", *arguments]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    # One engine ends, another one with more rows takes its place, and answers as the first did.
     chosen = ["-n", TRAINING, "-l", "app.kubernetes.io/instance=words"]
+    (before,) = cluster.items("pods", *chosen)
+    place.prompt.run(upgrade)
+    place.prompt.run(ready)
+    cluster.until(lambda: len(cluster.items("pods", *chosen)) == 1, "the first engine is gone")
+    (after,) = cluster.items("pods", *chosen)
+    assert before["metadata"]["uid"] != after["metadata"]["uid"]
+    assert "--rows=4" in after["spec"]["containers"][0]["args"]
+    assert after["spec"]["containers"][0]["image"] == before["spec"]["containers"][0]["image"]
+    assert answers() == [list(one.token_ids) for one in expected]
+
+    place.prompt.run(remove)
     cluster.until(lambda: not cluster.items("all", *chosen), "nothing of the release is left")
 
 

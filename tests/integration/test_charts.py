@@ -19,6 +19,7 @@ from support.charts import (
     MODEL,
     MONITORING,
     OPERATOR,
+    PAGE,
     PEER,
     PLACED,
     Json,
@@ -490,9 +491,6 @@ def test_a_packaged_chart_renders_the_same(chart: str, tmp_path: Path) -> None:
     values = MODEL if chart == INFERENCE else {}
     told = helm("template", "r", str(package), "--namespace=place", values=values)
     assert [thing for thing in yaml.safe_load_all(told) if thing] == render(chart, values)
-
-
-PAGE = CHARTS.parents[1] / "docs/how-to/install-with-helm.md"
 
 
 @pytest.mark.parametrize(

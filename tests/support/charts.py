@@ -1,8 +1,11 @@
-"""The Helm charts as Helm renders them: the one beside the cluster's programs, or on ``PATH``."""
+"""The Helm charts, and Helm: the one beside the cluster's programs, or on ``PATH``."""
 
+import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ __all__ = [
     "MODEL",
     "MONITORING",
     "OPERATOR",
+    "PAGE",
     "PEER",
     "PLACED",
     "Json",
+    "Prompt",
     "helm",
     "obstacle",
     "of_kind",
@@ -35,6 +40,7 @@ __all__ = [
 Json = dict[str, Any]
 
 CHARTS = Path(__file__).parents[2] / "deploy/helm"
+PAGE = CHARTS.parents[1] / "docs/how-to/install-with-helm.md"
 HELM = charts.helm()
 
 
@@ -101,6 +107,31 @@ def page_commands(page: Path, heading: str) -> list[str]:
     section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
     blocks = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where somebody types commands who administrates a cluster, in the root of a checkout."""
+
+    kubeconfig: Path
+    home: Path
+    """For what Helm keeps."""
+
+    def run(self, line: str, given: object = None) -> str:
+        """Return what a command prints, which must succeed and warn of nothing; it may read ``given``."""
+        folders = {f"HELM_{kind}_HOME": str(self.home / kind) for kind in ("CACHE", "CONFIG", "DATA")}
+        paths = f"{programs.folder()}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            shlex.split(line),
+            cwd=CHARTS.parents[1],
+            env=os.environ | folders | {"KUBECONFIG": str(self.kubeconfig), "PATH": paths},
+            input="" if given is None else yaml.safe_dump(given),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), f"{line}: {done.stderr}{done.stdout}"
+        return done.stdout
 
 
 def obstacle() -> str | None:

@@ -86,9 +86,7 @@ def test_what_is_not_known_is_left_out():
 def test_a_loss_that_is_not_finite_is_none_in_its_bucket_alone():
     watch = StepWatch(CPU)
     watch.note_losses(torch.tensor([float("nan"), 2.0]), inputs_with([0.1, 0.9]))
-    found = watch.summary(
-        tokens=1, seconds=1.0, useful_flops=1.0, peak_flops=None, expert_tokens=[], step=1
-    )
+    found = watch.summary(tokens=1, seconds=1.0, useful_flops=1.0, peak_flops=None, expert_tokens=[], step=1)
     assert found["loss_by_ratio"] == [None, None, None, None, 2.0]
 
 

@@ -52,7 +52,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("plane")
     with real_api_server.running(folder, "nobody") as server:
-        api = Api(KubernetesTransport(server.client()), SystemClock())
+        api = Api(KubernetesTransport(server.client()), SystemClock(), timeout=60.0)
         for name in (SYSTEM, TRAINING):
             namespace(api, name, **RESTRICTED, **{"pod-security.kubernetes.io/warn": "restricted"})
         yield Place(api, Prompt(server.kubeconfig(folder, admin=True), folder / "helm"))

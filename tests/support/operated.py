@@ -218,7 +218,7 @@ class Place:
 def operating(folder: Path, *, pod_groups: bool = False) -> Iterator[Operated]:
     """Run a control plane with controllers, kubelets and an operator."""
     with real_api_server.running(folder, ACCOUNT, controllers=True, pod_groups=pod_groups) as server:
-        api = Api(KubernetesTransport(server.client()), SystemClock())
+        api = Api(KubernetesTransport(server.client()), SystemClock(), timeout=60.0)
         install(api)
         with Nodes(api).running() as nodes:
             operated = Operated(server, folder, api, nodes)

@@ -35,7 +35,7 @@ _WRITES = {"create", "update", "patch", "delete"}
 def measure(folder: Path, jobs: int, *, idle: float) -> Json:
     """Return what it takes to bring ``jobs`` jobs of two nodes to rest, and what is asked for after that."""
     with real_api_server.running(folder, ACCOUNT) as server:
-        api = Api(KubernetesTransport(server.client()), SystemClock())
+        api = Api(KubernetesTransport(server.client()), SystemClock(), timeout=60.0)
         install(api)
         namespace(api, "team")
         with started(server, folder, *FLAGS) as process:

@@ -45,7 +45,18 @@ class CountingBatch:
     def free_rows(self) -> int:
         return self.rows - self.active
 
-    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+    @property
+    def cache_usage(self) -> float:
+        return self.active / self.rows
+
+    def admit(
+        self,
+        prompt: Sequence[int],
+        params: DecodingParams,
+        committed: Sequence[int] = (),
+        *,
+        cache_salt: str = "",
+    ) -> int:
         assert self.free_rows
         self._tickets += 1
         last = [*prompt, *committed][-1]
@@ -115,8 +126,19 @@ class GatedBatch:
     def free_rows(self) -> int:
         return self._batch.free_rows
 
-    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
-        return self._batch.admit(prompt, params, committed)
+    @property
+    def cache_usage(self) -> float:
+        return self._batch.cache_usage
+
+    def admit(
+        self,
+        prompt: Sequence[int],
+        params: DecodingParams,
+        committed: Sequence[int] = (),
+        *,
+        cache_salt: str = "",
+    ) -> int:
+        return self._batch.admit(prompt, params, committed, cache_salt=cache_salt)
 
     def release(self, ticket: int) -> None:
         self._batch.release(ticket)

@@ -1,8 +1,9 @@
 """Requests decoded side by side: what a batch does, what it tells, and running one to the end.
 
 There are two kinds of batch, by what a model's tokens see: blocks in their order
-(:class:`unmask.diffusion.generation.BlockBatch`) or the whole canvas, masked positions
-included (:class:`unmask.diffusion.full_sequence.CanvasBatch`). Both run one forward at a
+(:class:`unmask.diffusion.generation.BlockBatch`, and a server's
+:class:`unmask.serving.ragged.RaggedBatch`) or the whole canvas, masked positions
+included (:class:`unmask.diffusion.full_sequence.CanvasBatch`). All run one forward at a
 time and tell what it brought about in the same words, so whoever drives a batch, the
 server's engine or :func:`run_to_end`, need not know which it is.
 """
@@ -25,8 +26,10 @@ __all__ = [
     "Finished",
     "ForwardCounts",
     "Generation",
+    "NoRoom",
     "Persisted",
     "Prefilled",
+    "Reused",
     "check_attends",
     "check_request",
     "run_to_end",
@@ -36,12 +39,18 @@ __all__ = [
 FinishReason: TypeAlias = Literal["eos", "length"]
 
 
+class NoRoom(RuntimeError):
+    """A request cannot be admitted now: no row is free, or the cache has no room until another one ends."""
+
+
 @dataclass(slots=True)
 class ForwardCounts:
     """Forwards that one request took part in, by kind, and tokens per forward (TPF) from them.
 
-    ``kept`` tokens are those generated before the end of text, which does not count
-    itself. The papers' tables are to be compared with ``tpf_decode``.
+    Each forward counts once. One that persists a block and denoises the next one is a denoise
+    forward: ``persist`` counts those that did nothing else. ``kept`` tokens are those generated
+    before the end of text, which does not count itself. The papers' tables are to be compared
+    with ``tpf_decode``.
     """
 
     prefill: int = 0
@@ -64,8 +73,16 @@ class ForwardCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """Given blocks were in the cache already, for another request began with them; no forward was needed."""
+
+    ticket: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prefilled:
-    """The prompt's whole blocks are in the cache."""
+    """A forward put whole given blocks into the cache: all that are left, or as many as it had room for."""
 
     ticket: int
     tokens: int
@@ -119,7 +136,7 @@ class Finished:
     """Generated tokens before the end of text."""
 
 
-Event: TypeAlias = Prefilled | Filled | Persisted | Committed | Finished
+Event: TypeAlias = Reused | Prefilled | Filled | Persisted | Committed | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +165,30 @@ class Batch(Protocol):
     def active(self) -> int:
         """Requests admitted and not finished."""
 
-    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+    @property
+    def cache_usage(self) -> float:
+        """Share of the memory for keys and values that active requests hold, from 0 to 1."""
+
+    def admit(
+        self,
+        prompt: Sequence[int],
+        params: DecodingParams,
+        committed: Sequence[int] = (),
+        *,
+        cache_salt: str = "",
+    ) -> int:
         """Take a request up; no forward is run. Returns its ticket.
 
         Args:
             prompt: Token ids; none of them counts as masked, whatever its value.
             params: How to decode it.
             committed: Generated tokens of an earlier attempt, to go on from.
+            cache_salt: Where requests share what they have in common, only with others of the same salt.
 
         Raises:
             UsageError: If the request is empty, does not fit, has nothing left to generate, or asks for
                 what this batch cannot do.
-            RuntimeError: If no row is free.
+            NoRoom: If no row is free, or not enough memory for keys and values.
         """
 
     def release(self, ticket: int) -> None:
@@ -228,8 +257,12 @@ def run_to_end(batch: Batch, prompts: Sequence[Sequence[int]], params: DecodingP
     queue = deque(enumerate(prompts))
     while queue or batch.active:
         while queue and batch.free_rows:
-            index, prompt = queue.popleft()
-            ticket = batch.admit(prompt, params)
+            index, prompt = queue[0]
+            try:
+                ticket = batch.admit(prompt, params)
+            except NoRoom:
+                break
+            queue.popleft()
             index_of[ticket], tokens[ticket] = index, []
         for event in batch.step():
             if isinstance(event, Committed):

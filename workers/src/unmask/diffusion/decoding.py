@@ -17,12 +17,25 @@ nothing, or after so many steps beyond the last fill.
 Shape letters: R rows, B positions of a block, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Candidates", "DecodingParams", "Vicinity", "accept", "best_tokens", "edits", "quota"]
+__all__ = [
+    "Candidates",
+    "DecodingParams",
+    "Vicinity",
+    "accept",
+    "best_tokens",
+    "best_tokens_at",
+    "edits",
+    "quota",
+]
+
+SCORES_AT_ONCE = 1 << 24
+"""Most float32 scores that exist at a time: 64 MiB, where 8 blocks of 32 and 157,184 tokens would be 154."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,34 @@ def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
     allowed[..., mask_token_id] = float("-inf")
     best, tokens = allowed.max(dim=-1)
     return Candidates(tokens, torch.exp(best - torch.logsumexp(allowed, dim=-1)).float())
+
+
+def best_tokens_at(
+    hidden_PD: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+    at_once: int = SCORES_AT_ONCE,
+) -> Candidates:
+    """Greedy candidates of P positions, at least one, whose scores are never all there at a time.
+
+    Args:
+        hidden_PD: Final hidden states of the positions.
+        logits: The output layer, (P, D) to (P, V).
+        vocab_size: V.
+        mask_token_id: Never chosen.
+        at_once: Most scores to compute at a time, but those of one position at least.
+
+    Returns:
+        Tokens and confidences (P,), on the device of ``hidden_PD``.
+    """
+    parts = [
+        best_tokens(logits(part), mask_token_id=mask_token_id)
+        for part in hidden_PD.split(max(1, at_once // vocab_size))
+    ]
+    tokens = torch.cat([part.tokens for part in parts])
+    return Candidates(tokens, torch.cat([part.confidence for part in parts]))
 
 
 def quota(params: DecodingParams, step: int) -> int:

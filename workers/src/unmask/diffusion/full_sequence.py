@@ -36,6 +36,7 @@ from unmask.diffusion.batch import (
     FinishReason,
     ForwardCounts,
     Generation,
+    NoRoom,
     check_attends,
     check_request,
     run_to_end,
@@ -183,23 +184,36 @@ class CanvasBatch:
         """Requests that can be admitted now."""
         return self.rows - self.active
 
-    def admit(self, prompt: Sequence[int], params: DecodingParams, committed: Sequence[int] = ()) -> int:
+    @property
+    def cache_usage(self) -> float:
+        """Share of the rows that are in use."""
+        return self.active / self.rows
+
+    def admit(
+        self,
+        prompt: Sequence[int],
+        params: DecodingParams,
+        committed: Sequence[int] = (),
+        *,
+        cache_salt: str = "",
+    ) -> int:
         """Take a request up; no forward is run. Returns its ticket.
 
         Args:
             prompt: Token ids; none of them counts as masked, whatever its value.
             params: ``block_length`` and ``steps`` may differ from request to request; nothing is edited.
             committed: Generated tokens of an earlier attempt, to go on from.
+            cache_salt: Without effect: nothing is shared.
 
         Raises:
             UsageError: If the request is empty, does not fit, wants edits, or has nothing left to generate.
-            RuntimeError: If no row is free.
+            NoRoom: If no row is free.
         """
         if params.edit_threshold is not None:
             raise UsageError("edit_threshold: only models that attend to blocks edit; leave it out")
         check_request(prompt, params, committed, capacity=self.capacity)
         if self.free_rows == 0:
-            raise RuntimeError(f"all {self.rows} rows are taken")
+            raise NoRoom(f"all {self.rows} rows are taken")
         given = [*prompt, *committed]
         masks = len(prompt) + params.max_new_tokens - len(given)
         canvas = _Canvas(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.models import TINY, random_tokens, tiny_canvas_model, tiny_model
-from unmask.attention import AttentionMetadata
+from unmask.attention import AttentionMetadata, plan
 from unmask.diffusion.batch import Committed, Filled, Finished
 from unmask.diffusion.decoding import DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import CanvasBatch, generate_full_sequence
@@ -68,8 +68,8 @@ class Frozen:
         self.window = None
         """First position whose keys and values are new, and the one after the last; None: all are."""
 
-    def keys_seen(self, queries):
-        return queries
+    def plan(self, queries):
+        return plan(queries, queries)
 
     def extend(self, layer, key, value):
         if self.window is not None:

@@ -7,11 +7,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from unmask.attention import Attends, AttentionMetadata
+from unmask.attention import Attends, AttentionMetadata, AttentionPlan
 from unmask.errors import ModelError
 from unmask.models.cache import CanvasCache, RowCache
 from unmask.models.config import ModelConfig
 from unmask.models.moe import Router
+from unmask.models.paged import PagedCache, page_bytes
 
 __all__ = ["Cache", "LanguageModel"]
 
@@ -19,11 +20,11 @@ __all__ = ["Cache", "LanguageModel"]
 class Cache(Protocol):
     """Keys and values of earlier tokens, which the tokens of a forward may see besides each other."""
 
-    def keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
-        """Who the keys of this forward are: what is cached, then the queries' own tokens; shape (B, K)."""
+    def plan(self, queries: AttentionMetadata) -> AttentionPlan:
+        """How the queries of this forward attend to what is cached and to each other."""
 
     def extend(self, layer: int, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Cached keys and values of ``layer`` with the forward's own behind them, each (B, G, K, D)."""
+        """Take up the forward's keys and values of ``layer``; returns all, as the plan wants them."""
 
 
 class LanguageModel(nn.Module, ABC):
@@ -80,13 +81,24 @@ class LanguageModel(nn.Module, ABC):
 
     def new_cache(self, *, rows: int, capacity: int, block_length: int) -> RowCache:
         """An empty key/value cache for ``rows`` sequences of ``capacity`` tokens, beside the parameters."""
-        dtype = self.computing_dtype or next(self.parameters()).dtype
-        return RowCache(self.config, rows, capacity, block_length, dtype=dtype, device=self.device)
+        return RowCache(self.config, rows, capacity, block_length, dtype=self.cache_dtype, device=self.device)
+
+    def new_paged_cache(self, *, pages: int, block_length: int) -> PagedCache:
+        """An empty cache of ``pages`` blocks, for whatever sequences share a forward."""
+        return PagedCache(self.config, pages, block_length, dtype=self.cache_dtype, device=self.device)
+
+    def page_bytes(self, *, block_length: int) -> int:
+        """Memory of one page of such a cache."""
+        return page_bytes(self.config, block_length=block_length, dtype=self.cache_dtype)
 
     def new_canvas_cache(self, length: int) -> CanvasCache:
         """An empty cache for one sequence of ``length`` tokens that is attended to as a whole."""
-        dtype = self.computing_dtype or next(self.parameters()).dtype
-        return CanvasCache(self.config, length, dtype=dtype, device=self.device)
+        return CanvasCache(self.config, length, dtype=self.cache_dtype, device=self.device)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The number format of cached keys and values: that of a forward pass."""
+        return self.computing_dtype or next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:

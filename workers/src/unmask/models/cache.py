@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unmask.attention import CLEAN, PADDING, AttentionMetadata
+from unmask.attention import CLEAN, PADDING, AttentionMetadata, AttentionPlan, plan
 from unmask.models.config import ModelConfig
 
 __all__ = ["CanvasCache", "RowCache"]
@@ -62,7 +62,11 @@ class RowCache:
         self._window = _Window(rows=rows, starts=self.lengths[rows].clone(), keys=0)
         return self
 
-    def keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
+    def plan(self, queries: AttentionMetadata) -> AttentionPlan:
+        """How the forward's queries attend to the committed tokens and to each other."""
+        return plan(queries, self._keys_seen(queries))
+
+    def _keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
         """Metadata of the keys: (R, K), K = the longest row's committed tokens plus the queries."""
         window = self._expect_window()
         ends = window.starts + queries.shape[1]
@@ -134,10 +138,10 @@ class CanvasCache:
         self._first = first
         return self
 
-    def keys_seen(self, queries: AttentionMetadata) -> AttentionMetadata:
-        """Every position: (1, length)."""
+    def plan(self, queries: AttentionMetadata) -> AttentionPlan:
+        """How the forward's queries attend to every position."""
         position = torch.arange(self.length, device=self.device).unsqueeze(0)
-        return AttentionMetadata.bidirectional(position, torch.zeros_like(position))
+        return plan(queries, AttentionMetadata.bidirectional(position, torch.zeros_like(position)))
 
     def extend(self, layer: int, key_1GSD: Tensor, value_1GSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the window's keys and values and return all of both as views."""

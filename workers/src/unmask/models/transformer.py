@@ -176,8 +176,7 @@ class Transformer(LanguageModel):
         disturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """See :meth:`LanguageModel.hidden`."""
-        keys = metadata if cache is None else cache.keys_seen(metadata)
-        attention = plan(metadata, keys)
+        attention = plan(metadata, metadata) if cache is None else cache.plan(metadata)
         rotation = Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)
         if self.training:
             # How many rows end in padding depends on how a step is split, and must not move a router's bias.

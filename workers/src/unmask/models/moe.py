@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unmask.models.balance_losses import BalancePull, RouterSums, pulled, sums_of
 from unmask.models.feedforward import FeedForward
+from unmask.models.row_tiles import tiled_groups
 
 __all__ = [
     "ChosenExperts",
@@ -153,15 +154,30 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of each token's experts, (T, D)."""
+        """The weighted sum of each token's experts, (T, D).
+
+        In inference mode on a CPU an expert's rows are filled up to whole tiles
+        (:mod:`unmask.models.row_tiles`), so that who else is in the batch does not change a bit of a token.
+        """
         chosen_N = routing.experts.flatten()
         order_N = torch.argsort(chosen_N, stable=True)
-        ends_E = torch.bincount(chosen_N, minlength=len(self.gate_up_proj)).cumsum(0)
+        counts_E = torch.bincount(chosen_N, minlength=len(self.gate_up_proj))
         token_N = order_N.div(routing.experts.shape[1], rounding_mode="floor")
-
         weights_N = routing.weights.flatten()[order_N].to(hidden_TD.dtype)
+        if torch.is_inference_mode_enabled() and hidden_TD.device.type == "cpu":
+            return self._in_tiles(hidden_TD, weights_N, token_N, counts_E)
+        ends_E = counts_E.cumsum(0)
         out: Tensor = _Routed.apply(hidden_TD, weights_N, self.gate_up_proj, self.down_proj, token_N, ends_E)
         return out
+
+    def _in_tiles(self, hidden_TD: Tensor, weights_N: Tensor, token_N: Tensor, counts_E: Tensor) -> Tensor:
+        place_N, ends_E = tiled_groups(counts_E)
+        token_P = token_N.new_zeros(int(ends_E[-1])).index_copy_(0, place_N, token_N)
+        gate_up_PO = grouped_linear(hidden_TD.index_select(0, token_P), self.gate_up_proj, ends_E)
+        gate_PI, up_PI = gate_up_PO.chunk(2, dim=-1)
+        out_PD = grouped_linear(F.silu(gate_PI).mul_(up_PI), self.down_proj, ends_E)
+        out_ND = out_PD.index_select(0, place_N).mul_(weights_N.unsqueeze(1))
+        return torch.zeros_like(hidden_TD).index_add_(0, token_N, out_ND)
 
 
 class _Routed(torch.autograd.Function):

@@ -276,8 +276,17 @@ def test_a_server_that_still_reads_its_weights_ends_on_sigterm(
 def test_options_that_do_not_fit_are_code_64(unmask: Run, folder: Path, address: str) -> None:
     too_long = unmask("serve", str(folder), "--context=5000")
     assert too_long.code == 64 and "--context: got 5000" in too_long.err
+    too_narrow = unmask("serve", str(folder), "--max-positions=3")
+    assert too_narrow.code == 64 and "max positions: got 3" in too_narrow.err
     in_use = unmask("serve", str(folder), f"--port={address.rpartition(':')[2]}", "--metrics-port=0")
     assert in_use.code == 64 and "--port: cannot listen on" in in_use.err
+
+
+def test_a_server_with_little_memory_and_short_forwards_says_the_same(folder: Path, address: str) -> None:
+    limits = ("--rows=16", "--context=64", "--cache-mib=1", "--max-positions=128")
+    with serving(folder, *limits) as (bounded, _), Client(bounded) as small, Client(address) as large:
+        for text in ("w5", "w5 w6 w7 w8 w9 w10 w11"):
+            assert small.generate(text, max_tokens=30).text == large.generate(text, max_tokens=30).text
 
 
 def test_the_golden_models_can_be_served_with_blocks_of_32(unmask: Run, tmp_path: Path) -> None:

@@ -116,12 +116,12 @@ def test_what_is_served_is_what_is_decoded_without_a_server(
         expected = offline(one.network, prompt, options, 30)
         assert list(answer.token_ids) == expected.token_ids
         usage = answer.usage
-        assert (usage.forwards_prefill, usage.forwards_denoise, usage.forwards_persist) == (
-            expected.usage.prefill,
-            expected.usage.denoise,
-            expected.usage.persist,
-        )
-        assert usage.positions_evaluated == expected.usage.positions
+        assert usage.forwards_denoise == expected.usage.denoise
+        assert usage.forwards_persist == 0, "blocks are stored beside the next one's first step"
+        # Whole blocks of a prompt that an earlier request had begun with are not read again.
+        shared = expected.usage.positions - usage.positions_evaluated
+        assert 0 <= shared <= len(prompt) // 8 * 8 * expected.usage.prefill
+        assert usage.forwards_prefill <= expected.usage.prefill
 
 
 @ALL

@@ -10,8 +10,9 @@ from support.serving import CountingBatch, wait_until
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.generation import BlockBatch, Committed, Filled, Finished
 from unmask.errors import UsageError
-from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
+from unmask.serving.engine import PHASES, Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.outbox import Admitted, Failed, Item, Outbox
+from unmask.serving.ragged import RaggedBatch
 from unmask.telemetry import Recorder, metrics
 
 EOS = 1000
@@ -190,10 +191,10 @@ def test_kept_tokens_are_those_of_this_attempt(bench: Bench) -> None:
 def test_a_request_that_the_batch_refuses_fails_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     admit = bench.batch.admit
 
-    def choosy(prompt: tuple[int, ...], *rest: object) -> int:
+    def choosy(prompt: tuple[int, ...], *rest: object, **more: object) -> int:
         if prompt == (13,):
             raise UsageError("thirteen")
-        return admit(prompt, *rest)  # type: ignore[arg-type]
+        return admit(prompt, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bench.batch, "admit", choosy)
     unlucky, other = request((13,)), request(max_new_tokens=1)
@@ -297,3 +298,70 @@ def test_the_three_figures_are_observed_once_per_request(bench: Bench) -> None:
     assert bench.recorder.value(metrics.COMMITTED_TOKENS) == 12
     assert bench.recorder.value(metrics.BLOCKS_COMMITTED) == 4
     assert bench.recorder.value(metrics.POSITIONS_EVALUATED) == 48
+
+
+def test_rows_are_counted_by_what_they_do_in_the_last_forward() -> None:
+    recorder = Recorder()
+    batch = RaggedBatch(tiny_model(), rows=4, capacity=64, block_length=8, max_positions=256)
+    engine = Engine(batch, recorder)
+
+    def rows() -> dict[str, float]:
+        return {phase: recorder.value(metrics.BATCH_ROWS, phase=phase) for phase in PHASES}
+
+    def submit(length: int, **changes: object) -> Request:
+        ids = {"eos_token_id": 61, "mask_token_id": 63, "max_new_tokens": 16, "block_length": 8}
+        params = DecodingParams(**{**ids, **changes})  # type: ignore[arg-type]
+        prompt = random_tokens(length, seed=length)
+        one = Request(prompt=prompt, params=params, outbox=Outbox(lambda: None))
+        engine.submit(one)
+        return one
+
+    submit(3, threshold=2.0)
+    submit(2, steps=1, threshold=2.0, max_new_tokens=30)
+    engine.turn()
+    assert rows() == {"prefill": 0, "denoise": 2, "persist": 0, "fused": 0}
+    last = submit(17)
+    engine.turn()
+    assert rows() == {"prefill": 1, "denoise": 1, "persist": 0, "fused": 1}
+    assert recorder.value(metrics.FORWARDS, kind="mixed") == 1
+    assert recorder.value(metrics.CACHE_USAGE) == pytest.approx((3 + 4 + 5) / 32)
+    engine.cancel(last)
+    engine.turn()
+    assert recorder.value(metrics.CACHE_USAGE) == pytest.approx((3 + 4) / 32)
+
+
+def test_a_fused_forward_is_a_denoise_forward() -> None:
+    """One request alone: its own counts are the engine's."""
+    recorder = Recorder()
+    engine = Engine(RaggedBatch(tiny_model(), rows=1, capacity=64, block_length=8), recorder)
+    params = DecodingParams(max_new_tokens=24, block_length=8, eos_token_id=61, mask_token_id=63)
+    one = Request(prompt=random_tokens(21), params=params, outbox=Outbox(lambda: None))
+    engine.submit(one)
+    items: list[Item] = []
+    while not items or not isinstance(items[-1], Finished):
+        engine.turn()
+        items += one.outbox.take()
+    usage = items[-1].usage
+    counted = {kind: recorder.value(metrics.FORWARDS, kind=kind) for kind in ("prefill", "denoise")}
+    assert counted == {"prefill": usage.prefill, "denoise": usage.denoise} and usage.persist == 0
+    assert (
+        recorder.value(metrics.FORWARDS, kind="persist")
+        == recorder.value(metrics.FORWARDS, kind="mixed")
+        == 0
+    )
+
+
+def test_a_request_that_does_not_fit_now_waits_and_is_not_overtaken() -> None:
+    model = tiny_model()
+    page = model.page_bytes(block_length=8)
+    engine = Engine(RaggedBatch(model, rows=4, capacity=64, block_length=8, cache_bytes=8 * page), Recorder())
+    asked = []
+    for seed, new in enumerate((30, 40, 4)):
+        params = DecodingParams(max_new_tokens=new, block_length=8, eos_token_id=61, mask_token_id=63)
+        asked.append(Request(prompt=random_tokens(2, seed=seed), params=params, outbox=Outbox(lambda: None)))
+        engine.submit(asked[-1])
+    engine.turn()
+    assert [one.ticket is not None for one in asked] == [True, False, False]
+    engine.cancel(asked[0])
+    engine.turn()
+    assert [one.ticket is not None for one in asked] == [True, True, True]

@@ -47,8 +47,19 @@ __all__ = ["command"]
 @click.option(
     "--context",
     type=click.IntRange(1),
-    help="Most tokens of a prompt and its generation; the cache has room for --rows of them.  "
-    "[default: the model's own, at most 4096]",
+    help="Most tokens of a prompt and its generation.  [default: the model's own, at most 4096]",
+)
+@click.option(
+    "--cache-mib",
+    type=click.IntRange(1),
+    help="Memory for keys and values, in MiB; requests wait that do not fit.  "
+    "[default: what --rows requests of --context tokens take]",
+)
+@click.option(
+    "--max-positions",
+    type=click.IntRange(1),
+    help="Most positions, read or decoded, in one forward pass.  "
+    "[default: 512, or two blocks for each row if that is more]",
 )
 @click.option(
     "--max-queue",
@@ -96,6 +107,8 @@ def command(
     name: str | None,
     rows: int,
     context: int | None,
+    cache_mib: int | None,
+    max_positions: int | None,
     max_queue: int,
     max_queue_tokens: int,
     max_request_seconds: float,
@@ -127,7 +140,11 @@ def command(
     _refuse_autoregressive(folder, config)
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
-    batch = described.batch(load(folder, device=device))
+    batch = described.batch(
+        load(folder, device=device),
+        cache_bytes=None if cache_mib is None else cache_mib << 20,
+        max_positions=max_positions,
+    )
     options = ServerOptions(
         host=host,
         port=port,

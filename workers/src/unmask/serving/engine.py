@@ -1,9 +1,10 @@
 """One model thread that decodes whatever requests there are, one forward at a time.
 
 Any thread submits and cancels; the model thread alone touches the batch. Between two forwards it lets
-cancelled requests go, takes up waiting ones where a row is free (first come, first served), and hands out
-what the last forward brought about. So a request never waits for another one's block to end, and a cancelled
-request takes part in at most the forward that is running.
+cancelled requests go, takes up waiting ones where there is room (first come, first served: none overtakes one
+that is too large for the cache just now), and hands out what the last forward brought about. So a request
+never waits for another one's block to end, and a cancelled request takes part in at most the forward that is
+running.
 
 What does not fit the queue is turned away at once: waiting without an end is worse than being told to come
 back.
@@ -12,7 +13,7 @@ back.
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,8 +25,10 @@ from unmask.diffusion.batch import (
     Finished,
     FinishReason,
     ForwardCounts,
+    NoRoom,
     Persisted,
     Prefilled,
+    Reused,
 )
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UsageError
@@ -35,6 +38,9 @@ from unmask.telemetry import Recorder, metrics
 __all__ = ["Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
 
 logger = logging.getLogger(__name__)
+
+PHASES = ("prefill", "denoise", "persist", "fused")
+"""What a row may do in a forward."""
 
 _NO_TICKET = -1
 _DELAY_S = (0.1, 30.0)
@@ -68,6 +74,8 @@ class Request:
     params: DecodingParams
     outbox: Outbox
     committed: Sequence[int] = ()
+    cache_salt: str = ""
+    """It shares cached blocks only with requests of the same salt."""
     canvas: bool = False
     """Whether provisional updates go to the outbox."""
     arrived: float = field(default_factory=time.monotonic)
@@ -204,6 +212,7 @@ class Engine:
             self._record_forward(events, time.monotonic() - started)
             for event in events:
                 self._deliver(event)
+        self._recorder.gauge(metrics.CACHE_USAGE, self._batch.cache_usage)
 
     def _release_cancelled(self) -> None:
         for ticket in self._cancelled:
@@ -213,12 +222,18 @@ class Engine:
 
     def _admit_waiting(self) -> None:
         while self._waiting and self._batch.free_rows:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             try:
-                request.ticket = self._batch.admit(request.prompt, request.params, request.committed)
+                request.ticket = self._batch.admit(
+                    request.prompt, request.params, request.committed, cache_salt=request.cache_salt
+                )
+            except NoRoom:
+                return
             except UsageError as error:
                 request.outbox.put(Failed(error=error))
+                self._waiting.popleft()
                 continue
+            self._waiting.popleft()
             self._running[request.ticket] = request
             request.admitted = time.monotonic()
             queue_seconds = request.admitted - request.arrived
@@ -229,6 +244,8 @@ class Engine:
     def _deliver(self, event: Event) -> None:
         request = self._running[event.ticket]
         match event:
+            case Reused():
+                self._recorder.count(metrics.PREFIX_HIT_TOKENS, event.tokens)
             case Filled():
                 accepted = len(event.positions) - event.edited
                 self._recorder.observe(metrics.TOKENS_ACCEPTED_PER_STEP, accepted)
@@ -284,7 +301,10 @@ class Engine:
         self._recorder.gauge(metrics.REQUESTS_WAITING, len(self._waiting))
 
     def _record_forward(self, events: Sequence[Event], seconds: float) -> None:
-        kind = forward_kind(events)
+        rows = phases(events)
+        for phase in PHASES:
+            self._recorder.gauge(metrics.BATCH_ROWS, rows[phase], phase=phase)
+        kind = forward_kind(rows)
         self._recorder.count(metrics.FORWARDS, kind=kind)
         self._recorder.observe(metrics.FORWARD_SECONDS, seconds, kind=kind)
 
@@ -300,11 +320,19 @@ class Engine:
         self._recorder.observe(metrics.FORWARDS_PER_BLOCK, event.forwards)
 
 
-def forward_kind(events: Sequence[Event]) -> str:
-    """What the rows of one forward did: "prefill", "denoise", "persist" or "mixed"."""
-    if any(isinstance(event, Prefilled) for event in events):
-        return "prefill"
-    persisted = any(isinstance(event, Persisted) for event in events)
-    if any(isinstance(event, Filled) for event in events):
-        return "mixed" if persisted else "denoise"
-    return "persist"
+def phases(events: Sequence[Event]) -> Counter[str]:
+    """How many rows of one forward did what: "prefill", "denoise", "persist" or both of these, "fused"."""
+    filled = {event.ticket for event in events if isinstance(event, Filled)}
+    persisted = {event.ticket for event in events if isinstance(event, Persisted)}
+    return Counter(
+        prefill=sum(isinstance(event, Prefilled) for event in events),
+        denoise=len(filled - persisted),
+        persist=len(persisted - filled),
+        fused=len(filled & persisted),
+    )
+
+
+def forward_kind(rows: Counter[str]) -> str:
+    """What one forward was: "prefill", "denoise" (fused or not), "persist", or "mixed" if rows differed."""
+    kinds = {"denoise" if phase == "fused" else phase for phase in rows.elements()}
+    return kinds.pop() if len(kinds) == 1 else "mixed"

@@ -19,14 +19,14 @@ from unmask.attention import Attends
 from unmask.diffusion.batch import Batch
 from unmask.diffusion.decoding import DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import CanvasBatch
-from unmask.diffusion.generation import BlockBatch
-from unmask.errors import ModelError
+from unmask.errors import ModelError, UsageError
 from unmask.models.base import LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.folder import exists_inside, read_json_inside
 from unmask.models.loading import build
 from unmask.models.tokenizer import Tokenizer
 from unmask.serving.decoders import DECODERS, QUOTA_ONLY, Decoder, DecoderName, listed
+from unmask.serving.ragged import RaggedBatch
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["DEFAULT_MAX_TOKENS", "MAX_POST_EDIT_STEPS", "GenerationDefaults", "ServedModel"]
@@ -190,12 +190,34 @@ class ServedModel:
             mask_token_id=defaults.mask_token_id,
         )
 
-    def batch(self, network: LanguageModel) -> Batch:
-        """What decodes requests with the model's weights."""
+    def batch(
+        self, network: LanguageModel, *, cache_bytes: int | None = None, max_positions: int | None = None
+    ) -> Batch:
+        """What decodes requests with the model's weights.
+
+        Args:
+            network: The weights.
+            cache_bytes: Memory for keys and values of blocks; see :class:`RaggedBatch`.
+            max_positions: Most positions in one forward.
+
+        Raises:
+            UsageError: A limit is too small, or the model attends to the canvas, which has neither.
+        """
         if self.attends == "canvas":
+            if cache_bytes is not None or max_positions is not None:
+                raise UsageError(
+                    f"{self.architecture} is decoded one whole canvas at a time: it has no cache of blocks "
+                    "and no limit of positions; leave both out"
+                )
             return CanvasBatch(network, rows=self.rows, capacity=self.context_length)
-        return BlockBatch(
-            network, rows=self.rows, capacity=self.context_length, block_length=self.defaults.block_length
+        return RaggedBatch(
+            network,
+            rows=self.rows,
+            capacity=self.context_length,
+            block_length=self.defaults.block_length,
+            cache_bytes=cache_bytes,
+            max_positions=max_positions,
+            revision=self.name,
         )
 
 

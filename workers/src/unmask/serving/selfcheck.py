@@ -15,7 +15,8 @@ computed. A folder holds a small model (``config.json`` and weights) and
                         (B, L): one forward on the masked rows, attending to the whole row
 ``generate.N.*``        ``prompt`` (1, P), ``params`` = (new tokens, block length, steps),
                         ``threshold`` (1,), ``output`` (1, n), ``forwards`` (1,), optionally
-                        ``eos_id`` (1,): greedy decoding, run here with and without a cache
+                        ``eos_id`` (1,): greedy decoding, run here without a cache, with one, and as
+                        a server does it
 ======================= ==========================================================
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from unmask.attention import AttentionMetadata
 from unmask.diffusion import layout
+from unmask.diffusion.batch import run_to_end
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.generation import Generation, generate, generate_uncached
 from unmask.diffusion.losses import summed_loss
@@ -39,6 +41,7 @@ from unmask.diffusion.rows import PackedRows
 from unmask.errors import ModelError
 from unmask.models.base import LanguageModel
 from unmask.models.loading import load
+from unmask.serving.ragged import RaggedBatch
 
 __all__ = ["TOLERANCE", "CheckResult", "run_checks"]
 
@@ -170,7 +173,9 @@ def _check_generate(name: str, model: LanguageModel, vectors: dict[str, Tensor])
     prompt, expected = vectors["prompt"][0].tolist(), vectors["output"][0].tolist()
     plain = generate_uncached(model, prompt, params)
     cached = generate(model, [prompt], params)[0]
-    for way, generation in (("uncached", plain), ("cached", cached)):
+    batch = RaggedBatch(model, rows=1, capacity=len(prompt) + new_tokens, block_length=block_length)
+    served = run_to_end(batch, [prompt], params)[0]
+    for way, generation in (("uncached", plain), ("cached", cached), ("served", served)):
         yield _compare_generation(f"{name} {way}", generation, expected, int(vectors["forwards"]))
 
 

@@ -106,6 +106,23 @@ FORWARD_SECONDS = Metric(
     labels=("kind",),
     buckets=(0.001, 0.0025, *_LATENCY),
 )
+BATCH_ROWS = Metric(
+    name="unmask_batch_rows",
+    kind="gauge",
+    help="Rows in the last forward pass, by what they did: prefill, denoise, persist, or fused, which is "
+    "storing a block and denoising the next one at once.",
+    labels=("phase",),
+)
+CACHE_USAGE = Metric(
+    name="unmask_kv_usage_ratio",
+    kind="gauge",
+    help="Share of the memory for keys and values that running requests hold.",
+)
+PREFIX_HIT_TOKENS = Metric(
+    name="unmask_prefix_cache_hit_tokens_total",
+    kind="counter",
+    help="Tokens of prompts that were not computed because an earlier request had begun with them.",
+)
 POSITIONS_EVALUATED = Metric(
     name="unmask_positions_evaluated_total",
     kind="counter",
@@ -167,6 +184,9 @@ SERVING: tuple[Metric, ...] = (
     BLOCKS_COMMITTED,
     FORWARDS,
     FORWARD_SECONDS,
+    BATCH_ROWS,
+    CACHE_USAGE,
+    PREFIX_HIT_TOKENS,
     POSITIONS_EVALUATED,
     TOKENS_PER_FORWARD,
     TOKENS_PER_FORWARD_DECODE,

@@ -209,5 +209,5 @@ def test_the_command_killed_and_run_again_continues_the_curve_bit_for_bit(tmp_pa
 
 
 def exit_code_of(process):
-    process.communicate(timeout=100)
+    process.communicate(timeout=600)
     return process.returncode

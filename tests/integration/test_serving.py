@@ -225,11 +225,15 @@ def test_an_unknown_decoder_is_refused(server: RunningServer) -> None:
             GenerationStub(channel).Generate(request, timeout=10)
 
 
-def test_sampling_is_unsupported(server: RunningServer) -> None:
+def test_drawing_tokens_that_are_to_be_edited_is_unsupported(server: RunningServer) -> None:
     from unmask.client.errors import error_of
 
     with grpc.insecure_channel(server.address) as channel:
-        request = pb.GenerateRequest(text="w5", sampling=pb.SamplingParams(temperature=1))
+        request = pb.GenerateRequest(
+            text="w5",
+            sampling=pb.SamplingParams(temperature=1),
+            diffusion=pb.DiffusionParams(decoder=pb.DECODER_JOINT_EDIT),
+        )
         with pytest.raises(grpc.RpcError) as failed:
             GenerationStub(channel).Generate(request, timeout=10)
     assert isinstance(error_of(failed.value, server.address), UnsupportedRequest)

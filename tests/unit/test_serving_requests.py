@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 from support.folders import served_folder
 from support.training import write_lines
 from unmask.client.options import Message, request_of
-from unmask.diffusion.decoding import DecodingParams, Vicinity
+from unmask.diffusion.decoding import DecodingParams, Sampling, Vicinity
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
 from unmask.serving.refusals import Refused
@@ -304,12 +304,64 @@ def test_all_wrong_fields_are_named_at_once_in_the_status_details(model: ServedM
     assert fields == {"diffusion.threshold", "diffusion.steps_per_block", "sampling.max_tokens"}
 
 
-def test_sampling_is_said_to_be_unimplemented(model: ServedModel) -> None:
+def test_sampling_is_read_and_a_seed_made_up_where_none_is_given(model: ServedModel) -> None:
+    request = text()
+    request.sampling.MergeFrom(
+        pb.SamplingParams(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=2**64 - 1)
+    )
+    expected = Sampling(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, seed=2**64 - 1)
+    assert read_order(request, model).params.sampling == expected
+    request.sampling.ClearField("seed")
+    seeds = {read_order(request, model).params.sampling.seed for _ in range(4)}
+    assert len(seeds) == 4
+    assert read_order(text(), model).params.sampling.is_plain
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("temperature", -0.5, "0 to 100"),
+        ("temperature", float("nan"), "0 to 100"),
+        ("temperature", 1e9, "0 to 100"),
+        ("top_p", 0, "above 0 and at most 1"),
+        ("top_p", 1.5, "above 0 and at most 1"),
+        ("top_k", 0, "at least 1"),
+        ("repetition_penalty", 0, "above 0 and at most 100"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(model: ServedModel, field: str, value: float, allowed: str) -> None:
+    request = text()
+    setattr(request.sampling, field, value)
+    with pytest.raises(Refused, match=f"sampling.{field}: got .*, must be {allowed}"):
+        read_order(request, model)
+
+
+def test_drawn_tokens_are_not_edited(model: ServedModel) -> None:
     request = text()
     request.sampling.temperature = 0.7
-    with pytest.raises(Refused, match=r"got 0\.7, only 0 is implemented") as refused:
+    request.diffusion.decoder = pb.DECODER_JOINT_EDIT
+    with pytest.raises(Refused, match="leave it at 0 or take another decoder") as refused:
         read_order(request, model)
     assert refused.value.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_stops_are_few_and_short(model: ServedModel) -> None:
+    request = text()
+    request.sampling.stop.extend(["END", "\n\n"])
+    request.sampling.stop_token_ids.append(7)
+    order = read_order(request, model)
+    assert (order.stop, order.stop_token_ids) == (("END", "\n\n"), (7,))
+    request.sampling.stop.extend(["", "x" * 257, *["y"] * 20])
+    request.sampling.stop_token_ids.extend([10**6, *[1] * 80])
+    with pytest.raises(Refused) as refused:
+        read_order(request, model)
+    assert {violation.field for violation in refused.value.violations} == {
+        "sampling.stop",
+        "sampling.stop[2]",
+        "sampling.stop[3]",
+        "sampling.stop_token_ids",
+        "sampling.stop_token_ids[1]",
+    }
 
 
 def test_another_model_is_not_found(model: ServedModel) -> None:

@@ -61,6 +61,14 @@ __all__ = ["command"]
     metavar="BEFORE BEHIND",
     help="For low-confidence: recompute only so many positions around a block.  [default: all]",
 )
+@click.option(
+    "--temperature", type=float, help="Draw tokens, the less probable ones the more the higher.  [default: 0]"
+)
+@click.option("--seed", type=int, help="What draws depend on.  [default: another one each time]")
+@click.option("--top-p", type=float, help="Draw from the most probable tokens that have this probability.")
+@click.option("--top-k", type=int, help="Draw from so many most probable tokens.")
+@click.option("--repetition-penalty", type=float, help="Above 1, what has been said becomes less probable.")
+@click.option("--stop", multiple=True, help="Text before which the answer ends; may be given several times.")
 @click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait.")
 @click.option("--canvas", is_flag=True, help="Show positions as they are filled (on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and usage.")
@@ -87,7 +95,7 @@ def command(
     if conversation is not None and chat is False:
         raise UsageError("--raw: a conversation is written out by the model's template; leave --raw out")
     prompt: str | None = None
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in asked.items() if value not in (None, ())}
     options = cast("GenerateOptions", given | {"timeout_s": timeout_s})
     with Client(server, timeout_s=timeout_s) as client:
         if conversation is not None:

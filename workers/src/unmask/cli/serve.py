@@ -36,6 +36,11 @@ __all__ = ["command"]
     show_default=True,
     help="Prometheus metrics; 0 for any free port.",
 )
+@click.option(
+    "--http-port",
+    type=click.IntRange(0, 65535),
+    help="OpenAI-style HTTP; 0 for any free port.  [default: none]",
+)
 @click.option("--name", help="What requests call the model.  [default: the folder's name]")
 @click.option(
     "--rows",
@@ -104,6 +109,7 @@ def command(
     host: str,
     port: int,
     metrics_port: int,
+    http_port: int | None,
     name: str | None,
     rows: int,
     context: int | None,
@@ -117,7 +123,10 @@ def command(
     device: str,
     threads: int | None,
 ) -> None:
-    """Answer generation requests over gRPC (unmask.v1.Generation) with the masked-diffusion model in DIR.
+    """Answer generation requests with the masked-diffusion model in DIR, over gRPC (unmask.v1.Generation).
+
+    With --http-port, also over HTTP as OpenAI's clients ask: /v1/completions, /v1/chat/completions and
+    /v1/models.
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
@@ -149,6 +158,7 @@ def command(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        http_port=http_port,
         max_queue_requests=max_queue,
         max_queue_tokens=max_queue_tokens,
         max_request_s=max_request_seconds,
@@ -157,8 +167,11 @@ def command(
     )
 
     def ready(server: "Server") -> None:
+        http = (
+            "" if server.http_port is None else f"OpenAI-style HTTP on http://{host}:{server.http_port}/v1, "
+        )
         click.echo(
-            f"serving {described.name} ({described.architecture}) on {host}:{server.port}, "
+            f"serving {described.name} ({described.architecture}) on {host}:{server.port}, {http}"
             f"metrics on http://{host}:{server.metrics_port}/metrics"
         )
 

@@ -1,7 +1,7 @@
 """How a generation survives its server: what has been committed, and the request for what is left.
 
-Decoding is deterministic and committed blocks are final, so another server of the same model goes on exactly
-where the first one stopped, provided that it is asked with the same parameters.
+Decoding is deterministic, given its seed, and committed blocks are final, so another server of the same model
+goes on exactly where the first one stopped, provided that it is asked with the same parameters.
 """
 
 from unmask.client.errors import ServerFailed
@@ -54,5 +54,5 @@ class Continuation:
 
     def _pin(self, started: pb.Started) -> None:
         """Ask later servers for what is in force here, whatever their defaults are."""
-        self._request.sampling.max_tokens = started.sampling.max_tokens
+        self._request.sampling.CopyFrom(started.sampling)
         self._request.diffusion.CopyFrom(started.diffusion)

@@ -22,11 +22,12 @@ __all__ = [
     "model_info_of",
 ]
 
-FinishReason: TypeAlias = Literal["end_of_text", "length", "unknown"]
+FinishReason: TypeAlias = Literal["end_of_text", "length", "stop", "unknown"]
 
 _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_END_OF_TEXT: "end_of_text",
     pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_STOP: "stop",
 }
 _DECODER_NAMES: dict[int, DecoderName] = {number: name for name, number in DECODERS.items()}
 
@@ -76,6 +77,8 @@ class Started:
     block_length: int
     max_tokens: int
     decoding: Decoding
+    seed: int | None = None
+    """What draws depend on, given or made up; None where nothing is drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,8 @@ class BlockCommitted:
     text: str
     """What they add to the text."""
     forwards: int
+    logprobs: tuple[float, ...] = ()
+    """If asked for, one for each token: of the probability with which it was accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,8 @@ class Finished:
     text: str
     """The rest of the text; usually empty."""
     usage: Usage
+    stop: str | int | None = None
+    """What ended it, if a stop did: a text or a token."""
 
 
 Event: TypeAlias = Started | CanvasUpdate | BlockCommitted | Finished
@@ -138,6 +145,10 @@ class Generation:
     text: str
     finish_reason: FinishReason
     usage: Usage
+    stop: str | int | None = None
+    """What ended it, if a stop did: a text or a token."""
+    logprobs: tuple[float, ...] = ()
+    """If asked for, one for each token: of the probability with which it was accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +192,8 @@ def generation_of(message: pb.GenerateResponse) -> Generation:
         text=message.text,
         finish_reason=_REASONS.get(message.finish_reason, "unknown"),
         usage=_usage(message.usage),
+        stop=_stop(message),
+        logprobs=tuple(message.logprobs),
     )
 
 
@@ -211,6 +224,7 @@ def _started(message: pb.Started) -> Started:
         block_length=message.block_length,
         max_tokens=message.sampling.max_tokens,
         decoding=_decoding(message.diffusion),
+        seed=message.sampling.seed if message.sampling.HasField("seed") else None,
     )
 
 
@@ -249,13 +263,26 @@ def _block_committed(message: pb.BlockCommitted) -> BlockCommitted:
         token_ids=tuple(message.token_ids),
         text=message.text_delta,
         forwards=message.forwards,
+        logprobs=tuple(message.logprobs),
     )
 
 
 def _finished(message: pb.Finished) -> Finished:
     return Finished(
-        reason=_REASONS.get(message.reason, "unknown"), text=message.text_delta, usage=_usage(message.usage)
+        reason=_REASONS.get(message.reason, "unknown"),
+        text=message.text_delta,
+        usage=_usage(message.usage),
+        stop=_stop(message),
     )
+
+
+def _stop(message: pb.Finished | pb.GenerateResponse) -> str | int | None:
+    match message.WhichOneof("stopped_by"):
+        case "stop":
+            return message.stop
+        case "stop_token_id":
+            return message.stop_token_id
+    return None
 
 
 def _usage(message: pb.Usage) -> Usage:

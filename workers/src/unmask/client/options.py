@@ -56,6 +56,14 @@ class GenerateOptions(TypedDict, total=False):
         block_length: Positions in one block, up to ``max_tokens``.
         vicinity: Positions (before, behind) a block that are recomputed with it, which is faster and
             approximate; left out, all are.
+        temperature: What logits are divided by before a token is drawn; 0 takes the most probable one.
+        seed: What draws depend on, beside the position.
+        top_p: Draw from the fewest most probable tokens that together have this probability, in (0, 1].
+        top_k: Draw from so many most probable tokens.
+        repetition_penalty: Above 1, what has been said becomes less probable.
+        stop: Texts that end the generation; the answer ends before the first one found.
+        stop_token_ids: Tokens that end the generation.
+        logprobs: Whether to say with which probability each token was accepted.
         committed: Token ids of blocks that a former call committed for this prompt; the answer goes on
             after them.
         request_id: A name for this call; it must not be the name of a call that is running.
@@ -74,6 +82,14 @@ class GenerateOptions(TypedDict, total=False):
     max_post_edit_steps: int
     block_length: int
     vicinity: tuple[int, int]
+    temperature: float
+    seed: int
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: bool
     committed: Sequence[int]
     request_id: str
     model: str
@@ -128,14 +144,34 @@ def _turn(message: Message) -> pb.ChatMessage:
 
 
 def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
-    if "max_tokens" in options:
-        request.sampling.max_tokens = options["max_tokens"]
+    _set_sampling(request.sampling, options)
     _set_diffusion(request.diffusion, options)
     if "request_id" in options:
         request.request_id = options["request_id"]
     if "model" in options:
         request.model = options["model"]
     request.committed_token_ids.extend(options.get("committed", ()))
+
+
+def _set_sampling(sampling: pb.SamplingParams, options: GenerateOptions) -> None:
+    if "max_tokens" in options:
+        sampling.max_tokens = options["max_tokens"]
+    if "temperature" in options:
+        sampling.temperature = options["temperature"]
+    if "seed" in options:
+        sampling.seed = options["seed"]
+    if "top_p" in options:
+        sampling.top_p = options["top_p"]
+    if "top_k" in options:
+        sampling.top_k = options["top_k"]
+    if "repetition_penalty" in options:
+        sampling.repetition_penalty = options["repetition_penalty"]
+    if "logprobs" in options:
+        sampling.logprobs = options["logprobs"]
+    if "stop" in options:
+        sampling.stop.extend(options["stop"])
+    if "stop_token_ids" in options:
+        sampling.stop_token_ids.extend(options["stop_token_ids"])
 
 
 def _set_diffusion(diffusion: pb.DiffusionParams, options: GenerateOptions) -> None:

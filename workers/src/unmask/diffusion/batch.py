@@ -10,7 +10,7 @@ server's engine or :func:`run_to_end`, need not know which it is.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 from unmask.attention import Attends
@@ -123,6 +123,10 @@ class Committed:
     """Its generated tokens, up to the first end of text and ``max_new_tokens``."""
     forwards: int
     """Denoise forwards that it took."""
+    confidences: tuple[float, ...] = ()
+    """The probability with which each token was accepted last."""
+    usage: ForwardCounts = field(default_factory=ForwardCounts)
+    """What the request has taken so far."""
 
 
 @dataclass(frozen=True, slots=True)

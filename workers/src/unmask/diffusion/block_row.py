@@ -5,10 +5,11 @@ changed. So the rules are one and the same without a cache, with one slot per re
 (:mod:`~unmask.diffusion.generation`) and in a server's ragged forwards.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from unmask.diffusion.batch import (
     Committed,
@@ -20,9 +21,10 @@ from unmask.diffusion.batch import (
     up_to_eos,
 )
 from unmask.diffusion.decoding import Candidates, DecodingParams, accept, edits, quota
+from unmask.diffusion.sampling import candidates
 from unmask.errors import UsageError
 
-__all__ = ["BlockRow", "check_block_request"]
+__all__ = ["BlockRow", "check_block_request", "chosen_one_by_one"]
 
 
 @dataclass(slots=True)
@@ -37,6 +39,8 @@ class BlockRow:
     step: int = 0
     block: list[int] = field(default_factory=list)
     masked: list[bool] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    """Of each position's token, when it was accepted last."""
     unsettled: bool = False
     """Whether the last forward changed what an editing forward should look at again."""
     post_edit_steps: int = 0
@@ -65,6 +69,7 @@ class BlockRow:
         free = self.length - len(tail)
         self.block = tail + [self.params.mask_token_id] * free
         self.masked = [False] * len(tail) + [True] * free
+        self.confidence = [1.0] * self.length
         self.step, self.post_edit_steps, self.unsettled, self.closed = 0, 0, False, False
 
     @property
@@ -82,6 +87,21 @@ class BlockRow:
         """Positions of the block that are not the prompt's."""
         given = len(self.tokens) - self.start
         return [place >= given for place in range(self.length)]
+
+    def choose(self, scores_PV: Tensor) -> Candidates:
+        """Candidates (P,) of the positions looked at, given their scores, as the params want them chosen."""
+        given = self.start - self.prompt_length
+        return candidates(
+            scores_PV,
+            self.params.sampling,
+            positions=[given + place for place, wanted in enumerate(self.looked_at) if wanted],
+            step=self.step,
+            text=[
+                *self.tokens,
+                *(t for t, hidden in zip(self.block, self.masked, strict=True) if not hidden),
+            ],
+            mask_token_id=self.params.mask_token_id,
+        )
 
     def denoise(self, candidates: Candidates) -> Filled:
         """Fill and edit by the params' rule, given the block's candidates (B,)."""
@@ -102,6 +122,7 @@ class BlockRow:
         places = chosen.tolist()
         for place, token in zip(places, candidates.tokens[chosen].tolist(), strict=True):
             self.block[place], self.masked[place] = token, False
+            self.confidence[place] = float(candidates.confidence[place])
         self.post_edit_steps += not bool(masked.any())
         self.unsettled = bool(edited.any()) or (self.edits and bool(masked.any()))
         event = Filled(
@@ -134,12 +155,38 @@ class BlockRow:
         reason: FinishReason | None = "eos" if ended else None
         if not ended and len(self.tokens) >= self.end:
             reason = "length"
-        return Committed(self.ticket, block_index, tuple(new), self.step), reason
+        committed = Committed(
+            self.ticket,
+            block_index,
+            tuple(new),
+            self.step,
+            confidences=tuple(self.confidence[given : given + len(new)]),
+            usage=replace(self.usage),
+        )
+        return committed, reason
 
     def finished(self, reason: FinishReason) -> Finished:
         """The closing event."""
         generated = len(self.tokens) - self.prompt_length
         return Finished(self.ticket, reason, self.usage, generated - (reason == "eos"))
+
+
+def chosen_one_by_one(
+    rows: Sequence[BlockRow], hidden_PD: Tensor, logits: Callable[[Tensor], Tensor]
+) -> Candidates:
+    """Candidates (P,) of all positions that ``rows`` look at, one row's scores at a time.
+
+    Args:
+        rows: Some of which may want other than the most probable tokens.
+        hidden_PD: Final hidden states of those positions, row by row.
+        logits: The output layer, (P, D) to (P, V).
+    """
+    counts = [sum(row.looked_at) for row in rows]
+    parts = [
+        row.choose(logits(part)) for row, part in zip(rows, hidden_PD.split(counts), strict=True) if len(part)
+    ]
+    tokens = torch.cat([part.tokens for part in parts])
+    return Candidates(tokens, torch.cat([part.confidence for part in parts]))
 
 
 def check_block_request(

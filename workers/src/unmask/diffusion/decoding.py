@@ -26,6 +26,7 @@ from torch import Tensor
 __all__ = [
     "Candidates",
     "DecodingParams",
+    "Sampling",
     "Vicinity",
     "accept",
     "best_tokens",
@@ -36,6 +37,38 @@ __all__ = [
 
 SCORES_AT_ONCE = 1 << 24
 """Most float32 scores that exist at a time: 64 MiB, where 8 blocks of 32 and 157,184 tokens would be 154."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the tokens of a request are chosen; see :mod:`unmask.diffusion.sampling`."""
+
+    temperature: float = 0.0
+    """What logits are divided by; 0 takes the most probable token, whatever the rest says."""
+    top_k: int | None = None
+    """Draw from so many most probable tokens; None: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that have this probability together, at ``temperature``."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are in the text become less probable (Keskar et al., arXiv 1909.05858): positive
+    logits are divided by it, negative ones multiplied. It holds at temperature 0, too."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what cannot be drawn from."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most probable token is taken, whatever has been said."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +97,8 @@ class DecodingParams:
     """Most editing forwards per block once nothing is masked."""
     vicinity: Vicinity | None = None
     """Where the whole canvas is attended to: decode with the approximate cache; None is exact."""
+    sampling: Sampling = Sampling()
+    """How a position's token is chosen."""
     eos_token_id: int = 156_892
     mask_token_id: int = 156_895
 

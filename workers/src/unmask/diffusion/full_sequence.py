@@ -20,7 +20,7 @@ the canvas: a request that goes on from whole blocks of an earlier attempt with 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -42,7 +42,8 @@ from unmask.diffusion.batch import (
     run_to_end,
     up_to_eos,
 )
-from unmask.diffusion.decoding import Candidates, DecodingParams, accept, best_tokens, quota
+from unmask.diffusion.decoding import Candidates, DecodingParams, accept, quota
+from unmask.diffusion.sampling import candidates
 from unmask.errors import UsageError
 
 __all__ = ["CanvasBatch", "CanvasModel", "generate_full_sequence"]
@@ -82,6 +83,8 @@ class _Canvas:
     """Positions before it will not change."""
     cache: Any
     """None without a vicinity."""
+    confidence: dict[int, float] = field(default_factory=dict)
+    """Of the token at each position that was filled."""
     step: int = 0
     usage: ForwardCounts = field(default_factory=ForwardCounts)
 
@@ -112,6 +115,17 @@ class _Canvas:
             return 0, len(self.ids)
         return max(0, self.start - vicinity.before), min(len(self.ids), self.stop + vicinity.after)
 
+    def choose(self, scores_PV: Tensor) -> Candidates:
+        """Candidates (P,) of ``places``, given their scores, as the params want them chosen."""
+        return candidates(
+            scores_PV,
+            self.params.sampling,
+            positions=[place - self.prompt_length for place in self.places],
+            step=self.step,
+            text=[token for token, hidden in zip(self.ids, self.masked, strict=True) if not hidden],
+            mask_token_id=self.params.mask_token_id,
+        )
+
     def fill(self, candidates: Candidates) -> Filled:
         """Fill by the params' rule, given the candidates of ``places``."""
         places = self.places
@@ -125,6 +139,7 @@ class _Canvas:
         tokens = candidates.tokens[chosen].tolist()
         for place, token in zip(filled, tokens, strict=True):
             self.ids[place], self.masked[place] = token, False
+        self.confidence |= zip(filled, candidates.confidence[chosen].tolist(), strict=True)
         event = Filled(
             ticket=self.ticket,
             block_index=self.block_index,
@@ -142,7 +157,14 @@ class _Canvas:
         """Declare the full block final; say whether it is the last."""
         block_index, stop = self.block_index, self.stop
         new, ended = up_to_eos(self.ids[self.final : stop], self.params.eos_token_id)
-        committed = Committed(self.ticket, block_index, tuple(new), self.step)
+        committed = Committed(
+            self.ticket,
+            block_index,
+            tuple(new),
+            self.step,
+            confidences=tuple(self.confidence[self.final + place] for place in range(len(new))),
+            usage=replace(self.usage),
+        )
         self.final += len(new)
         self.step = 0
         if ended:
@@ -254,7 +276,7 @@ class CanvasBatch:
         return events
 
     def _candidates(self, canvas: _Canvas) -> Candidates:
-        """Best token and confidence of each masked position of the block, on the host."""
+        """Token and confidence of each masked position of the block, on the host."""
         first, last = canvas.window
         device = self._model.device
         position = torch.arange(first, last, device=device).unsqueeze(0)
@@ -264,7 +286,7 @@ class CanvasBatch:
         hidden = self._model.hidden(ids, metadata, cache=cache)[0]
         canvas.usage.positions += last - first
         wanted = torch.tensor(canvas.places, device=device) - first
-        best = best_tokens(self._model.logits(hidden[wanted]), mask_token_id=canvas.params.mask_token_id)
+        best = canvas.choose(self._model.logits(hidden[wanted]))
         return Candidates(best.tokens.cpu(), best.confidence.cpu())
 
 

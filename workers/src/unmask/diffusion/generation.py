@@ -40,7 +40,7 @@ from unmask.diffusion.batch import (
     check_attends,
     run_to_end,
 )
-from unmask.diffusion.block_row import BlockRow, check_block_request
+from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens
 
 __all__ = [
@@ -255,17 +255,21 @@ class BlockBatch:
         return events
 
     def _candidates(self, hidden: Tensor) -> list[Candidates]:
-        """Best token and confidence of every position that matters, on the host: (B,) for each row."""
+        """Token and confidence of every position that matters, on the host: (B,) for each row."""
         wanted = torch.tensor(
             [row.looked_at if not row.closed else [False] * row.length for row in self._running]
         )
         tokens = torch.zeros(wanted.shape, dtype=torch.int64)
         confidence = torch.zeros(wanted.shape)
         if bool(wanted.any()):
-            mask_ids = {row.params.mask_token_id for row in self._running}
-            assert len(mask_ids) == 1, "one model has one mask token"
+            rows = [row for row in self._running if not row.closed]
             chosen = hidden[wanted.to(hidden.device)]
-            best = best_tokens(self._model.logits(chosen), mask_token_id=mask_ids.pop())
+            if all(row.params.sampling.is_plain for row in rows):
+                mask_ids = {row.params.mask_token_id for row in rows}
+                assert len(mask_ids) == 1, "one model has one mask token"
+                best = best_tokens(self._model.logits(chosen), mask_token_id=mask_ids.pop())
+            else:
+                best = chosen_one_by_one(rows, chosen, self._model.logits)
             tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
         return [Candidates(*pair) for pair in zip(tokens, confidence, strict=True)]
 
@@ -306,9 +310,12 @@ def generate_uncached(model: Model, prompt: Sequence[int], params: DecodingParam
         ids = torch.tensor([row.tokens[: row.start] + row.block], device=model.device)
         metadata = AttentionMetadata.single_row(ids.shape[1], block_length=row.length, device=model.device)
         block = model.hidden(ids, metadata)[0, row.start :]
-        best = best_tokens(model.logits(block), mask_token_id=params.mask_token_id)
+        wanted = torch.tensor(row.looked_at)
+        best = row.choose(model.logits(block[wanted.to(block.device)]))
+        tokens, confidence = torch.zeros(row.length, dtype=torch.int64), torch.zeros(row.length)
+        tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
         row.usage.positions += ids.shape[1]
-        row.denoise(Candidates(best.tokens.cpu(), best.confidence.cpu()))
+        row.denoise(Candidates(tokens, confidence))
         if not row.is_full:
             continue
         committed, reason = row.close_block()

@@ -155,15 +155,29 @@ class Engine:
         request.outbox.put(Admitted(queue_seconds=0.0))
         request.outbox.put(Finished(_NO_TICKET, outcome, ForwardCounts(), kept_tokens=0))
 
-    def cancel(self, request: Request) -> None:
-        """Let a request go; nothing happens if it has ended."""
+    def cancel(self, request: Request) -> bool:
+        """Let a request go, and say whether it was there; nothing happens if it has ended."""
         with self._changed:
-            if request in self._waiting:
+            waited = request in self._waiting
+            runs = not waited and request.ticket in self._running
+            if waited:
                 self._waiting.remove(request)
-            elif request.ticket in self._running:
+            elif runs and request.ticket is not None:
                 self._cancelled.add(request.ticket)
             self._gauge()
             self._changed.notify()
+        return waited or runs
+
+    def conclude(self, request: Request, usage: ForwardCounts, *, kept: int) -> None:
+        """Let a request go that has all it wanted, and count it as complete.
+
+        Args:
+            request: Whose caller found the end that the batch does not know of.
+            usage: What it had taken by then; a forward that runs meanwhile is not its own.
+            kept: Tokens that it kept.
+        """
+        if self.cancel(request):
+            self._record_end(request, usage, kept)
 
     def drain(self) -> None:
         """Refuse what is new and go on with what is there."""
@@ -264,13 +278,16 @@ class Engine:
             del self._running[event.ticket]
             self._service_seconds += 0.1 * (now - request.admitted - self._service_seconds)
             self._gauge()
-        usage, kept = event.usage, event.kept_tokens - len(request.committed)
-        self._recorder.observe(metrics.E2E, now - request.arrived)
+        kept = event.kept_tokens - len(request.committed)
+        self._record_end(request, event.usage, kept)
+        request.outbox.put(replace(event, kept_tokens=kept))
+
+    def _record_end(self, request: Request, usage: ForwardCounts, kept: int) -> None:
+        self._recorder.observe(metrics.E2E, time.monotonic() - request.arrived)
         self._recorder.observe(metrics.TOKENS_PER_FORWARD, usage.tpf(kept))
         self._recorder.observe(metrics.TOKENS_PER_FORWARD_DECODE, usage.tpf_decode(kept))
         self._recorder.observe(metrics.TOKENS_PER_FORWARD_DENOISE, usage.tpf_denoise(kept))
         self._recorder.count(metrics.POSITIONS_EVALUATED, usage.positions)
-        request.outbox.put(replace(event, kept_tokens=kept))
 
     def _fail_all(self, kind: type[EngineStopped]) -> None:
         with self._changed:

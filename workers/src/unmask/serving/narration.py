@@ -1,9 +1,12 @@
 """A request's story in the words of the wire: what the engine brings about, as stream events.
 
+Where the text comes to one of the request's stops, the story ends, whatever the engine goes on to do.
+
 Joined, the ``text_delta`` of all events are the text of all tokens; neither holds anything of
 ``committed_token_ids``, which the caller has already.
 """
 
+import math
 from collections.abc import Sequence
 
 from unmask.diffusion.batch import Committed, Filled, Finished, FinishReason, ForwardCounts
@@ -11,7 +14,7 @@ from unmask.serving.decoders import diffusion_params
 from unmask.serving.model import ServedModel
 from unmask.serving.outbox import Admitted, Item
 from unmask.serving.requests import Order
-from unmask.serving.text import TextStream
+from unmask.serving.stopping import Piece, StoppableText
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["Narration", "finish_reason"]
@@ -33,9 +36,40 @@ class Narration:
     def __init__(self, order: Order, model: ServedModel) -> None:
         self._order = order
         self._model = model
-        self._text = TextStream(model.tokenizer)
-        self._text.push(order.committed)
+        self._text = StoppableText(model.tokenizer, strings=order.stop, token_ids=order.stop_token_ids)
         self._offset = len(order.committed)
+        # The caller has what these tokens say, but for what the former server held back.
+        self._stop = self._text.push(order.committed).stop
+        self._usage = ForwardCounts()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text has come to a stop: what follows is not to be told."""
+        return self._stop is not None
+
+    @property
+    def usage(self) -> ForwardCounts:
+        """What the request had taken at its last block."""
+        return self._usage
+
+    @property
+    def kept(self) -> int:
+        """Tokens this call has told, a stop token not counted."""
+        told = self._offset - len(self._order.committed)
+        return max(0, told - isinstance(self._stop, int))
+
+    def stop(self) -> pb.GenerateStreamResponse:
+        """The event that ends a story at a stop."""
+        finished = pb.Finished(
+            reason=pb.FINISH_REASON_STOP,
+            text_delta="",
+            usage=_usage(self._order.prompt, self._usage, self.kept),
+        )
+        if isinstance(self._stop, int):
+            finished.stop_token_id = self._stop
+        else:
+            finished.stop = self._stop or ""
+        return pb.GenerateStreamResponse(finished=finished)
 
     def tell(self, item: Item) -> pb.GenerateStreamResponse:
         """The event that ``item`` is."""
@@ -59,9 +93,25 @@ class Narration:
             prompt_tokens=len(self._order.prompt),
             queue_seconds=item.queue_seconds,
             block_length=params.block_length,
-            sampling=pb.SamplingParams(max_tokens=params.max_new_tokens, temperature=0.0),
+            sampling=self._sampling(),
             diffusion=diffusion_params(self._order.decoder, params),
         )
+
+    def _sampling(self) -> pb.SamplingParams:
+        order, sampling = self._order, self._order.params.sampling
+        said = pb.SamplingParams(
+            max_tokens=order.params.max_new_tokens,
+            temperature=sampling.temperature,
+            repetition_penalty=sampling.repetition_penalty,
+            stop=order.stop,
+            stop_token_ids=order.stop_token_ids,
+            logprobs=order.logprobs,
+        )
+        if sampling.temperature:
+            said.seed, said.top_p = sampling.seed, sampling.top_p
+            if sampling.top_k is not None:
+                said.top_k = sampling.top_k
+        return said
 
     def _canvas_update(self, item: Filled) -> pb.CanvasUpdate:
         return pb.CanvasUpdate(
@@ -83,14 +133,24 @@ class Narration:
         return min((block_index + 1) * params.block_length - before, params.max_new_tokens)
 
     def _block_committed(self, item: Committed) -> pb.BlockCommitted:
-        offset, self._offset = self._offset, self._offset + len(item.token_ids)
+        piece = self._piece(item)
+        offset, self._offset = self._offset, self._offset + piece.tokens
+        logprobs: Sequence[float] = ()
+        if self._order.logprobs:
+            logprobs = [_logarithm(confidence) for confidence in item.confidences[: piece.tokens]]
         return pb.BlockCommitted(
             block_index=item.block_index,
             offset=offset,
-            token_ids=item.token_ids,
-            text_delta=self._text.push(item.token_ids),
+            token_ids=item.token_ids[: piece.tokens],
+            text_delta=piece.text,
             forwards=item.forwards,
+            logprobs=logprobs,
         )
+
+    def _piece(self, item: Committed) -> Piece:
+        piece = self._text.push(item.token_ids)
+        self._stop, self._usage = piece.stop, item.usage
+        return piece
 
     def _finished(self, item: Finished) -> pb.Finished:
         return pb.Finished(
@@ -112,3 +172,8 @@ def _usage(prompt: Sequence[int], counts: ForwardCounts, kept: int) -> pb.Usage:
         tpf_decode=counts.tpf_decode(kept),
         tpf_denoise=counts.tpf_denoise(kept),
     )
+
+
+def _logarithm(probability: float) -> float:
+    """Of a probability that may have been rounded to 0."""
+    return math.log(max(probability, 1e-30))

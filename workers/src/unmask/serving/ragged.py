@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unmask.attention.paged import Span
 from unmask.diffusion.batch import Event, NoRoom, Persisted, Prefilled, Reused, check_attends
-from unmask.diffusion.block_row import BlockRow, check_block_request
+from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens_at
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
@@ -289,7 +289,7 @@ class RaggedBatch:
         return self._model.logits(tiled_rows(hidden_PD))[: len(hidden_PD)]
 
     def _candidates(self, parts: Sequence[_Part], hidden_SD: Tensor) -> dict[int, Candidates]:
-        """Best token and confidence of every position that matters, on the host: (B,) for each ticket."""
+        """Token and confidence of every position that matters, on the host: (B,) for each ticket."""
         ends = accumulate(len(part.ids) for part in parts)
         opened = [(part.seat.row, end) for part, end in zip(parts, ends, strict=True) if part.denoises]
         if not opened:
@@ -297,12 +297,16 @@ class RaggedBatch:
         wanted = torch.tensor([row.looked_at for row, _ in opened])
         start = torch.tensor([end - self.block_length for _, end in opened])
         place = (start[:, None] + torch.arange(self.block_length))[wanted]
-        best = best_tokens_at(
-            hidden_SD[place.to(hidden_SD.device)],
-            self._logits,
-            vocab_size=self._model.config.vocab_size,
-            mask_token_id=opened[0][0].params.mask_token_id,
-        )
+        rows, hidden_PD = [row for row, _ in opened], hidden_SD[place.to(hidden_SD.device)]
+        if all(row.params.sampling.is_plain for row in rows):
+            best = best_tokens_at(
+                hidden_PD,
+                self._logits,
+                vocab_size=self._model.config.vocab_size,
+                mask_token_id=rows[0].params.mask_token_id,
+            )
+        else:
+            best = chosen_one_by_one(rows, hidden_PD, self._logits)
         tokens = torch.zeros(wanted.shape, dtype=torch.int64)
         confidence = torch.zeros(wanted.shape)
         tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()

@@ -4,15 +4,16 @@ All wrong fields are reported at once, each with what is allowed. Nothing is acc
 middle of a generation.
 """
 
+import secrets
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import grpc
 
-from unmask.diffusion.decoding import DecodingParams
+from unmask.diffusion.decoding import DecodingParams, Sampling
 from unmask.errors import ModelError, UsageError
 from unmask.models.conversation import Turn, tool, tool_call, turn
 from unmask.serving.decoders import DECODERS, Decoder, listed
@@ -23,6 +24,11 @@ from unmask.v1 import generation_pb2 as pb
 __all__ = ["Order", "check_canvas", "read_order"]
 
 MAX_REQUEST_ID_BYTES = 128
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_TOKENS = 64
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
 _Made = TypeVar("_Made")
 
 
@@ -35,6 +41,9 @@ class Order:
     committed: Sequence[int]
     decoder: Decoder
     params: DecodingParams
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    logprobs: bool = False
 
 
 def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
@@ -52,13 +61,27 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
     committed = reader.committed(request.committed_token_ids, max_tokens)
     decoder = reader.decoder(request.diffusion, max_tokens or model.context_length)
     request_id = reader.request_id(request)
+    sampling = reader.sampling(request.sampling)
+    reader.check_stops(request.sampling)
     if reader.violations:
         raise invalid(reader.violations)
-    if request.sampling.temperature != 0:
-        message = f"sampling.temperature: got {request.sampling.temperature:g}, only 0 is implemented"
+    if sampling.temperature and decoder.wire == pb.DECODER_JOINT_EDIT:
+        message = (
+            "sampling.temperature: DECODER_JOINT_EDIT replaces tokens by more probable ones, which drawn "
+            "ones would seldom withstand; leave it at 0 or take another decoder"
+        )
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, message)
     params = model.params(decoder, request.diffusion, max_new_tokens=max_tokens)
-    return Order(request_id=request_id, prompt=prompt, committed=committed, decoder=decoder, params=params)
+    return Order(
+        request_id=request_id,
+        prompt=prompt,
+        committed=committed,
+        decoder=decoder,
+        params=replace(params, sampling=sampling),
+        stop=tuple(request.sampling.stop),
+        stop_token_ids=tuple(request.sampling.stop_token_ids),
+        logprobs=request.sampling.logprobs,
+    )
 
 
 def check_canvas(options: pb.StreamOptions) -> bool:
@@ -115,6 +138,45 @@ class _Reader:
                 f"{prompt_tokens} of them the prompt's",
             )
         return sampling.max_tokens
+
+    def sampling(self, given: pb.SamplingParams) -> Sampling:
+        """How tokens are chosen; a seed is made up if none is given."""
+        checks = {
+            "temperature": (0 <= given.temperature <= MAX_TEMPERATURE, f"0 to {MAX_TEMPERATURE:g}"),
+            "top_p": (0 < given.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (1 <= given.top_k, "at least 1"),
+            "repetition_penalty": (
+                0 < given.repetition_penalty <= MAX_REPETITION_PENALTY,
+                f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+            ),
+        }
+        wrong = {name for name, (fits, _) in checks.items() if given.HasField(name) and not fits}
+        for name in sorted(wrong):
+            self._wrong(f"sampling.{name}", f"got {getattr(given, name):g}, must be {checks[name][1]}")
+        if wrong:
+            return Sampling()
+        seed = secrets.randbits(63) if given.temperature else 0
+        return Sampling(
+            temperature=given.temperature,
+            top_p=given.top_p if given.HasField("top_p") else 1.0,
+            top_k=given.top_k if given.HasField("top_k") else None,
+            repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else 1.0,
+            seed=given.seed if given.HasField("seed") else seed,
+        )
+
+    def check_stops(self, given: pb.SamplingParams) -> None:
+        """Few and short: each is looked for at every token."""
+        if len(given.stop) > MAX_STOPS:
+            self._wrong("sampling.stop", f"got {len(given.stop)}, at most {MAX_STOPS} are allowed")
+        for place, text in enumerate(given.stop[:MAX_STOPS]):
+            if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
+                self._wrong(f"sampling.stop[{place}]", f"must have 1 to {MAX_STOP_BYTES} bytes")
+        if len(given.stop_token_ids) > MAX_STOP_TOKENS:
+            self._wrong(
+                "sampling.stop_token_ids",
+                f"got {len(given.stop_token_ids)}, at most {MAX_STOP_TOKENS} are allowed",
+            )
+        self._check_ids("sampling.stop_token_ids", given.stop_token_ids[:MAX_STOP_TOKENS])
 
     def committed(self, ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """Token ids to go on from."""

@@ -20,7 +20,9 @@ from grpc_reflection.v1alpha import reflection
 
 from unmask.diffusion.batch import Batch
 from unmask.errors import UsageError
+from unmask.serving.calls import Calls
 from unmask.serving.engine import Engine
+from unmask.serving.http_front import HttpFront, HttpLimits
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
 from unmask.telemetry import Recorder
@@ -46,6 +48,8 @@ class ServerOptions:
     """0 for any free one."""
     metrics_port: int = 9090
     """0 for any free one."""
+    http_port: int | None = None
+    """Of the OpenAI-style interface; 0 for any free one, ``None`` for none."""
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_request_s: float = 600.0
@@ -77,19 +81,21 @@ class Server:
         self._grpc = _grpc_server(
             options, max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE
         )
-        generation = GenerationService(self.engine, model, self.recorder, max_request_s=options.max_request_s)
-        add_GenerationServicer_to_server(generation, self._grpc)
+        calls = Calls(self.engine, model, self.recorder, max_request_s=options.max_request_s)
+        add_GenerationServicer_to_server(GenerationService(calls), self._grpc)
         add_ModelsServicer_to_server(ModelsService(model), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self._metrics: Listener | None = None
+        self._http = HttpFront(calls, model, HttpLimits(body_bytes=options.max_message_bytes))
         self._draining = False
         self.port = 0
         self.metrics_port = 0
+        self.http_port: int | None = None
 
     async def start(self) -> None:
-        """Bind the ports and answer; ``port`` and ``metrics_port`` then say where.
+        """Bind the ports and answer; ``port``, ``metrics_port`` and ``http_port`` then say where.
 
         Raises:
             UsageError: A port cannot be bound.
@@ -107,6 +113,13 @@ class Server:
             address = _address(host, self._options.metrics_port)
             raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
         self.metrics_port = self._metrics.port
+        if self._options.http_port is not None:
+            try:
+                await self._http.start(host, self._options.http_port)
+            except OSError as error:
+                address = _address(host, self._options.http_port)
+                raise UsageError(f"--http-port: cannot listen on {address}: {error.strerror}") from error
+            self.http_port = self._http.port
         self.engine.start()
         await self._grpc.start()
         self._metrics.start()
@@ -118,7 +131,8 @@ class Server:
         self._draining = True
         await self._health.enter_graceful_shutdown()
         self.engine.drain()
-        await self._grpc.stop(self._options.drain_s if drain_s is None else drain_s)
+        grace_s = self._options.drain_s if drain_s is None else drain_s
+        await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
         await asyncio.to_thread(self.engine.stop)
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)

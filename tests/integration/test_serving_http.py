@@ -1,0 +1,369 @@
+"""OpenAI's own client against the HTTP front: the same answers as over gRPC, and the same limits."""
+
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import openai
+import pytest
+
+from support.folders import served_folder
+from support.serving import CountingBatch, GatedBatch, RunningServer, running_server, wait_until
+from unmask.client import Client
+from unmask.models.loading import load
+from unmask.models.registry import read_config
+from unmask.serving.http_front import HttpLimits
+from unmask.serving.model import ServedModel
+from unmask.telemetry import metrics
+
+PAGE = (Path(__file__).parents[2] / "docs/how-to/ask-over-http.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served_folder(tmp_path_factory.mktemp("model") / "tiny", block_length=4)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ServedModel:
+    return ServedModel.describe(folder, read_config(folder), name=None, rows=2, context_length=128)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, model: ServedModel) -> Iterator[RunningServer]:
+    with running_server(model.batch(load(folder)), model, http_port=0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def counting(model: ServedModel) -> Iterator[RunningServer]:
+    """A server whose answers are known beforehand."""
+    with running_server(CountingBatch(), model, http_port=0) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with client_of(server) as made:
+        yield made
+
+
+def client_of(server: RunningServer, **options: object) -> openai.OpenAI:
+    url = f"http://127.0.0.1:{server.server.http_port}/v1"
+    defaults = {"api_key": "none", "max_retries": 0, "timeout": 30}
+    return openai.OpenAI(base_url=url, **(defaults | options))  # type: ignore[arg-type]
+
+
+def connection_to(server: RunningServer) -> http.client.HTTPConnection:
+    assert server.server.http_port
+    return http.client.HTTPConnection("127.0.0.1", server.server.http_port, timeout=30)
+
+
+def post(server: RunningServer, body: bytes, path: str = "/v1/completions") -> tuple[int, dict]:
+    with closing(connection_to(server)) as connection:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+def test_a_completion_is_what_grpc_answers(client: openai.OpenAI, server: RunningServer) -> None:
+    with Client(server.address) as grpc_client:
+        expected = grpc_client.generate("w5 w6 w7", max_tokens=10)
+    given = client.completions.create(model="tiny", prompt="w5 w6 w7", max_tokens=10)
+    assert given.object == "text_completion" and given.model == "tiny"
+    assert given.choices[0].text == expected.text
+    assert given.choices[0].finish_reason == "length"
+    assert given.usage is not None
+    assert (given.usage.prompt_tokens, given.usage.completion_tokens) == (3, expected.usage.completion_tokens)
+    ours = given.usage.model_extra["unmask"]
+    assert ours["forwards_denoise"] == expected.usage.forwards_denoise
+    assert ours["tpf_decode"] == pytest.approx(expected.usage.tpf_decode)
+    assert given._request_id and given.id == f"cmpl-{given._request_id}"
+
+
+def test_a_prompt_may_be_tokens_or_a_list_of_one_text(client: openai.OpenAI) -> None:
+    texts = {
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=6).choices[0].text
+        for prompt in ("w5 w6", [5, 6], ["w5 w6"])
+    }
+    assert len(texts) == 1
+
+
+def test_a_chat_is_what_grpc_answers(client: openai.OpenAI, server: RunningServer) -> None:
+    messages = [
+        {"role": "user", "content": "w5"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
+        },
+        {"role": "tool", "content": "w7", "tool_call_id": "1"},
+        {"role": "user", "content": [{"type": "text", "text": "w8 "}, {"type": "text", "text": "w9"}]},
+    ]
+    given = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=6)  # type: ignore[arg-type]
+    assert given.choices[0].message.role == "assistant"
+    plain = [
+        {"role": "user", "content": "w5"},
+        messages[1],
+        {"role": "tool", "content": "w7", "tool_call_id": "1"},
+        {"role": "user", "content": "w8 w9"},
+    ]
+    again = client.chat.completions.create(model="tiny", messages=plain, max_tokens=6)  # type: ignore[arg-type]
+    assert given.choices[0].message.content == again.choices[0].message.content
+    with Client(server.address) as grpc_client:
+        short = grpc_client.generate(messages=[{"role": "user", "content": "w5"}], max_tokens=6)
+    over_http = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "w5"}], max_tokens=6
+    )
+    assert over_http.choices[0].message.content == short.text
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["without usage", "with usage"])
+def test_a_stream_is_the_whole_in_pieces_one_for_each_block(counting: RunningServer, usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    with client_of(counting) as client:
+        chunks = list(
+            client.completions.create(model="tiny", prompt="w5", max_tokens=10, stream=True, **options)  # type: ignore[call-overload]
+        )
+    texts = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+    assert "".join(texts) == "w6 w7 w8 w9 w10 w11 w12 w13 w14 w15"
+    assert len(texts) == 3 + 1  # blocks, and the end
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices] == [None] * 3 + ["length"]
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [10] * usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_chat_stream_begins_with_its_role(counting: RunningServer) -> None:
+    with client_of(counting) as client:
+        messages = [{"role": "user", "content": "w5"}]
+        chunks = list(
+            client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, stream=True)  # type: ignore[call-overload]
+        )
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.content or "" for delta in deltas).count("w") == 4
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_the_model_is_listed_and_described(client: openai.OpenAI) -> None:
+    assert [one.id for one in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "unmask"
+    with pytest.raises(openai.NotFoundError, match="served here is 'tiny'"):
+        client.models.retrieve("large")
+
+
+def test_a_text_ends_before_its_stop(counting: RunningServer) -> None:
+    with client_of(counting) as client:
+        for stop in ("w9", ["w12", "8 w9"]):
+            given = client.completions.create(model="tiny", prompt="w5", max_tokens=40, stop=stop)
+            assert given.choices[0].finish_reason == "stop"
+            assert given.choices[0].text == {"w9": "w6 w7 w8 "}.get(str(stop), "w6 w7 w")
+
+
+def test_draws_are_repeated_by_their_seed(client: openai.OpenAI) -> None:
+    def text(seed: int) -> str:
+        given = client.completions.create(
+            model="tiny", prompt="w5 w6", max_tokens=16, temperature=1.5, top_p=0.9, seed=seed
+        )
+        return given.choices[0].text
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_how_to_decode_is_said_under_diffusion(client: openai.OpenAI) -> None:
+    def forwards(**diffusion: object) -> int:
+        given = client.completions.create(
+            model="tiny", prompt="w5 w6", max_tokens=8, extra_body={"diffusion": diffusion}
+        )
+        assert given.usage is not None
+        count: int = given.usage.model_extra["unmask"]["forwards_denoise"]
+        return count
+
+    assert forwards(decoder="fixed-steps", steps_per_block=1) < forwards(
+        decoder="fixed-steps", steps_per_block=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "text"),
+    [
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 1000}, "sampling.max_tokens", "the context holds 128"),
+        ({"temperature": -1}, "sampling.temperature", "0 to 100"),
+        ({"n": 2}, "n", "Input should be 1"),
+        ({"top_p": 1.5}, "sampling.top_p", "at most 1"),
+        ({"presence_penalty": 0.1}, "presence_penalty", "0"),
+        ({"stop": ["w7", ""]}, "sampling.stop[1]", "1 to 256 bytes"),
+        ({"logprobs": 1}, "logprobs", "null"),
+        ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "leave it out"),
+        ({"extra_body": {"diffusion": {"decoder": "magic"}}}, "diffusion.decoder", "allowed are threshold"),
+        ({"extra_body": {"diffusion": {"thresh": 1}}}, "diffusion", "thresh"),
+        ({"extra_body": {"diffusion": {"threshold": 2}}}, "diffusion.threshold", "at most 1"),
+        ({"prompt": ""}, "text", "no tokens"),
+        ({"prompt": ["a", "b"]}, "prompt", "at most 1"),
+        ({"prompt": [10**9]}, "token_ids.ids[0]", "ids run from 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    client: openai.OpenAI, wrong: dict, param: str | None, text: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**{"model": "tiny", "prompt": "w5", "max_tokens": 4} | wrong)
+    assert refused.value.param == param
+    assert text in str(refused.value)
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="served here is 'tiny'"):
+        client.completions.create(model="large", prompt="w5")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"model": "tiny", "prompt": {"a": 1}}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_a_body_that_is_no_request_is_refused(server: RunningServer, body: bytes) -> None:
+    status, answer = post(server, body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+
+
+def test_a_path_or_method_that_is_not_there(server: RunningServer) -> None:
+    status, answer = post(server, b"{}", "/v1/embeddings")
+    assert status == 404 and answer["error"]["code"] == "not_found"
+    with closing(connection_to(server)) as connection:
+        connection.request("GET", "/v1/completions")
+        refused = connection.getresponse()
+        assert refused.status == 405 and refused.headers["Allow"] == "POST"
+
+
+def test_a_body_that_is_too_large_is_refused(server: RunningServer) -> None:
+    status, answer = post(server, b" " * (5 << 20))
+    assert status == 413 and "4194304 bytes" in answer["error"]["message"]
+
+
+def test_a_full_queue_says_when_to_come_again(model: ServedModel) -> None:
+    batch = GatedBatch(CountingBatch(rows=1))
+    with (
+        running_server(batch, model, http_port=0, max_queue_requests=1) as server,
+        client_of(server) as client,
+    ):
+        waiting = [
+            threading.Thread(
+                target=client.completions.create, kwargs={"model": "tiny", "prompt": "w5", "max_tokens": 2}
+            )
+            for _ in range(2)
+        ]
+        for thread in waiting:
+            thread.start()
+        wait_until(lambda: server.server.recorder.value(metrics.REQUESTS_WAITING) == 1)
+        with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
+            client.completions.create(model="tiny", prompt="w5", max_tokens=2)
+        assert float(refused.value.response.headers["Retry-After"]) >= 1
+        batch.open()
+        for thread in waiting:
+            thread.join()
+
+
+def test_a_client_that_leaves_frees_its_row_within_one_forward(model: ServedModel) -> None:
+    batch = GatedBatch(CountingBatch(rows=1))
+    with running_server(batch, model, http_port=0) as server, client_of(server) as client:
+        stream = client.completions.create(model="tiny", prompt="w5", max_tokens=100, stream=True)
+        wait_until(lambda: batch.begun == 1)
+        stream.close()
+        wait_until(lambda: server.server.recorder.value(metrics.CANCELLED, by="client") == 1)
+        batch.let(1)
+        wait_until(lambda: batch.active == 0)
+        assert batch.done == 1
+        batch.open()
+
+
+def test_a_call_has_an_end_even_if_its_client_has_none(model: ServedModel) -> None:
+    batch = GatedBatch(CountingBatch(rows=1))
+    with running_server(batch, model, http_port=0, max_request_s=0.3) as server, client_of(server) as client:
+        with pytest.raises(openai.InternalServerError, match="time is over") as late:
+            client.completions.create(model="tiny", prompt="w5", max_tokens=100)
+        assert late.value.status_code == 504
+        batch.open()
+
+
+def test_a_model_that_fails_in_mid_stream_ends_it_with_an_error(model: ServedModel) -> None:
+    with running_server(CountingBatch(fails_at=6), model, http_port=0) as server, client_of(server) as client:
+        stream = client.completions.create(model="tiny", prompt="w5", max_tokens=20, stream=True)
+        texts = []
+        with pytest.raises(openai.APIError, match="its log says why"):
+            texts.extend(chunk.choices[0].text for chunk in stream)
+        server.wait_failed()
+        with pytest.raises(openai.APIStatusError):
+            client.completions.create(model="tiny", prompt="w5", max_tokens=2)
+
+
+def test_a_server_that_drains_says_so(model: ServedModel) -> None:
+    with running_server(CountingBatch(), model, http_port=0) as server, client_of(server) as client:
+        server.server.engine.drain()
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+            client.completions.create(model="tiny", prompt="w5", max_tokens=2)
+        assert refused.value.status_code == 503
+
+
+def test_whoever_says_nothing_or_drips_is_let_go(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "unmask.serving.server.HttpLimits", lambda **given: HttpLimits(request_s=0.3, **given)
+    )
+    with running_server(CountingBatch(), model, http_port=0) as server:
+        assert server.server.http_port
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n"
+        for sent in (b"", b"POST /v1/comp", head):
+            with socket.create_connection(("127.0.0.1", server.server.http_port), timeout=30) as connection:
+                connection.sendall(sent)
+                assert connection.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", server.server.http_port), timeout=30) as connection:
+            connection.sendall(head + b"\r\n{")
+            assert connection.recv(100).startswith(b"HTTP/1.1 504")
+
+
+def test_connections_are_bounded(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "unmask.serving.server.HttpLimits", lambda **given: HttpLimits(connections=2, **given)
+    )
+    with running_server(CountingBatch(), model, http_port=0) as server:
+        assert server.server.http_port
+        address = ("127.0.0.1", server.server.http_port)
+        with socket.create_connection(address, timeout=30), socket.create_connection(address, timeout=30):
+            with socket.create_connection(address, timeout=30) as third:
+                assert third.recv(1) == b""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                assert post(server, b'{"model": "tiny", "prompt": "w5", "max_tokens": 1}')[0] == 200
+                break
+            except (http.client.HTTPException, OSError):
+                continue  # the server has not yet seen the others go
+        else:
+            pytest.fail("no connection came free")
+
+
+def test_the_page_s_commands_and_code_do_what_they_say(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = re.search(r"^unmask serve \S+ (.*)$", PAGE, re.MULTILINE)
+    code = re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert command and code
+    options = [*command[1].replace("8000", "0").split(), "--port=0", "--metrics-port=0", "--name=model"]
+    serve = [sys.executable, "-m", "unmask.cli.main", "serve", str(folder), *options]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = re.search(r"OpenAI-style HTTP on (\S+)/v1,", process.stdout.readline())
+            assert ready
+            exec(compile(code[1].replace("http://127.0.0.1:8000", ready[1]), "page", "exec"), {})
+        finally:
+            process.kill()
+    assert re.fullmatch(r".*\S \d+\.\d+\n", capsys.readouterr().out, re.DOTALL)

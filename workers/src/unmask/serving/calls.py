@@ -1,0 +1,203 @@
+"""What every call goes through, however it came in: a request of the engine, its events, and its end.
+
+However a call ends (done, refused, cancelled, past its deadline, client gone), its request leaves the engine:
+at once from the queue, within one forward from the batch. The gRPC service and the HTTP front differ in how
+they read a request and write an answer, in nothing else.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+
+import grpc
+
+from unmask.diffusion.batch import Finished
+from unmask.errors import UsageError
+from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
+from unmask.serving.model import ServedModel
+from unmask.serving.narration import Narration
+from unmask.serving.outbox import Item, Outbox
+from unmask.serving.refusals import Refused
+from unmask.serving.requests import Order, read_order
+from unmask.telemetry import Recorder, metrics
+from unmask.v1 import generation_pb2 as pb
+
+__all__ = ["Calls", "Ending", "gather"]
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_TO_DEADLINE_S = 0.05
+"""A cancellation with less time left is the deadline's: the client's clock runs a little ahead of ours."""
+
+
+class Ending:
+    """How a call ended, for its count."""
+
+    def __init__(self) -> None:
+        self.code = grpc.StatusCode.OK
+        self.finish_reason = ""
+
+    def by(self, event: pb.GenerateStreamResponse) -> None:
+        """Note the reason, if ``event`` is the last."""
+        if event.HasField("finished"):
+            name = pb.FinishReason.Name(event.finished.reason)
+            self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
+
+
+class Calls:
+    """The calls of one server.
+
+    Args:
+        engine: Runs the requests.
+        model: What they are checked against.
+        recorder: Takes the metrics of calls.
+        max_request_s: The most time a call gets, and what it gets if it brings no deadline.
+    """
+
+    def __init__(
+        self, engine: Engine, model: ServedModel, recorder: Recorder, *, max_request_s: float
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._recorder = recorder
+        self._max_request_s = max_request_s
+        self._live: set[str] = set()
+
+    @asynccontextmanager
+    async def accounted(self, remaining: Callable[[], float | None]) -> AsyncIterator[Ending]:
+        """Bound a call's time, give its errors their status, and count how it ended.
+
+        Args:
+            remaining: Seconds until the client's deadline; None if it has none.
+
+        Raises:
+            Refused: Whatever ended the call other than its being cancelled.
+        """
+        ending = Ending()
+        try:
+            async with asyncio.timeout(self._time_left(remaining)):
+                yield ending
+        except asyncio.CancelledError:
+            late = self._time_left(remaining) < _CLOSE_TO_DEADLINE_S
+            ending.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            refused = _refusal(error)
+            ending.code = refused.code
+            raise refused from error
+        finally:
+            self._count(ending)
+
+    async def events(
+        self, request: pb.GenerateRequest, *, canvas: bool = False
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """What becomes of a request, as a stream says it; to close it is to cancel.
+
+        Raises:
+            Refused: The request is wrong.
+        """
+        # Tokenising a long prompt takes a while, and the loop has other clients to serve.
+        order = await asyncio.to_thread(read_order, request, self._model)
+        narration = Narration(order, self._model)
+        ready = asyncio.Event()
+        submitted = _request(order, ready, canvas=canvas)
+        with self._named(order.request_id):
+            async with aclosing(self._items(submitted, ready)) as items:
+                async for item in items:
+                    yield narration.tell(item)
+                    if narration.stopped:
+                        self._engine.conclude(submitted, narration.usage, kept=narration.kept)
+                        yield narration.stop()
+                        return
+
+    async def _items(self, request: Request, ready: asyncio.Event) -> AsyncGenerator[Item, None]:
+        """What the engine makes of a request; to close it is to cancel."""
+        self._engine.submit(request)
+        try:
+            while True:
+                await ready.wait()
+                ready.clear()
+                for item in request.outbox.take():
+                    yield item
+                    if isinstance(item, Finished):
+                        return
+        finally:
+            self._engine.cancel(request)
+
+    @contextmanager
+    def _named(self, request_id: str) -> Iterator[None]:
+        """Hold a request's name while it runs."""
+        if request_id in self._live:
+            message = f"request_id: a request named {request_id!r} is running; use another name"
+            raise Refused(grpc.StatusCode.ALREADY_EXISTS, message)
+        self._live.add(request_id)
+        try:
+            yield
+        finally:
+            self._live.discard(request_id)
+
+    def _time_left(self, remaining: Callable[[], float | None]) -> float:
+        left = remaining()
+        return self._max_request_s if left is None else min(left, self._max_request_s)
+
+    def _count(self, ending: Ending) -> None:
+        self._recorder.count(metrics.REQUESTS, code=ending.code.name, finish_reason=ending.finish_reason)
+        if ending.code is grpc.StatusCode.CANCELLED:
+            self._recorder.count(metrics.CANCELLED, by="client")
+        if ending.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._recorder.count(metrics.CANCELLED, by="deadline")
+
+
+def _request(order: Order, ready: asyncio.Event, *, canvas: bool) -> Request:
+    loop = asyncio.get_running_loop()
+    return Request(
+        prompt=order.prompt,
+        committed=order.committed,
+        params=order.params,
+        canvas=canvas,
+        outbox=Outbox(lambda: loop.call_soon_threadsafe(ready.set)),
+    )
+
+
+def gather(event: pb.GenerateStreamResponse, response: pb.GenerateResponse) -> None:
+    """Add one event of a stream to the answer of a call that wants it whole."""
+    match event.WhichOneof("event"):
+        case "started":
+            response.request_id = event.started.request_id
+        case "block_committed":
+            response.token_ids.extend(event.block_committed.token_ids)
+            response.text += event.block_committed.text_delta
+            response.logprobs.extend(event.block_committed.logprobs)
+        case "finished":
+            response.text += event.finished.text_delta
+            response.finish_reason = event.finished.reason
+            response.usage.CopyFrom(event.finished.usage)
+            match event.finished.WhichOneof("stopped_by"):
+                case "stop":
+                    response.stop = event.finished.stop
+                case "stop_token_id":
+                    response.stop_token_id = event.finished.stop_token_id
+
+
+def _refusal(error: Exception) -> Refused:
+    """The status that an error ends a call with; what is not foreseen is told to the log alone."""
+    match error:
+        case Refused():
+            return error
+        case QueueFull():
+            return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s=error.retry_after_s)
+        case ModelFailed():
+            return _failure()
+        case EngineStopped():
+            return Refused(grpc.StatusCode.UNAVAILABLE, str(error))
+        case TimeoutError():
+            return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's time is over")
+        case UsageError():
+            return Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    logger.error("a call failed", exc_info=error)
+    return _failure()
+
+
+def _failure() -> Refused:
+    return Refused(grpc.StatusCode.INTERNAL, "the server has failed; its log says why")

@@ -1,0 +1,235 @@
+"""OpenAI-style HTTP beside gRPC: the same calls, limits and ends, in JSON and server-sent events.
+
+``POST /v1/completions`` and ``/v1/chat/completions``, with ``stream`` one event per committed block, and
+``GET /v1/models``. A client that goes away frees its row within one forward, as over gRPC. What a client may
+take up is bounded: connections, the time to send a request, its size, and the time of a call.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from unmask.serving.calls import Calls, gather
+from unmask.serving.model import ServedModel
+from unmask.serving.openai_wire import (
+    Answer,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    error_of,
+    http_status,
+    read_body,
+)
+from unmask.serving.refusals import Refused
+from unmask.v1 import generation_pb2 as pb
+
+__all__ = ["HttpFront", "HttpLimits"]
+
+_Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What clients may take up."""
+
+    connections: int = 1024
+    """More are closed at once."""
+    request_s: float = 30.0
+    """For the first request of a connection to begin, and for each body to arrive."""
+    idle_s: float = 75.0
+    """Between the requests of a connection."""
+    body_bytes: int = 4 << 20
+
+
+class HttpFront:
+    """The HTTP interface of one server. Use from one event loop."""
+
+    def __init__(self, calls: Calls, model: ServedModel, limits: HttpLimits) -> None:
+        self._calls, self._model, self._limits = calls, model, limits
+        self._started = int(time.time())
+        app = web.Application(client_max_size=limits.body_bytes, middlewares=[self._framed])
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._one_model)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        # To be cancelled when the client goes is what frees its row.
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, keepalive_timeout=limits.idle_s
+        )
+        self._unheard: dict[RequestHandler, asyncio.TimerHandle] = {}
+        self._arriving = 0
+        self._site: asyncio.Server | None = None
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Answer at ``port``; 0 takes any, and ``port`` then says which.
+
+        Raises:
+            OSError: It is taken.
+        """
+        await self._runner.setup()
+        self._site = await asyncio.get_running_loop().create_server(self._connection, host, port, backlog=128)
+        self.port = self._site.sockets[0].getsockname()[1]
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new connections, give running calls ``grace_s`` seconds, and end."""
+        if self._site is not None:
+            self._site.close()
+        for timer in self._unheard.values():
+            timer.cancel()
+        server = self._runner.server
+        if server is not None:
+            await server.shutdown(grace_s)
+        await self._runner.cleanup()
+
+    def _connection(self) -> asyncio.Protocol:
+        """The protocol of a new connection, if there may be one more."""
+        server = self._runner.server
+        assert server is not None
+        if len(server.connections) + self._arriving >= self._limits.connections:
+            return _Closing()
+        handler: RequestHandler = server()
+        loop = asyncio.get_running_loop()
+        # The server counts a connection a turn of the loop later, and several may be accepted in one.
+        self._arriving += 1
+        loop.call_later(0.01, self._arrived)
+        self._unheard[handler] = loop.call_later(self._limits.request_s, self._close_unheard, handler)
+        return handler
+
+    def _arrived(self) -> None:
+        self._arriving -= 1
+
+    def _close_unheard(self, handler: "RequestHandler") -> None:
+        del self._unheard[handler]
+        handler.force_close()
+
+    @web.middleware
+    async def _framed(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Give whatever goes wrong its body, in the form that clients expect."""
+        if (timer := self._unheard.pop(request.protocol, None)) is not None:
+            timer.cancel()
+        try:
+            return await handler(request)
+        except Refused as refused:
+            return _refusal(refused)
+        except web.HTTPRequestEntityTooLarge:
+            limit = f"the request is larger than {self._limits.body_bytes} bytes"
+            return _error(413, limit, "request_too_large")
+        except web.HTTPException as error:
+            text = f"{request.method} {request.path}: {error.reason}"
+            return _error(error.status, text, str(error.reason).lower().replace(" ", "_"), error.headers)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._described()]})
+
+    async def _one_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name != self._model.name:
+            message = f"model: got {name!r}, served here is {self._model.name!r}"
+            raise Refused(grpc.StatusCode.NOT_FOUND, message)
+        return web.json_response(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self._model.name, "object": "model", "created": self._started, "owned_by": "unmask"}
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = read_body(CompletionRequest, await self._body(request))
+        answer = CompletionAnswer(self._model.name, created=int(time.time()))
+        return await self._answer(request, body, answer)
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = read_body(ChatRequest, await self._body(request))
+        answer = ChatAnswer(self._model.name, created=int(time.time()))
+        return await self._answer(request, body, answer)
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._limits.request_s):
+                return await request.read()
+        except TimeoutError:
+            message = f"the request took longer than {self._limits.request_s:g} s to arrive"
+            raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
+
+    async def _answer(
+        self, request: web.Request, body: CompletionRequest | ChatRequest, answer: Answer
+    ) -> web.StreamResponse:
+        if body.stream:
+            return await self._stream(request, body, answer)
+        response = pb.GenerateResponse()
+        async with (
+            self._calls.accounted(lambda: None) as ended,
+            aclosing(self._calls.events(body.told())) as events,
+        ):
+            async for event in events:
+                gather(event, response)
+                ended.by(event)
+        headers = {"x-request-id": response.request_id}
+        return web.json_response(answer.whole(response), headers=headers)
+
+    async def _stream(
+        self, request: web.Request, body: CompletionRequest | ChatRequest, answer: Answer
+    ) -> web.StreamResponse:
+        """Server-sent events; a call that is refused before its first event is an ordinary error."""
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
+        )
+        try:
+            async with (
+                self._calls.accounted(lambda: None) as ended,
+                aclosing(self._calls.events(body.told())) as events,
+            ):
+                async for event in events:
+                    if not response.prepared:
+                        response.headers["x-request-id"] = event.started.request_id
+                        await response.prepare(request)
+                    for piece in answer.pieces(event, usage=body.stream_options.include_usage):
+                        await response.write(_event(json.dumps(piece)))
+                    ended.by(event)
+        except Refused as refused:
+            if not response.prepared:
+                raise
+            await response.write(_event(json.dumps(error_of(refused))))
+        else:
+            await response.write(_event("[DONE]"))
+        await response.write_eof()
+        return response
+
+
+class _Closing(asyncio.Protocol):
+    """Of a connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()
+
+
+def _refusal(refused: Refused) -> web.Response:
+    headers = {}
+    if refused.retry_after_s is not None:
+        headers = {
+            "Retry-After": str(max(1, round(refused.retry_after_s))),
+            "retry-after-ms": str(round(refused.retry_after_s * 1000)),
+        }
+    return web.json_response(error_of(refused), status=http_status(refused.code), headers=headers)
+
+
+def _error(status: int, message: str, code: str, headers: Any = None) -> web.Response:
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    allowed = {"Allow": headers["Allow"]} if headers and "Allow" in headers else {}
+    return web.json_response(body, status=status, headers=allowed)

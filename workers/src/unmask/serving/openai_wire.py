@@ -1,0 +1,392 @@
+"""The bodies of OpenAI's HTTP interface, read into requests of our wire and written from its events.
+
+Of ``/v1/completions`` and ``/v1/chat/completions`` (https://platform.openai.com/docs/api-reference) a request
+may hold what a masked-diffusion model can do; a field that asks for anything else is refused by name, never
+passed over, but for values that ask for nothing (``n: 1``, ``logprobs: false``). How to decode is said under
+``diffusion``, with the fields of the wire's ``DiffusionParams``; clients of OpenAI's package send it in
+``extra_body``. Two things differ:
+
+* without ``temperature`` the most probable tokens are taken, where OpenAI's default is 1;
+* a call of a tool comes back as text, in the form that the model was taught.
+
+An answer's ``usage`` has what OpenAI's has, and under ``unmask`` forwards and tokens per forward.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unmask.serving.decoders import DECODERS
+from unmask.serving.refusals import Refused, Violation, invalid
+from unmask.v1 import generation_pb2 as pb
+
+__all__ = [
+    "Answer",
+    "ChatAnswer",
+    "ChatRequest",
+    "CompletionAnswer",
+    "CompletionRequest",
+    "error_of",
+    "http_status",
+    "read_body",
+]
+
+Json: TypeAlias = dict[str, Any]
+
+_STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNIMPLEMENTED: 400,  # what is asked for will not be had by asking again
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+_KINDS = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+_REASONS = {
+    pb.FINISH_REASON_END_OF_TEXT: "stop",
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+}
+_DECODERS = {decoder.name: decoder.wire for decoder in DECODERS}
+_Body = TypeVar("_Body", bound="_Request")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Text(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+_Content = str | list[_Text] | None
+
+
+class _Function(_Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: _Function
+
+
+class _Message(_Strict):
+    role: str
+    content: _Content = None
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+    def told(self) -> pb.ChatMessage:
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        calls = [
+            pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in self.tool_calls or ()
+        ]
+        return pb.ChatMessage(
+            role=self.role,
+            content=content,
+            name=self.name,
+            tool_calls=calls,
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _Request(_Strict):
+    """What both endpoints take."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    diffusion: Json | None = None
+    user: str | None = None
+    """Passed over: it changes no answer of OpenAI's either."""
+    # What asks for nothing.
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[Json, Field(max_length=0)] | None = None
+
+    def wanted(self) -> pb.GenerateRequest:
+        """The request, but for its prompt.
+
+        Raises:
+            Refused: ``diffusion`` is not what the wire has.
+        """
+        request = pb.GenerateRequest(model=self.model)
+        for name, value in (
+            ("max_tokens", self._most_tokens()),
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+            ("seed", self.seed),
+        ):
+            if value is not None:
+                setattr(request.sampling, name, value)
+        request.sampling.stop.extend([self.stop] if isinstance(self.stop, str) else self.stop or ())
+        if self.diffusion is not None:
+            request.diffusion.CopyFrom(_diffusion(self.diffusion))
+        return request
+
+    def _most_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class CompletionRequest(_Request):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[Annotated[int, Field(ge=0, lt=1 << 32)]] | Annotated[list[str], Field(max_length=1)]
+    """A text, token ids, or a list of one text."""
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+    def told(self) -> pb.GenerateRequest:
+        """The request as our wire has it.
+
+        Raises:
+            Refused: It cannot be said.
+        """
+        request = self.wanted()
+        parts: list[Any] = [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+        if parts and isinstance(parts[0], str):
+            request.text = parts[0]
+        else:
+            request.token_ids.ids.extend(parts)
+        return request
+
+
+class ChatRequest(_Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[_Message]
+    tools: list[Json] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: "_PlainText | None" = None
+    store: Literal[False] | None = None
+    metadata: Json | None = None
+
+    def told(self) -> pb.GenerateRequest:
+        """The request as our wire has it.
+
+        Raises:
+            Refused: It cannot be said.
+        """
+        request = self.wanted()
+        request.chat.messages.extend(message.told() for message in self.messages)
+        if self.tool_choice != "none":
+            request.chat.tools.extend(json.dumps(tool) for tool in self.tools or ())
+        return request
+
+    def _most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class _PlainText(_Strict):
+    type: Literal["text"]
+
+
+def read_body(kind: type[_Body], body: bytes) -> _Body:
+    """Read a request.
+
+    Raises:
+        Refused: INVALID_ARGUMENT with every wrong field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for flaw in error.errors(include_url=False, include_input=False, include_context=False):
+            # The first part of a place is a field; what follows may name an alternative of its type.
+            field = str(flaw["loc"][0]) if flaw["loc"] else "body"
+            text = flaw["msg"]
+            if flaw["type"] == "extra_forbidden" and len(flaw["loc"]) == 1:
+                text = "is not known, or not possible here; leave it out"
+            told = found.setdefault(field, [])
+            if text not in told:
+                told.append(text)
+        # A field with several types has a complaint for each of them.
+        raise invalid(
+            [Violation(field, ", or ".join(texts[-3:])) for field, texts in found.items()]
+        ) from None
+
+
+def _diffusion(given: Json) -> pb.DiffusionParams:
+    """``DiffusionParams`` from JSON with its field names; decoders have the names that clients give them."""
+    named = dict(given)
+    if (decoder := named.get("decoder")) is not None:
+        if decoder not in _DECODERS:
+            text = f"got {decoder!r}, allowed are {', '.join(_DECODERS)}"
+            raise invalid([Violation("diffusion.decoder", text)])
+        named["decoder"] = _DECODERS[decoder]
+    try:
+        return ParseDict(named, pb.DiffusionParams())
+    except ParseError as error:
+        raise invalid([Violation("diffusion", str(error))]) from None
+
+
+class Answer:
+    """The answer to one request, whole or in pieces, in the words of one endpoint."""
+
+    object: str
+    piece: str
+    prefix: str
+
+    def __init__(self, model: str, *, created: int) -> None:
+        """``created`` is the time in seconds since 1970."""
+        self._model, self._created = model, created
+        self._id = ""
+
+    def whole(self, response: pb.GenerateResponse) -> Json:
+        """The answer at once."""
+        self._id = response.request_id
+        choice = self.choice(response.text) | {
+            "index": 0,
+            "logprobs": None,
+            "finish_reason": _REASONS[response.finish_reason],
+        }
+        return self._framed(self.object, [choice]) | {"usage": _usage(response.usage)}
+
+    def pieces(self, event: pb.GenerateStreamResponse, *, usage: bool) -> list[Json]:
+        """What an event adds, as the chunks of a stream; with ``usage`` in one of its own at the end."""
+        match event.WhichOneof("event"):
+            case "started":
+                self._id = event.started.request_id
+                return self.opening()
+            case "block_committed":
+                return (
+                    [self._chunk(event.block_committed.text_delta)]
+                    if event.block_committed.text_delta
+                    else []
+                )
+            case "finished":
+                last = [self._chunk(event.finished.text_delta, _REASONS[event.finished.reason])]
+                if usage:
+                    last.append(self._framed(self.piece, []) | {"usage": _usage(event.finished.usage)})
+                return last
+        return []
+
+    def opening(self) -> list[Json]:
+        """Chunks before the first text."""
+        return []
+
+    def choice(self, text: str) -> Json:
+        """A whole text."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> Json:
+        """A piece of text."""
+        raise NotImplementedError
+
+    def _chunk(self, text: str, reason: str | None = None) -> Json:
+        choice = self.delta(text) | {"index": 0, "logprobs": None, "finish_reason": reason}
+        return self._framed(self.piece, [choice])
+
+    def _framed(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": f"{self.prefix}-{self._id}",
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+
+class CompletionAnswer(Answer):
+    """Of ``/v1/completions``."""
+
+    object = piece = "text_completion"
+    prefix = "cmpl"
+
+    def choice(self, text: str) -> Json:
+        """A whole text."""
+        return {"text": text}
+
+    def delta(self, text: str) -> Json:
+        """A piece of text."""
+        return {"text": text}
+
+
+class ChatAnswer(Answer):
+    """Of ``/v1/chat/completions``."""
+
+    object = "chat.completion"
+    piece = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def opening(self) -> list[Json]:
+        """The role, before there is a text."""
+        choice = {"delta": {"role": "assistant", "content": ""}, "index": 0, "logprobs": None}
+        return [self._framed(self.piece, [choice | {"finish_reason": None}])]
+
+    def choice(self, text: str) -> Json:
+        """A whole text."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text: str) -> Json:
+        """A piece of text."""
+        return {"delta": {"content": text} if text else {}}
+
+
+def http_status(code: grpc.StatusCode) -> int:
+    """The HTTP status that says the same."""
+    return _STATUS.get(code, 500)
+
+
+def error_of(refused: Refused) -> Json:
+    """The body of an answer that is an error."""
+    status = http_status(refused.code)
+    first = refused.violations[0].field if refused.violations else None
+    return {
+        "error": {
+            "message": refused.message,
+            "type": _KINDS.get(status, "server_error"),
+            "param": first,
+            "code": refused.code.name.lower(),
+        }
+    }
+
+
+def _usage(usage: pb.Usage) -> Json:
+    ours: Mapping[str, Any] = MessageToDict(usage, preserving_proto_field_name=True)
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "unmask": {
+            name: int(value) if name == "positions_evaluated" else value
+            for name, value in ours.items()
+            if name not in {"prompt_tokens", "completion_tokens"}
+        },
+    }

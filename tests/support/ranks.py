@@ -19,7 +19,7 @@ from unmask.errors import UnmaskError
 from unmask_api.train_job import DiffusionTrainJob
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["unmask.training.attempt", "torch._dynamo", "support.ranks"])
+_CONTEXT.set_forkserver_preload(["unmask.training.attempt", "torch._dynamo", "s3fs", "support.ranks"])
 
 
 def start_ranks(

@@ -137,7 +137,7 @@ def test_a_missing_object_and_an_unknown_store_are_named():
     assert "use a path, file://, s3:// or gs://" in refusal("nosuch://a/b.jsonl", error=UsageError)
 
 
-@pytest.mark.parametrize(("uri", "package"), [("s3://b/a.jsonl", "s3fs"), ("gs://b/a.jsonl", "gcsfs")])
+@pytest.mark.parametrize(("uri", "package"), [("az://b/a.jsonl", "adlfs"), ("gs://b/a.jsonl", "gcsfs")])
 def test_a_store_without_its_package_names_the_package(monkeypatch, uri, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert f"needs the package {package}, which is not installed" in refusal(uri, error=UsageError)

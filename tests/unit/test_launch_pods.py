@@ -126,6 +126,54 @@ def test_credentials_are_environment_and_what_the_manifest_says_comes_before() -
     assert "envFrom" not in pod()["containers"][0]
 
 
+STORE = "s3://bucket/runs/tiny"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"spec.checkpoint.uri": STORE},
+        {"spec.model": {"init": {"uri": "gs://bucket/model"}}},
+        {"spec.model.tokenizer": {"uri": "az://container/tokenizer"}},
+    ],
+)
+def test_what_is_in_an_object_store_has_scratch_room_in_the_pod(values: dict[str, Any]) -> None:
+    spec = pod(values)
+    (container,) = spec["containers"]
+    assert {"name": "scratch", "emptyDir": {}} in spec["volumes"]
+    assert {"name": "scratch", "mountPath": "/scratch"} in container["volumeMounts"]
+    assert {"name": "UNMASK_SCRATCH", "value": "/scratch"} in container["env"]
+    assert "scratch" not in json.dumps(pod())
+
+
+def test_scratch_room_can_be_another_volume() -> None:
+    claim = {"volumeClaimTemplate": {"spec": {"resources": {"requests": {"storage": "1Ti"}}}}}
+    overlay = {"spec": {"volumes": [{"name": "scratch", "emptyDir": None, "ephemeral": claim}]}}
+    spec = pod({"spec.checkpoint.uri": STORE, "spec.podTemplate": overlay})
+    assert [one for one in spec["volumes"] if one["name"] == "scratch"] == [
+        {"name": "scratch", "ephemeral": claim}
+    ]
+
+
+def test_a_run_in_an_object_store_keeps_its_uri_and_claims_no_volume_for_it() -> None:
+    made = attempt({"spec.checkpoint.uri": STORE})
+    job = json.loads(pods.config_map(made)["data"]["job.json"])
+    assert job["spec"]["checkpoint"]["uri"] == STORE
+    claims = [one.get("persistentVolumeClaim") for one in pod({"spec.checkpoint.uri": STORE})["volumes"]]
+    assert [claim["claimName"] for claim in claims if claim] == ["data"]
+
+
+def test_progress_of_a_run_in_an_object_store_says_where_its_checkpoint_is(tmp_path: Path) -> None:
+    line = {"kind": "step", "step": 4, "total_steps": 8, "stage": "a", "loss": 1.0, "lr": 1.0, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003" / "manifest.json").touch()
+    report = supervisor.progress(tmp_path, attempt=0, uri=f"{STORE}/")
+    assert report is not None
+    assert report.checkpoint is not None
+    assert report.checkpoint.uri == f"{STORE}/checkpoints/step-00000003"
+
+
 def test_another_jobs_model_is_for_clusters_only(tmp_path: Path) -> None:
     job = admit(json.dumps(changed(train_job(), {"spec.model": {"init": {"job": {"name": "first"}}}})))
     with pytest.raises(UsageError, match=r"init\.job: job first is known to a cluster only; set init\.uri"):

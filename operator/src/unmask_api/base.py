@@ -27,6 +27,8 @@ __all__ = [
     "FileWord",
     "Name",
     "Rule",
+    "STORE_URI",
+    "StoreUri",
     "Uri",
     "WORD",
 ]
@@ -97,6 +99,7 @@ IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
 OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 FILE_WORD = r"^[A-Za-z0-9_.-]+$"
+STORE_URI = rf"{URI[:-2]}|(s3|gs|az|abfs)://[^ /]+(/[^ /]+)*/?)$"
 DATA_URI = rf"{URI[:-2]}|(file|memory|s3|gs|az|abfs|http|https|hf)://[^ ]+)$"
 
 PATTERNS = {
@@ -109,6 +112,8 @@ PATTERNS = {
     "such as s3://BUCKET/path or gs://BUCKET/path",
     FILE_WORD: "letters, digits, dots, dashes and underscores",
     URI: "pvc://CLAIM/path, or an absolute path inside the worker",
+    STORE_URI: "pvc://CLAIM/path, an absolute path inside the worker, or a place in an object store, such as"
+    " s3://BUCKET/path, gs://BUCKET/path or az://CONTAINER/path",
 }
 """What the patterns allow, in words."""
 
@@ -127,11 +132,14 @@ ObjectName = Annotated[str, StringConstraints(pattern=OBJECT_NAME, max_length=25
 Uri = Annotated[str, StringConstraints(pattern=URI, max_length=1024)]
 """``pvc://CLAIM/path`` on a volume, or an absolute path inside the worker."""
 
+StoreUri = Annotated[str, StringConstraints(pattern=STORE_URI, max_length=1024)]
+"""The same, or ``SCHEME://path`` of an object store: ``s3``, ``gs``, ``az`` or ``abfs``."""
+
 FileWord = Annotated[str, StringConstraints(pattern=FILE_WORD, max_length=64)]
 """Part of a file's name."""
 
 DataUri = Annotated[str, StringConstraints(pattern=DATA_URI, max_length=1024)]
-"""The same, or ``SCHEME://path`` of a store that fsspec reads, such as ``s3://`` or ``gs://``."""
+"""A path, or ``SCHEME://path`` of a store that fsspec reads, such as ``s3://`` or ``gs://``."""
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 """A whole number of things, at least one."""

@@ -90,4 +90,4 @@ class Data(StageData):
     nothing.
     """
     cache: DataCache | None = None
-    """Where data are kept as tokens; left out, in the run folder."""
+    """Where data are kept as tokens; left out, in the run folder (of a run in an object store, its copy)."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from unmask_api.base import ApiModel, Name, Rule, Uri
+from unmask_api.base import ApiModel, Name, Rule, StoreUri
 
 __all__ = ["Conversion", "JobModel", "Model", "ModelInit", "Tokenizer"]
 
@@ -43,8 +43,11 @@ class ModelInit(ApiModel):
         | None
     ) = None
     """An inline ``config.json``: the model is built from it with random weights."""
-    uri: Uri | None = None
-    """A folder with ``config.json`` and safetensors weights."""
+    uri: StoreUri | None = None
+    """A folder with ``config.json`` and safetensors weights.
+
+    From an object store it is copied to each machine before it is read.
+    """
     job: JobModel | None = None
     """The model of another job, which is waited for; on clusters only, ``unmask run`` needs ``uri``."""
 
@@ -52,7 +55,7 @@ class ModelInit(ApiModel):
 class Tokenizer(ApiModel):
     """The tokenizer that text is read with."""
 
-    uri: Uri
+    uri: StoreUri
     """A folder with ``tokenizer.json`` and, if there are messages to render, ``tokenizer_config.json``."""
 
 

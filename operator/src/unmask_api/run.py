@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from unmask_api.base import ApiModel, Count, DecimalString, Rule, Uri
+from unmask_api.base import ApiModel, Count, DecimalString, Rule, StoreUri
 
 __all__ = ["Checkpoint", "Evaluation", "GenerationEvaluation", "Parallelism", "Telemetry"]
 
@@ -99,8 +99,12 @@ class Evaluation(ApiModel):
 class Checkpoint(ApiModel):
     """Where a run lives and how often it is saved."""
 
-    uri: Uri
-    """The run folder: checkpoints, metrics, exports and the final model."""
+    uri: StoreUri
+    """The run folder: checkpoints, metrics, exports and the final model.
+
+    In an object store, whose keys come from ``credentials``, the run works on a copy in a scratch folder of
+    each machine: a checkpoint counts once its manifest is in the store. See docs/checkpoints.md.
+    """
     every_steps: Count = 100
     """Steps between checkpoints; there is also one after the last step."""
     keep_last: Annotated[int, Field(ge=1, le=1000)] = 3

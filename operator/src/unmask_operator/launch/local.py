@@ -23,6 +23,7 @@ from torchx.schedulers.local_scheduler import CWDImageProvider, LocalScheduler
 from torchx.specs import AppDef, AppState, is_terminal
 
 from unmask_api.exit_codes import ExitCode
+from unmask_api.places import working_folder
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator.launch.application import of_job
 from unmask_operator.launch.attempts import Next, after
@@ -79,7 +80,7 @@ def run(
 def _attempt(
     job: DiffusionTrainJob, attempt: int, stops: list[int], observe: Callable[[], None], module: str
 ) -> Outcome:
-    folder = Path(job.spec.checkpoint.uri)
+    folder = working_folder(job.spec.checkpoint.uri, os.environ)
     report = folder / "termination.json"
     report.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="unmask-") as scratch, _runner(stops) as runner:

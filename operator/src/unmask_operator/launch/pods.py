@@ -16,6 +16,7 @@ from kubernetes.client import ApiClient
 from torchx.schedulers.kubernetes_scheduler import role_to_pod
 from torchx.specs import AppDef, macros
 
+from unmask_api.places import SCRATCH, in_store
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator.launch.amounts import GPU
 from unmask_operator.launch.application import of_job
@@ -50,6 +51,7 @@ _LAUNCHER = "unmask_operator.launch.supervisor"
 _JOB_FOLDER = "/etc/unmask"
 _JOB_FILE = "job.json"
 _VOLUMES = "/volumes"
+_SCRATCH_FOLDER = "/scratch"
 _INDEX = "JOB_COMPLETION_INDEX"
 _INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 _NCCL_PORTS = "40000 40999"
@@ -238,6 +240,8 @@ def _environment(attempt: Attempt) -> dict[str, str]:
         "HOME": "/tmp",
         "PYTHONSAFEPATH": "1",
     }
+    if _needs_scratch(attempt.job):
+        values[SCRATCH] = _SCRATCH_FOLDER
     if _gpus(attempt.job):
         values |= {
             "NCCL_SOCKET_IFNAME": "eth0",
@@ -301,6 +305,7 @@ def _volumes(attempt: Attempt) -> list[Json]:
         {"name": "dshm", "emptyDir": {"medium": "Memory"}},
         {"name": "tmp", "emptyDir": {}},
         {"name": "job", "configMap": {"name": attempt.name}},
+        *([{"name": "scratch", "emptyDir": {}}] if _needs_scratch(attempt.job) else []),
         *(
             {"name": f"claim-{index}", "persistentVolumeClaim": {"claimName": name}}
             for index, name in enumerate(claims(attempt.job))
@@ -314,6 +319,7 @@ def _mounts(attempt: Attempt) -> list[Json]:
         {"name": "dshm", "mountPath": "/dev/shm"},  # 64 MB, the default, is too little for NCCL
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "job", "mountPath": _JOB_FOLDER, "readOnly": True},
+        *([{"name": "scratch", "mountPath": _SCRATCH_FOLDER}] if _needs_scratch(attempt.job) else []),
         *(
             {"name": f"claim-{index}", "mountPath": f"{_VOLUMES}/{name}"}
             for index, name in enumerate(claims(attempt.job))
@@ -328,6 +334,13 @@ def _resources(job: DiffusionTrainJob) -> Json:
     limits = {name: str(value) for name, value in amounts.limits.items()}
     requests = limits | {name: str(value) for name, value in amounts.requests.items()}
     return {"limits": limits, "requests": requests}
+
+
+def _needs_scratch(job: DiffusionTrainJob) -> bool:
+    """Whether the run or a model that it begins with is in an object store, and so copied to the pod."""
+    model = job.spec.model
+    uris = (job.spec.checkpoint.uri, model.init.uri, model.tokenizer.uri if model.tokenizer else None)
+    return any(uri is not None and in_store(uri) for uri in uris)
 
 
 def _gpus(job: DiffusionTrainJob) -> bool:

@@ -5,7 +5,8 @@ save before torchrun's half minute of patience runs, answers ``/progress``, and 
 trainer said.
 
 Progress is read from the run folder, not asked of the trainer: an answer then needs nothing of a process that
-may hang, and every pod sees the same folder, whichever of them holds the first rank.
+may hang, and every pod sees the same folder, whichever of them holds the first rank. Of a run in an object
+store every pod has a working copy, in which one of its processes keeps the log.
 
 Where the step stands still, ``/stacks`` has the workers write where they are (to files, at SIGUSR1), keeps
 that in the run folder and answers with the innermost calls.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask_api.exit_codes import ExitCode
+from unmask_api.places import working_folder
 from unmask_operator.launch.report import LIMIT, CheckpointReport, Report, StackReport, Termination
 
 __all__ = ["environment", "ending", "main", "progress", "stacks"]
@@ -62,8 +64,14 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return dict(given) | own
 
 
-def progress(folder: Path, *, attempt: int) -> Report | None:
-    """Return how far the run in ``folder`` is; ``None`` before its first step."""
+def progress(folder: Path, *, attempt: int, uri: str = "") -> Report | None:
+    """Return how far the run in ``folder`` is; ``None`` before its first step.
+
+    Args:
+        folder: Of the run, or the working copy of one in an object store.
+        attempt: The present attempt.
+        uri: Where the run's files are; left out, in ``folder``.
+    """
     steps = [line for line in _last_lines(folder / "metrics.jsonl") if line.get("kind") == "step"]
     if not steps:
         return None
@@ -80,7 +88,7 @@ def progress(folder: Path, *, attempt: int) -> Report | None:
             sum(line.get("tokens", 0) for line in recent) / seconds if seconds else None
         ),
         seconds_per_step=_decimal(seconds / len(recent) if recent else None),
-        checkpoint=_checkpoint(folder / "checkpoints"),
+        checkpoint=_checkpoint(folder / "checkpoints", f"{(uri or str(folder)).rstrip('/')}/checkpoints"),
     )
 
 
@@ -139,7 +147,8 @@ def main(args: Sequence[str]) -> int:
     stops: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stops.append(time.monotonic()))
-    folder = _run_folder(args)
+    uri = _run_uri(args)
+    folder = working_folder(uri, os.environ)
     report = folder / "termination.json"
     before, killed = _identity(report), _oom_kills()
     own = environment(os.environ)
@@ -149,7 +158,7 @@ def main(args: Sequence[str]) -> int:
     else:
         own.setdefault(_STACKS, tempfile.mkdtemp(prefix="unmask-stacks-"))
         launched: list[int] = []
-        _answer(folder, own, launched)
+        _answer(folder, uri, own, launched)
         process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *args], env=own)
         launched.append(process.pid)
         code = _watch(process.pid, stops, float(own.get("UNMASK_GRACE_SECONDS", "120")))
@@ -242,7 +251,7 @@ def _write_stacks(launcher: Sequence[int], folder: Path, own: Mapping[str, str])
     return texts
 
 
-def _answer(folder: Path, own: Mapping[str, str], launcher: Sequence[int]) -> None:
+def _answer(folder: Path, uri: str, own: Mapping[str, str], launcher: Sequence[int]) -> None:
     """Answer ``GET /progress`` and ``GET /stacks``, one request at a time, five seconds each."""
     attempt = int(own.get("UNMASK_ATTEMPT", "0"))
 
@@ -251,7 +260,7 @@ def _answer(folder: Path, own: Mapping[str, str], launcher: Sequence[int]) -> No
 
         def do_GET(self) -> None:
             body = b""
-            if self.path == "/progress" and (report := progress(folder, attempt=attempt)):
+            if self.path == "/progress" and (report := progress(folder, attempt=attempt, uri=uri)):
                 body = json.dumps(report.to_json_dict()).encode()
             elif self.path == "/stacks" and (texts := _write_stacks(launcher, folder, own)):
                 body = stacks(texts, attempt=attempt).to_bytes()
@@ -271,13 +280,13 @@ def _answer(folder: Path, own: Mapping[str, str], launcher: Sequence[int]) -> No
     threading.Thread(target=server.serve_forever, daemon=True, name="progress").start()
 
 
-def _run_folder(args: Sequence[str]) -> Path:
-    """Return the run folder of the job file that ``args`` name; the workers say what is wrong with it."""
+def _run_uri(args: Sequence[str]) -> str:
+    """Return where the run of the job file is that ``args`` name; the workers say what is wrong with it."""
     try:
         job = json.loads(Path(args[args.index("--job") + 1]).read_bytes())
-        return Path(job["spec"]["checkpoint"]["uri"])
+        return str(job["spec"]["checkpoint"]["uri"])
     except (OSError, ValueError, LookupError, TypeError):
-        return Path("/nonexistent")
+        return "/nonexistent"
 
 
 def _last_lines(path: Path) -> list[dict[str, Any]]:
@@ -296,15 +305,18 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _checkpoint(folder: Path) -> CheckpointReport | None:
-    """Return the newest checkpoint; a folder has its name only once it is committed."""
+def _checkpoint(folder: Path, place: str) -> CheckpointReport | None:
+    """Return the newest checkpoint in ``folder``, which people find at ``place``.
+
+    A folder has its name only once the checkpoint is committed, wherever the run's files are.
+    """
     steps = {}
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             digits = path.name.rpartition("-")[2]
             if digits.isdecimal() and (path / "manifest.json").exists():
                 steps[int(digits)] = path
-    return CheckpointReport(step=max(steps), uri=str(steps[max(steps)])) if steps else None
+    return CheckpointReport(step=max(steps), uri=f"{place}/{steps[max(steps)].name}") if steps else None
 
 
 def _decimal(value: object) -> str | None:

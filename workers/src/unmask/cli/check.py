@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from unmask.cli.local_path import LocalPath
 from unmask.errors import ModelError
 
 __all__ = ["command"]
 
 
 @click.command("check", short_help="Compare a model's results here with recorded ones.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=LocalPath(), metavar="DIR")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 def command(folder: Path, device: str) -> None:
     """Compare a model's results here with recorded ones.

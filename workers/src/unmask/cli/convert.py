@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from unmask.cli.local_path import LocalPath
 from unmask.errors import UsageError
 
 __all__ = ["command"]
@@ -13,8 +14,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @click.command("convert", short_help="Convert a checkpoint on disk.")
-@click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
-@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@click.argument("source", type=LocalPath(), metavar="SOURCE")
+@click.argument("target", type=LocalPath(), metavar="TARGET")
 @click.option(
     "--to", "architecture", metavar="ARCHITECTURE", help="Become this diffusion model, of the same shape."
 )

@@ -1,6 +1,7 @@
 """``unmask data -f FILE``: encode the data of a job beforehand, and say what they hold."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ def command(path: Path, folders: dict[str, Path], as_json: bool) -> None:
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     from unmask.training.corpus import Library, cache_folder
+    from unmask.training.model_copies import ModelCopies
     from unmask.training.plan import sources_of
     from unmask.training.preparation import starting_point
 
-    config, tokenizer = starting_point(job.spec)
+    config, tokenizer = starting_point(ModelCopies(job.spec, os.environ).described())
     library = Library(tokenizer, eos_token_id=config.eos_token_id, cache=cache_folder(job.spec))
     for stage in job.spec.stages:
         train, validation = sources_of(job.spec.data_of(stage))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from unmask.cli.local_path import LocalPath
 from unmask.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,18 +25,18 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> tup
 
 
 @click.command("eval", short_help="Measure a model: perplexity, tasks, quality against speed.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=LocalPath(), metavar="DIR")
 @click.option(
     "--elbo",
     "likelihood_of",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FILE",
     help="Measure perplexity on it.",
 )
 @click.option(
     "--curve",
     "curve_of",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FILE",
     help="Answer its prompts at several speeds.",
 )
@@ -106,13 +107,13 @@ def _numbers(context: click.Context, option: click.Parameter, value: str) -> tup
 @click.option("--allow-code-execution", is_flag=True, help="Let humaneval run what the model writes.")
 @click.option(
     "--include-path",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="DIR",
     help="Where --harness finds tasks of your own.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Most documents of each of its tasks.")
 @click.option("--fewshot", type=click.IntRange(0), help="Examples in its prompts.  [default: the task's]")
-@click.option("--picture", type=click.Path(path_type=Path), help="Draw the curve there, as a PNG.")
+@click.option("--picture", type=LocalPath(), help="Draw the curve there, as a PNG.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**53 - 1), default=0, show_default=True, help="Of all chance."
 )

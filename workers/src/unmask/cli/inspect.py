@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unmask.cli.local_path import LocalPath
+
 if TYPE_CHECKING:
     from unmask.models.inspection import Inspection, StoredWeights
 
@@ -14,7 +16,7 @@ __all__ = ["command"]
 
 
 @click.command("inspect", short_help="Say what a checkpoint is and what it needs.")
-@click.argument("path", type=click.Path(path_type=Path), metavar="PATH")
+@click.argument("path", type=LocalPath(), metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def command(path: Path, as_json: bool) -> None:
     """Say what a checkpoint is and what it needs to run.

@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
     "convert": "Convert a checkpoint on disk.",
+    "fetch": "Copy a model or a run from an object store.",
     "merge": "Average checkpoints of one model.",
     "inspect": "Say what a checkpoint is and what it needs.",
     "eval": "Measure a model: perplexity, tasks, quality against speed.",

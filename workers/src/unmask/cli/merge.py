@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from unmask.cli.local_path import LocalPath
 from unmask.errors import UsageError
 
 __all__ = ["command"]
@@ -13,14 +14,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @click.command("merge", short_help="Average checkpoints of one model.")
-@click.argument("sources", type=click.Path(path_type=Path), metavar="[SOURCE]...", nargs=-1)
-@click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
-@click.option("--run", "run", type=click.Path(path_type=Path), metavar="FOLDER", help="Choose from this run.")
+@click.argument("sources", type=LocalPath(), metavar="[SOURCE]...", nargs=-1)
+@click.argument("target", type=LocalPath(), metavar="TARGET")
+@click.option("--run", "run", type=LocalPath(), metavar="FOLDER", help="Choose from this run.")
 @click.option("--best", type=click.IntRange(min=1), metavar="K", help="The K of least validation loss.")
 @click.option("--stage", metavar="NAME", help="Of this stage of the run; the last measured one if left out.")
 @click.option(
     "--companions",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FOLDER",
     help="The model folder whose tokenizer and generation defaults are copied.",
 )

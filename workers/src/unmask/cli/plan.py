@@ -129,10 +129,10 @@ def _config(job: "DiffusionTrainJob", model: str | None) -> "ModelConfig":
             "spec.model.init.job: the model of another job is known to a cluster only; give --config with a"
             " copy of its config.json"
         )
-    if init.uri.startswith("pvc://"):
+    if "://" in init.uri:
         raise UsageError(
-            f"spec.model.init.uri: {init.uri} is on a volume; give --config with a copy of its config.json "
-            "or the name of a published model"
+            f"spec.model.init.uri: {init.uri} is not on this machine; give --config with a copy of its "
+            "config.json or the name of a published model"
         )
     return read_config(Path(init.uri))
 

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import click
 
+from unmask.cli.local_path import LocalPath
+
 __all__ = ["command"]
 
 
 @click.command("plot", short_help="Draw the curves of a training run.")
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=LocalPath(), metavar="RUN")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     metavar="FILE.png",
     help="The picture to write; RUN/curves.png if left out.",
 )

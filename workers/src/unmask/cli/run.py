@@ -1,5 +1,6 @@
 """``unmask run -f FILE``: a training job on this machine, from the manifest that a cluster takes."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,11 @@ def command(context: click.Context, path: Path, folders: dict[str, Path], dry_ru
 
 def _run(job: "DiffusionTrainJob") -> int:
     from unmask.cli.following import Follower
+    from unmask_api.places import working_folder
     from unmask_operator.launch import local
 
-    folder = Path(job.spec.checkpoint.uri)
+    uri = job.spec.checkpoint.uri
+    folder = working_folder(uri, os.environ)
     folder.mkdir(parents=True, exist_ok=True)
     with Follower(folder / "metrics.jsonl", total_steps=job.spec.total_steps) as follower:
         outcome = local.run(job, observe=follower.update)
@@ -75,7 +78,7 @@ def _run(job: "DiffusionTrainJob") -> int:
     elif outcome.exit_code:
         click.echo(f"error: {outcome.message} (logs: {outcome.logs})", err=True)
     else:
-        click.echo(f"{job.metadata.name} is complete: the model is in {folder / 'model'}")
+        click.echo(f"{job.metadata.name} is complete: the model is in {uri.rstrip('/')}/model")
     return outcome.exit_code
 
 

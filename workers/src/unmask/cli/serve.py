@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unmask.cli.local_path import LocalPath
 from unmask.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["command"]
 
 
 @click.command("serve", short_help="Answer generation requests over gRPC.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("folder", type=LocalPath(), metavar="DIR")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",

@@ -1,6 +1,7 @@
 """``unmask train --job PATH``: one worker process of a training job, alone or under torchrun."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,10 +67,11 @@ def _read_job(path: Path) -> "DiffusionTrainJob":
 def _train(job: "DiffusionTrainJob", *, quiet: bool) -> int:
     from unmask.cli.following import Follower
     from unmask.training.attempt import attempt
+    from unmask_api.places import working_folder
 
     if quiet:
         return attempt(job).exit_code
-    metrics = Path(job.spec.checkpoint.uri) / "metrics.jsonl"
+    metrics = working_folder(job.spec.checkpoint.uri, os.environ) / "metrics.jsonl"
     with Follower(metrics, total_steps=job.spec.total_steps) as follower:
         termination = attempt(job, observe=lambda line: follower.update())
     click.echo(termination.message, file=sys.stdout)

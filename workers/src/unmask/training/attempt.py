@@ -20,11 +20,13 @@ from unmask.errors import DataError, HungError, LostPeerError, UnmaskError, Usag
 from unmask.training.distributed import World, joined_world, lost_peer, rank_from_environment
 from unmask.training.exporting import Exporter
 from unmask.training.identity import first_difference
+from unmask.training.model_copies import ModelCopies
 from unmask.training.preparation import prepare
 from unmask.training.run_folder import RunFolder, Termination, write_termination_log
 from unmask.training.trainer import Ending, Observer, Trainer
 from unmask.training.watchdog import Watchdog
 from unmask_api.exit_codes import ExitCode
+from unmask_api.places import SCRATCH, working_folder
 from unmask_api.train_job import DiffusionTrainJob
 
 __all__ = ["attempt"]
@@ -71,7 +73,10 @@ class _Attempt:
     def __init__(self, job: DiffusionTrainJob, observe: Observer) -> None:
         self._job, self._observe = job, observe
         self._rank = rank_from_environment()
-        self._folder = RunFolder(Path(job.spec.checkpoint.uri))
+        self._folder = RunFolder(working_folder(job.spec.checkpoint.uri, os.environ))
+        self._models = ModelCopies(job.spec, os.environ)
+        self._keeps = False
+        """Whether this process writes what the launcher of its machine reads of a run in an object store."""
         self._trainer: Trainer | None = None
         self._said = False
         limit_s = job.spec.run_policy.hang_timeout_seconds
@@ -88,12 +93,16 @@ class _Attempt:
         _make_deterministic()
         try:
             with world.together():
+                self._folder = RunFolder.of(self._job.spec.checkpoint.uri, os.environ)
                 if world.leads:
                     locks.enter_context(self._folder.locked())
                     self._folder.forget_termination()
+            self._join_attempt(world, locks)
             _refuse_different(self._job.to_json_dict(), world, "manifest", UsageError)
             with world.together():
-                preparation = prepare(self._job.spec, world)
+                spec = self._models.described()
+            with world.together():
+                preparation = prepare(spec, world)
             _refuse_different(preparation.identity, world, "data or model", DataError)
             with world.together():
                 if world.leads:
@@ -105,9 +114,14 @@ class _Attempt:
                 stop_requested=stop_requested,
                 observe=self._seen,
                 progress=self._progress,
+                keeps_log=self._keeps,
+                fetch_first_model=self._models.complete,
             )
             with self._watchdog:
                 ending = self._trainer.run()
+                with world.together():
+                    if world.leads:
+                        self._folder.publish_log()
         except Exception as error:
             # Before this process leaves the others, so that they find out why.
             if lost_peer(error) is None:
@@ -117,6 +131,24 @@ class _Attempt:
         self._report(termination)
         world.wait_for_all()
         return termination
+
+    def _join_attempt(self, world: World, locks: ExitStack) -> None:
+        """Number the attempt of a run in an object store, and have a working copy on each machine."""
+        mirror = self._folder.mirror
+        if mirror is None:
+            return
+        with world.together():
+            claim = mirror.claim() if world.leads else ""
+        attempt = world.all_bytes(claim.encode())[0].decode()
+        with world.together():
+            try:
+                mirror.join(attempt)
+                if not world.leads and os.environ.get("LOCAL_RANK", "0") == "0":
+                    self._keeps = locks.enter_context(self._folder.locked_beside())
+            except OSError as error:
+                raise UsageError(
+                    f"{SCRATCH}: cannot write to {self._folder.path} ({error.strerror}); name another folder"
+                ) from None
 
     def _seen(self, line: Mapping[str, Any]) -> None:
         self._exporter.observe(line)
@@ -155,7 +187,7 @@ class _Attempt:
                 exit_code=code,
                 step=trainer.step if trainer else 0,
                 message=" ".join(message.split()),
-                checkpoint=str(checkpoint.path) if checkpoint else None,
+                checkpoint=checkpoint.place if checkpoint else None,
             ),
             alone=alone,
         )
@@ -164,6 +196,8 @@ class _Attempt:
         self._said = True
         if self._rank == 0 or alone:
             self._folder.report(termination, rank=self._rank)
+        if self._keeps:
+            self._folder.report_beside(termination)
         log = os.environ.get(_TERMINATION_LOG)
         if log and (os.environ.get("LOCAL_RANK", "0") == "0" or alone):
             write_termination_log(Path(log), termination)
@@ -186,10 +220,10 @@ def _refuse_different(own: Mapping[str, Any], world: World, what: str, kind: typ
 
 
 def _ended(job: DiffusionTrainJob, folder: RunFolder, trainer: Trainer, ending: Ending) -> Termination:
-    checkpoint = trainer.checkpoint
+    checkpoint, model = trainer.checkpoint, folder.place(folder.model.name)
     messages = {
-        Ending.COMPLETED: f"{job.metadata.name} is complete: the model is in {folder.model}",
-        Ending.ALREADY_COMPLETE: f"{job.metadata.name} was complete already: the model is in {folder.model}",
+        Ending.COMPLETED: f"{job.metadata.name} is complete: the model is in {model}",
+        Ending.ALREADY_COMPLETE: f"{job.metadata.name} was complete already: the model is in {model}",
         Ending.STOPPED: f"stopped on request after step {trainer.step}, and {_what_is_saved(trainer)}",
     }
     stopped = ending is Ending.STOPPED
@@ -198,7 +232,7 @@ def _ended(job: DiffusionTrainJob, folder: RunFolder, trainer: Trainer, ending: 
         exit_code=ExitCode.SAVED if stopped else ExitCode.OK,
         step=trainer.step,
         message=messages[ending],
-        checkpoint=str(checkpoint.path) if checkpoint else None,
+        checkpoint=checkpoint.place if checkpoint else None,
     )
 
 

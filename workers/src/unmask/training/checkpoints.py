@@ -6,7 +6,7 @@ folder of that name is complete unless the disk damaged it later, and digests te
 Older checkpoints are removed only after a newer one is committed.
 
 One process writes; any number may read. What is read is JSON and safetensors: nothing is
-unpickled.
+unpickled. :mod:`unmask.training.mirrored_checkpoints` does the same in an object store.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,12 @@ from unmask.training.manifest import (
     TrainingState,
 )
 
-__all__ = ["Checkpoint", "CheckpointFiles", "CheckpointStore", "checkpoint_name"]
+__all__ = ["MANIFEST", "Checkpoint", "CheckpointFiles", "CheckpointStore", "checkpoint_name"]
 
 _log = logging.getLogger(__name__)
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""Name of the file that says what is in a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})")
 _SCRATCH = ".writing-"
 _MAX_FILE_BYTES = 1 << 30
@@ -73,6 +74,15 @@ class Checkpoint:
 
     path: Path
     manifest: CheckpointManifest
+    fetch: Callable[[str], None] | None = None
+    """Brings a file of that name to :attr:`path`, which need not hold those yet that nobody has read."""
+    uri: str | None = None
+    """Where people find it; left out, at :attr:`path`."""
+
+    @property
+    def place(self) -> str:
+        """Where people find it."""
+        return self.uri or str(self.path)
 
     def verify(self) -> None:
         """Compare every file with its size and digest.
@@ -100,15 +110,15 @@ class Checkpoint:
         stored = self.manifest.tensors
         if difference := sorted(targets.keys() ^ stored.keys()):
             which = "lacks" if difference[0] in targets else "has an unexpected"
-            raise ModelError(f"{self.path}: {which} tensor {difference[0]} ({len(difference)} differ)")
-        with CheckpointFiles(self.path) as files, torch.no_grad():
+            raise ModelError(f"{self.place}: {which} tensor {difference[0]} ({len(difference)} differ)")
+        with CheckpointFiles(self.path, self.fetch) as files, torch.no_grad():
             for name, target in targets.items():
                 entry = stored[name]
                 box = target if isinstance(target, Box) else Box.whole(target)
                 dtype = _DTYPES[box.tensor.dtype]
                 if (entry.dtype, entry.shape) != (dtype, list(box.shape)):
                     raise ModelError(
-                        f"{self.path}: tensor {name} is {entry.dtype} {entry.shape}, the job's is "
+                        f"{self.place}: tensor {name} is {entry.dtype} {entry.shape}, the job's is "
                         f"{dtype} {list(box.shape)}"
                     )
                 files.fill(name, entry, box)
@@ -137,13 +147,13 @@ class CheckpointStore:
         """
         path = self.folder / checkpoint_name(step)
         try:
-            manifest = CheckpointManifest.from_bytes((path / _MANIFEST).read_bytes())
+            manifest = CheckpointManifest.from_bytes((path / MANIFEST).read_bytes())
         except FileNotFoundError:
-            raise ValueError(f"{_MANIFEST} is missing") from None
+            raise ValueError(f"{MANIFEST} is missing") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{_MANIFEST}: {error}") from None
+            raise ValueError(f"{MANIFEST}: {error}") from None
         if manifest.step != step:
-            raise ValueError(f"{_MANIFEST} is that of step {manifest.step}")
+            raise ValueError(f"{MANIFEST} is that of step {manifest.step}")
         return Checkpoint(path, manifest)
 
     def newest(self) -> Checkpoint | None:
@@ -168,6 +178,25 @@ class CheckpointStore:
             )
         return None
 
+    def agreed(self, world: World) -> Checkpoint | None:
+        """The newest that verifies, the same for all processes, each of which must call this.
+
+        Raises:
+            ModelError: There are checkpoints, and all are damaged.
+        """
+        with world.together():  # only the leader reads them
+            found = self.newest() if world.leads else None
+        step = world.from_leader(found.manifest.step if found else -1)
+        return None if step < 0 else found or self.open(step)
+
+    def present(self, step: int) -> Path:
+        """The folder of the checkpoint of ``step``, with all of its files; they are not verified."""
+        return self.folder / checkpoint_name(step)
+
+    def place(self, step: int) -> str:
+        """Where people find the checkpoint of ``step``."""
+        return str(self.folder / checkpoint_name(step))
+
     def save(
         self,
         *,
@@ -183,12 +212,12 @@ class CheckpointStore:
         Raises:
             UnmaskError: The file system refuses; earlier checkpoints stand.
         """
-        path = self.folder / checkpoint_name(step)
-        try:
+        with self._refusals(step):
             self.folder.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
             try:
-                stored, files = _write_tensors(scratch, tensors)
+                stored, files = _write_tensors(scratch, tensors, prefix=self._new_prefix())
+                self._hand_over(step, scratch, files)
                 manifest = CheckpointManifest(
                     format=FORMAT,
                     step=step,
@@ -198,19 +227,11 @@ class CheckpointStore:
                     tensors=stored,
                     files=files,
                 )
-                (scratch / _MANIFEST).write_bytes(manifest.to_bytes())
-                _sync(scratch / _MANIFEST)
-                _sync(scratch)
-                self._commit(scratch, path)
+                checkpoint = self._commit(scratch, manifest)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             self._prune(step, spared)
-        except (OSError, SafetensorError) as error:
-            raise UnmaskError(
-                f"{path}: cannot be written ({error}); make room or mend the volume; "
-                "earlier checkpoints stand"
-            ) from error
-        return Checkpoint(path, manifest)
+        return checkpoint
 
     def save_shares(
         self,
@@ -228,24 +249,25 @@ class CheckpointStore:
         Raises:
             UnmaskError: The file system refuses one of them; earlier checkpoints stand.
         """
-        path = self.folder / checkpoint_name(step)
-        scratch, checkpoint = self.folder, None
+        scratch, checkpoint, prefix = self.folder, None, self._new_prefix()
         try:
-            with world.together(), _refusals(path):
+            with world.together(), self._refusals(step):
                 if world.leads:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
                     scratch.chmod(0o755)
             scratch = self.folder / world.all_bytes(scratch.name.encode())[0].decode()
             kept = [(name, box) for name, box in boxes if box.kept and box.tensor.numel()]
-            with world.together(), _refusals(path):
-                stored, files = _write_tensors(scratch, kept, prefix=f"rank-{world.rank:05d}-")
+            with world.together(), self._refusals(step):
+                self._have_scratch(scratch)
+                stored, files = _write_tensors(scratch, kept, prefix=f"{prefix}rank-{world.rank:05d}-")
+                self._hand_over(step, scratch, files)
             share = {
                 "tensors": {name: tensor.model_dump(mode="json") for name, tensor in stored.items()},
                 "files": {name: file.model_dump(mode="json") for name, file in files.items()},
             }
             shares = [json.loads(one) for one in world.all_bytes(json.dumps(share).encode())]
-            with world.together(), _refusals(path):
+            with world.together(), self._refusals(step):
                 if world.leads:
                     manifest = CheckpointManifest(
                         format=FORMAT,
@@ -260,15 +282,12 @@ class CheckpointStore:
                             for name, file in one["files"].items()
                         },
                     )
-                    (scratch / _MANIFEST).write_bytes(manifest.to_bytes())
-                    _sync(scratch / _MANIFEST)
-                    _sync(scratch)
-                    self._commit(scratch, path)
-                    checkpoint = Checkpoint(path, manifest)
+                    checkpoint = self._commit(scratch, manifest)
+            self._follow(world, scratch, checkpoint)
         finally:
             if world.leads and scratch != self.folder:
                 shutil.rmtree(scratch, ignore_errors=True)
-        with world.together(), _refusals(path):
+        with world.together(), self._refusals(step):
             if world.leads:
                 self._prune(step, spared)
         return checkpoint
@@ -279,12 +298,31 @@ class CheckpointStore:
             for path in self.folder.glob(f"{_SCRATCH}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _commit(self, scratch: Path, path: Path) -> None:
+    def _new_prefix(self) -> str:
+        """What the names of the next checkpoint's files begin with."""
+        return ""
+
+    def _have_scratch(self, scratch: Path) -> None:
+        """Make sure that this process has the leader's temporary folder: all see the same."""
+
+    def _hand_over(self, step: int, scratch: Path, files: Iterable[str]) -> None:
+        """Bring what this process has written to where the commit expects it: it is there."""
+
+    def _follow(self, world: World, scratch: Path, checkpoint: Checkpoint | None) -> None:
+        """Do what a commit, which the leader has just done, asks of the other processes: nothing."""
+
+    def _commit(self, scratch: Path, manifest: CheckpointManifest) -> Checkpoint:
+        """Make the files in ``scratch`` a checkpoint."""
+        path = self.folder / checkpoint_name(manifest.step)
+        (scratch / MANIFEST).write_bytes(manifest.to_bytes())
+        _sync(scratch / MANIFEST)
+        _sync(scratch)
         scratch.chmod(0o755)
         if path.exists():  # damaged, or the run would not be at this step again
             shutil.rmtree(path)
         scratch.rename(path)
         _sync(self.folder)
+        return Checkpoint(path, manifest)
 
     def _prune(self, newest: int, spared: Collection[int]) -> None:
         """Keep the newest of this run's history; later steps than ``newest`` can only be damaged ones."""
@@ -292,16 +330,17 @@ class CheckpointStore:
         for step in set(committed[: -self._keep_last]) - set(spared):
             shutil.rmtree(self.folder / checkpoint_name(step))
 
+    _remedy = "make room or mend the volume"
 
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Say of a refusal of the file system what it means."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UnmaskError(
-            f"{path}: cannot be written ({error}); make room or mend the volume; earlier checkpoints stand"
-        ) from error
+    @contextmanager
+    def _refusals(self, step: int) -> Iterator[None]:
+        """Say of a refusal of what holds the files what it means."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UnmaskError(
+                f"{self.place(step)}: cannot be written ({error}); {self._remedy}; earlier checkpoints stand"
+            ) from error
 
 
 def _merged(shares: Iterable[Mapping[str, Any]]) -> dict[str, StoredTensor]:
@@ -351,9 +390,9 @@ def _grouped(tensors: Iterable[tuple[str, Tensor | Box]]) -> Iterator[dict[str, 
 class CheckpointFiles:
     """The safetensors files of one checkpoint, opened when first needed."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read from ``folder``; a context manager."""
-        self._folder = folder
+    def __init__(self, folder: Path, fetch: Callable[[str], None] | None = None) -> None:
+        """Read from ``folder``, to which ``fetch`` brings a file; a context manager."""
+        self._folder, self._fetch = folder, fetch
         self._open: dict[str, Any] = {}
 
     def __enter__(self) -> "CheckpointFiles":
@@ -373,6 +412,8 @@ class CheckpointFiles:
     def _tensor(self, file: str, name: str, part: tuple[slice, ...]) -> Tensor:
         try:
             if file not in self._open:
+                if self._fetch is not None:
+                    self._fetch(file)
                 self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu").__enter__()
             tensor: Tensor = (
                 self._open[file].get_slice(name)[part] if part else self._open[file].get_tensor(name)

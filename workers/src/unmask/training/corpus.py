@@ -6,6 +6,7 @@ T tokens of all of them.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -24,6 +25,7 @@ from unmask.training.mixing import Mix
 from unmask.training.records import Format, Record, Text, Tokens, records_of
 from unmask.training.sources import DataFile, Location, data_files
 from unmask.training.token_cache import TokenCache, TokenFile
+from unmask_api.places import working_folder
 from unmask_api.train_job import TrainSpec
 
 __all__ = ["Corpus", "Joined", "Library", "Overlong", "Source", "cache_folder"]
@@ -210,7 +212,9 @@ class Library:
 
 def cache_folder(spec: TrainSpec) -> Path:
     """Where a job keeps its encoded data: where it says, else in its run folder."""
-    return Path(spec.data.cache.uri) if spec.data.cache else Path(spec.checkpoint.uri) / "data"
+    if spec.data.cache:
+        return Path(spec.data.cache.uri)
+    return working_folder(spec.checkpoint.uri, os.environ) / "data"
 
 
 def _mix(

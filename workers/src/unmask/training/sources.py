@@ -21,7 +21,17 @@ from typing import IO, Any, Literal, TypeAlias
 
 from unmask.errors import DataError, UsageError
 
-__all__ = ["DataFile", "Location", "content_digest", "data_files", "entry_rows", "lines", "signature"]
+__all__ = [
+    "DataFile",
+    "Location",
+    "connected",
+    "content_digest",
+    "data_files",
+    "entry_rows",
+    "lines",
+    "one_line",
+    "signature",
+]
 
 Kind: TypeAlias = Literal["lines", "paragraphs", "table"]
 Location: TypeAlias = Path | str
@@ -134,7 +144,7 @@ def _listing(uri: str) -> list[str] | None:
     """Names of all files below a folder, sorted, hidden ones left out; None for a file."""
     with _named_errors(uri):
         if "://" in uri:
-            system, path = _remote(uri)
+            system, path = connected(uri)
             if not system.isdir(path):
                 return None
             root = path.rstrip("/") + "/"
@@ -162,7 +172,7 @@ def opened(file: DataFile | str) -> Iterator[IO[bytes]]:
     uri = file if isinstance(file, str) else file.uri
     with _named_errors(uri):
         if "://" in uri:
-            system, path = _remote(uri)
+            system, path = connected(uri)
             stream = system.open(path, "rb")
         else:
             stream = open(uri, "rb")
@@ -180,36 +190,39 @@ def _named_errors(uri: str) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{uri}: no such file; correct the uri in data") from None
     except OSError as error:
-        raise DataError(f"{uri}: cannot be read ({error.strerror or _one_line(error)})") from None
+        raise DataError(f"{uri}: cannot be read ({error.strerror or one_line(error)})") from None
     except Exception as error:
         if "://" not in uri:
             raise
-        raise DataError(f"{uri}: cannot be read ({type(error).__name__}: {_one_line(error)})") from None
+        raise DataError(f"{uri}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The beginning of what ``error`` says, in one line."""
     return " ".join(str(error).split())[:200]
 
 
-def _remote(uri: str) -> tuple[Any, str]:
-    """The file system of ``uri``, and its path there."""
+def connected(uri: str, **options: Any) -> tuple[Any, str]:
+    """The file system of ``uri``, made with fsspec's ``options``, and its path there.
+
+    Raises:
+        UsageError: There is none, or it needs a package that is not installed.
+    """
     scheme = uri.partition("://")[0]
     try:
         from fsspec.core import url_to_fs
     except ModuleNotFoundError:
-        raise UsageError(
-            f"{uri}: reading {scheme}:// needs the package fsspec; install unmask[data]"
-        ) from None
+        raise UsageError(f"{uri}: {scheme}:// needs the package fsspec; install unmask[data]") from None
     try:
-        system, path = url_to_fs(uri)
+        system, path = url_to_fs(uri, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, f"that fsspec names for {scheme}")
         raise UsageError(
-            f"{uri}: reading {scheme}:// needs the package {package}, which is not installed; install it, "
-            "or copy the data to a volume"
+            f"{uri}: {scheme}:// needs the package {package}, which is not installed; install it, "
+            "or use a volume"
         ) from None
     except ValueError as error:
-        raise UsageError(f"{uri}: {_one_line(error)}; use a path, file://, s3:// or gs://") from None
+        raise UsageError(f"{uri}: {one_line(error)}; use a path, file://, s3:// or gs://") from None
     return system, path
 
 
@@ -221,7 +234,7 @@ def signature(uri: str) -> tuple[str, float]:
     """
     with _named_errors(uri):
         if "://" in uri:
-            system, path = _remote(uri)
+            system, path = connected(uri)
             return f"{uri} {system.ukey(path)}", 0.0
         found = os.stat(uri)
     parts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -267,7 +280,7 @@ def _raw_lines(file: DataFile) -> Iterator[bytes]:
                         raise
                 raise DataError(
                     f"{file.place(number + 1)}: the compressed file is damaged or cut short "
-                    f"({_one_line(error)}); fetch it again"
+                    f"({one_line(error)}); fetch it again"
                 ) from None
             if not chunk:
                 break
@@ -326,5 +339,5 @@ def entry_rows(file: DataFile, columns: Sequence[str]) -> Iterator[tuple[int, di
                     yield number, row
         except (arrow.ArrowException, OSError) as error:
             raise DataError(
-                f"{file.uri}: not a readable Parquet file ({_one_line(error)}); write it again"
+                f"{file.uri}: not a readable Parquet file ({one_line(error)}); write it again"
             ) from None

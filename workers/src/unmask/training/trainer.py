@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,22 +20,25 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from unmask.errors import DivergedError, UsageError
 from unmask.models.config import ModelConfig
 from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
+from unmask.models.slots import Slot
 from unmask.training.arrangement import Reference, blank_weights, first_weights, reference_of
 from unmask.training.background import BackgroundWriter
 from unmask.training.balance import Balancing
-from unmask.training.checkpoints import Checkpoint, CheckpointStore, checkpoint_name
+from unmask.training.checkpoints import Checkpoint, CheckpointStore
 from unmask.training.distributed import World
 from unmask.training.identity import refuse_other_job
 from unmask.training.learner import Learner
 from unmask.training.manifest import StepsBefore, TrainingState
 from unmask.training.merging import best_of, losses_of, open_checkpoint
 from unmask.training.metrics_log import MetricsLog
+from unmask.training.mirrored_checkpoints import MirroredCheckpoints
 from unmask.training.observation import StepWatch
 from unmask.training.packing import make_rows
 from unmask.training.plan import StagePlan, stage_after
@@ -93,8 +96,20 @@ class Trainer:
         stop_requested: Callable[[], bool],
         observe: Observer,
         progress: Callable[[str], None] = lambda done: None,
+        keeps_log: bool = False,
+        fetch_first_model: Callable[[], None] = lambda: None,
     ) -> None:
         """Look for a checkpoint to go on from, and restore or make the model.
+
+        Args:
+            preparation: What the job needs beside weights.
+            world: This process among all.
+            folder: The run's.
+            stop_requested: Whether this process was asked to stop.
+            observe: Called by the leader with each line of the log.
+            progress: Called with a word for each thing that is done.
+            keeps_log: Whether a process that does not lead writes the log as well: into another folder.
+            fetch_first_model: Called before the weights are read that the run starts from.
 
         Raises:
             UsageError: There is a checkpoint, and it is another job's or ``resume`` is Never.
@@ -105,7 +120,8 @@ class Trainer:
         self._stop_requested, self._observe, self._progress = stop_requested, observe, progress
         self._plans = [stage.plan for stage in preparation.stages]
         self._total_steps = self._plans[-1].end
-        self._store = CheckpointStore(folder.checkpoints, keep_last=self._spec.checkpoint.keep_last)
+        self._keeps_log, self._fetch_first_model = world.leads or keeps_log, fetch_first_model
+        self._store = _store_of(folder, keep_last=self._spec.checkpoint.keep_last)
         self.checkpoint = self._find_checkpoint()
         """The newest committed one."""
         self._at = self._position()
@@ -133,14 +149,17 @@ class Trainer:
                 too many were skipped.
         """
         if self._at.step == self._total_steps and not self._is_to_be_merged(self._plans[-1]):
-            removed = self._world.from_leader(int(not self._folder.model.exists()))
+            with self._world.together():
+                removed = self._world.leads and not self._folder.holds(self._folder.model)
+            removed = bool(self._world.from_leader(int(removed)))
             if removed and self._plans[-1].merge_best is not None:
-                self._learner.weights.fill(read_values(self._folder.export(self._plans[-1].name)))
+                self._learner.weights.fill(self._exported(self._plans[-1]))
             self._write_models(self._plans[-1], [self._folder.model] if removed else [])
             return Ending.ALREADY_COMPLETE
         if self._world.leads:
             self._store.remove_leftovers()
             self._folder.remove_leftovers()
+        if self._keeps_log:
             self._metrics = MetricsLog(self._folder.metrics, step=self._at.step)
         try:
             while (plan := stage_after(self._plans, self._at.step)) is not None:
@@ -151,7 +170,7 @@ class Trainer:
             self._merge(self._plans[-1])
         finally:
             self.checkpoint = self._writer.settle(_SETTLE_S) or self.checkpoint
-            if self._world.leads:
+            if self._keeps_log:
                 self._metrics.__exit__()
         return Ending.COMPLETED
 
@@ -159,25 +178,18 @@ class Trainer:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from, if there is one and it is this job's."""
-        checkpoint = self._newest_checkpoint()
+        checkpoint = self._store.agreed(self._world)
         if checkpoint is None:
             return None
         if self._spec.checkpoint.resume == "Never":
             raise UsageError(
-                f"spec.checkpoint.resume: Never, but {checkpoint.path} exists; set Auto to go on from it, "
+                f"spec.checkpoint.resume: Never, but {checkpoint.place} exists; set Auto to go on from it, "
                 "or name another checkpoint.uri"
             )
         own = json.loads(json.dumps(self._prepared.identity))
-        refuse_other_job(checkpoint.manifest.job, own, where=checkpoint.path)
-        _log.info("going on from %s", checkpoint.path)
+        refuse_other_job(checkpoint.manifest.job, own, where=checkpoint.place)
+        _log.info("going on from %s", checkpoint.place)
         return checkpoint
-
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest good checkpoint, the same for all processes; only the leader verifies it."""
-        with self._world.together():
-            found = self._store.newest() if self._world.leads else None
-        step = self._world.from_leader(found.manifest.step if found else -1)
-        return None if step < 0 else found or self._store.open(step)
 
     def _position(self) -> _Position:
         at = self._position_saved()
@@ -216,9 +228,11 @@ class Trainer:
         return self._world.from_leader(cursor), self._world.from_leader(rollbacks)
 
     def _first_learner(self) -> Learner:
+        if self.checkpoint is None or self._spec.lora is not None:
+            self._fetch_first_model()
         if self.checkpoint is None:
             return Learner(first_weights(self._spec, self._prepared.config, self._world), self._spec)
-        config = parse_config(self.checkpoint.manifest.config, source=f"{self.checkpoint.path}: config")
+        config = parse_config(self.checkpoint.manifest.config, source=f"{self.checkpoint.place}: config")
         learner = Learner(blank_weights(self._spec, config, self._world), self._spec)
         learner.restore(self.checkpoint)
         return learner
@@ -371,6 +385,8 @@ class Trainer:
         """Keep the model as it is when a preference stage begins: restarts within the stage need it too."""
         with self._world.together():
             self._learner.weights.keep_reference(self._folder.reference(plan.name))
+            if self._world.leads:
+                self._folder.publish(self._folder.reference(plan.name))
         self._compared = None
 
     def _preference(self, plan: StagePlan) -> Preference | None:
@@ -379,6 +395,8 @@ class Trainer:
             return None
         if self._compared is None or self._compared[0] != plan.index:
             path = self._folder.reference(plan.name)
+            with self._world.together():
+                self._folder.bring(path)
             with self._world.together():
                 reference = reference_of(self._spec, path, self._learner.weights, self._world)
             self._compared = (plan.index, reference)
@@ -409,7 +427,7 @@ class Trainer:
         if math.isfinite(totals.loss) and math.isfinite(norm):
             return Verdict.TAKEN
         self._finish_writing()
-        saved = self.checkpoint.path if self.checkpoint else "none"
+        saved = self.checkpoint.place if self.checkpoint else "none"
         raise DivergedError(
             f"stage {plan.name}, step {self._at.step + 1}: loss {totals.loss}, gradient norm {norm}; lower "
             "learningRate.peak or raise warmupSteps of the stage, or set spec.stability to skip such steps "
@@ -426,20 +444,20 @@ class Trainer:
         assert policy is not None
         failed, cursor, past = self._at.step, self._at.cursor, self._at.past
         self._finish_writing()
-        self.checkpoint = self._newest_checkpoint()
+        self.checkpoint = self._store.agreed(self._world)
         if past.rollbacks == policy.max_rollbacks:
             raise DivergedError(
                 f"stage {plan.name}, step {failed}: {past.skipped} steps in a row were skipped after "
                 f"{past.rollbacks} rollbacks (stability.maxRollbacks); lower learningRate.peak or raise "
                 "warmupSteps of the stage, or look into its data "
-                f"(newest checkpoint: {self.checkpoint.path if self.checkpoint else 'none'})"
+                f"(newest checkpoint: {self.checkpoint.place if self.checkpoint else 'none'})"
             )
         at = self._position_saved()
         at.stage_seconds = self._stage_seconds()
         at.cursor, at.past = cursor, at.past.gone_back(past.rollbacks + 1)
         _log.warning("step %d: %d steps skipped, going back to step %d", failed, past.skipped, at.step)
         self._at = at
-        if self._world.leads:
+        if self._keeps_log:
             self._metrics.cut_back(at.step)
         self._write(
             {
@@ -454,6 +472,7 @@ class Trainer:
         with self._world.together():
             if self._world.leads:
                 self._metrics.sync()
+                self._folder.publish_log()
         if self.checkpoint is None:
             self._learner = self._first_learner()
         else:
@@ -483,7 +502,12 @@ class Trainer:
         """Whether ``plan``, which has run to its end, asks for a mean that is not there and logged yet."""
         if plan.merge_best is None:
             return False
-        done = self._world.leads and self._folder.export(plan.name).exists() and self._merge_is_logged(plan)
+        with self._world.together():
+            done = (
+                self._world.leads
+                and self._folder.holds(self._folder.export(plan.name))
+                and self._merge_is_logged(plan)
+            )
         return not self._world.from_leader(int(done))
 
     def _merge_is_logged(self, plan: StagePlan) -> bool:
@@ -503,7 +527,8 @@ class Trainer:
         with self._world.together():
             if pending and self._world.leads:
                 self._write_mean(plan, export)
-        self._learner.weights.fill(read_values(export))
+                self._folder.publish(export)
+        self._learner.weights.fill(self._exported(plan))
         if pending:
             measured = self._measured(self._prepared.stages[plan.index], plan.steps - 1)
             line = {
@@ -518,9 +543,8 @@ class Trainer:
 
     def _write_mean(self, plan: StagePlan, export: Path) -> None:
         with ExitStack() as stack:
-            store = self._store
             opened = [
-                stack.enter_context(open_checkpoint(store.folder / checkpoint_name(step)))
+                stack.enter_context(open_checkpoint(self._store.present(step)))
                 for step in self._best_steps(plan)
             ]
             merge(opened, export, companions=self._companions(plan))
@@ -533,11 +557,19 @@ class Trainer:
         losses = losses_of(self._folder.log_lines(), plan.name)
         return best_of({step: loss for step, loss in losses.items() if step in committed}, plan.merge_best)
 
+    def _exported(self, plan: StagePlan) -> Iterator[tuple[Slot, Tensor]]:
+        """The weights that ``plan`` has exported, in every process."""
+        with self._world.together():
+            self._folder.bring(self._folder.export(plan.name))
+        return read_values(self._folder.export(plan.name))
+
     def _write_models(self, plan: StagePlan, targets: Sequence[Path]) -> None:
         """Write the model as it is at the end of ``plan`` to each folder of ``targets``."""
         with self._world.together():
             for path in targets:
                 self._learner.weights.export(path, companions=self._companions(plan))
+                if self._world.leads:
+                    self._folder.publish(path)
                 self._progress(f"the export {path.name}")
 
     def _companions(self, plan: StagePlan) -> dict[str, bytes]:
@@ -629,10 +661,17 @@ class Trainer:
         return self._at.stage_seconds + time.monotonic() - self._stage_started
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._world.leads:
+        if self._keeps_log:
             line = {name: None if _is_not_finite(value) else value for name, value in line.items()}
             self._metrics.write(line)
+        if self._world.leads:
             self._observe(line)
+
+
+def _store_of(folder: RunFolder, *, keep_last: int) -> CheckpointStore:
+    if folder.mirror is not None:
+        return MirroredCheckpoints(folder.mirror, folder.checkpoints, keep_last=keep_last)
+    return CheckpointStore(folder.checkpoints, keep_last=keep_last)
 
 
 def _is_not_finite(value: object) -> bool:

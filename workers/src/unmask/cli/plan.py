@@ -130,8 +130,9 @@ def _config(job: "DiffusionTrainJob", model: str | None) -> "ModelConfig":
             " copy of its config.json"
         )
     if "://" in init.uri:
+        where = "on a volume" if init.uri.startswith("pvc://") else "in an object store"
         raise UsageError(
-            f"spec.model.init.uri: {init.uri} is not on this machine; give --config with a copy of its "
+            f"spec.model.init.uri: {init.uri} is {where}; give --config with a copy of its "
             "config.json or the name of a published model"
         )
     return read_config(Path(init.uri))

@@ -148,7 +148,7 @@ def test_a_run_that_is_complete_is_found_so_on_a_machine_that_has_nothing(folder
 
 @pytest.mark.slow
 @pytest.mark.training
-@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_that_are_killed_at_any_moment_lose_nothing(
     folder, server, quiet, tmp_path, ranks, record_measurement
 ):

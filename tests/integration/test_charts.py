@@ -234,9 +234,11 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "model": {"uri": "pvc://models/small/model/", "name": "m"},
         "server": {
             "host": "::", "rows": 3, "context": 128, "maxQueue": 5, "maxQueueTokens": 12345678,
+            "cacheMib": 4096, "maxPositions": 1024,
             "maxRequestSeconds": 90.5, "maxConnectionAgeSeconds": 60, "device": "cuda:1", "threads": 2,
         },
         "termination": {"drainSeconds": 25},
+        "http": {"enabled": True},
     }  # fmt: skip
     command, *arguments = container(render(INFERENCE, values))["args"]
     assert command == "serve"
@@ -244,10 +246,28 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         found = context.params
     assert found == {
         "folder": Path("/volumes/models/small/model"), "host": "::", "port": 50051, "metrics_port": 9090,
-        "name": "m", "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
+        "http_port": 8000, "cache_mib": 4096, "max_positions": 1024, "name": "m",
+        "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
         "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
         "device": "cuda:1", "threads": 2,
     }  # fmt: skip
+
+
+def test_http_is_open_where_it_is_asked_for_and_nowhere_else() -> None:
+    def doors(objects: list[Json]) -> tuple[list[str], list[str], list[str]]:
+        service, policy = one(objects, "Service"), one(objects, "NetworkPolicy")
+        return (
+            [port["name"] for port in container(objects)["ports"]],
+            [port["name"] for port in service["spec"]["ports"]],
+            [port["port"] for port in policy["spec"]["ingress"][0]["ports"]],
+        )
+
+    bare = {"headlessService": {"enabled": False}, "networkPolicy": {"enabled": True}}
+    assert doors(render(INFERENCE, MODEL | bare)) == (["grpc", "metrics"], ["grpc", "metrics"], ["grpc"])
+    wanted = MODEL | bare | {"http": {"enabled": True}}
+    assert doors(render(INFERENCE, wanted)) == (
+        ["grpc", "metrics", "http"], ["grpc", "metrics", "http"], ["grpc", "http"],
+    )  # fmt: skip
 
 
 def test_the_model_is_read_from_its_claim_and_cannot_be_written() -> None:
@@ -378,8 +398,10 @@ OTHER: dict[str, Any] = {
     "podSecurityContext": {"runAsUser": 4711},
     "resources": {"limits": {"memory": "9Gi"}},
     "securityContext": {"runAsUser": 4711},
+    "server.cacheMib": 64,
     "server.context": 64,
     "server.extraArgs": ["--rows=2"],
+    "server.maxPositions": 4096,
     "server.threads": 2,
     "sharedMemory": "2Gi",
     "temporaryStorage": "3Gi",
@@ -390,6 +412,7 @@ OTHER: dict[str, Any] = {
 """A value other than the default, where one cannot be made up from the schema."""
 NEEDS: dict[str, Json] = {
     "gpu.resource": {"gpu": {"enabled": True}},
+    "service.httpPort": {"http": {"enabled": True}},
     "metrics.prometheusRule.": {"metrics": {"prometheusRule": {"enabled": True}}},
     "metrics.serviceMonitor.": {"metrics": {"serviceMonitor": {"enabled": True}}},
     "networkPolicy.": {"networkPolicy": {"enabled": True}},

@@ -133,7 +133,8 @@ def test_json_holds_tokens_and_all_three_figures(unmask: Run, address: str) -> N
     answer = json.loads(ended.out)
     assert len(answer["token_ids"]) == 12
     assert answer["usage"]["completion_tokens"] == 12
-    assert answer["usage"]["tpf"] <= answer["usage"]["tpf_decode"] < answer["usage"]["tpf_denoise"]
+    # A block is stored by the next one's first forward, so that denoising ones are all there are.
+    assert answer["usage"]["tpf"] <= answer["usage"]["tpf_decode"] == answer["usage"]["tpf_denoise"]
     assert answer["tokens_per_second"] == pytest.approx(12 / answer["seconds"])
 
 

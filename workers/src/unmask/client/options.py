@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, Unpack
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict, Unpack, cast
 
 from unmask.errors import UsageError
 from unmask.v1 import generation_pb2 as pb
@@ -153,40 +153,35 @@ def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     request.committed_token_ids.extend(options.get("committed", ()))
 
 
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "seed",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "logprobs",
+)
+_DIFFUSION = ("threshold", "steps_per_block", "edit_threshold", "max_post_edit_steps", "block_length")
+
+
 def _set_sampling(sampling: pb.SamplingParams, options: GenerateOptions) -> None:
-    if "max_tokens" in options:
-        sampling.max_tokens = options["max_tokens"]
-    if "temperature" in options:
-        sampling.temperature = options["temperature"]
-    if "seed" in options:
-        sampling.seed = options["seed"]
-    if "top_p" in options:
-        sampling.top_p = options["top_p"]
-    if "top_k" in options:
-        sampling.top_k = options["top_k"]
-    if "repetition_penalty" in options:
-        sampling.repetition_penalty = options["repetition_penalty"]
-    if "logprobs" in options:
-        sampling.logprobs = options["logprobs"]
-    if "stop" in options:
-        sampling.stop.extend(options["stop"])
-    if "stop_token_ids" in options:
-        sampling.stop_token_ids.extend(options["stop_token_ids"])
+    given = cast("Mapping[str, Any]", options)
+    for name in _SAMPLING:
+        if name in given:
+            setattr(sampling, name, given[name])
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            getattr(sampling, name).extend(given[name])
 
 
 def _set_diffusion(diffusion: pb.DiffusionParams, options: GenerateOptions) -> None:
+    given = cast("Mapping[str, Any]", options)
     if "decoder" in options:
         diffusion.decoder = _decoder(options["decoder"])
-    if "threshold" in options:
-        diffusion.threshold = options["threshold"]
-    if "steps_per_block" in options:
-        diffusion.steps_per_block = options["steps_per_block"]
-    if "edit_threshold" in options:
-        diffusion.edit_threshold = options["edit_threshold"]
-    if "max_post_edit_steps" in options:
-        diffusion.max_post_edit_steps = options["max_post_edit_steps"]
-    if "block_length" in options:
-        diffusion.block_length = options["block_length"]
+    for name in _DIFFUSION:
+        if name in given:
+            setattr(diffusion, name, given[name])
     if "vicinity" in options:
         diffusion.vicinity.before, diffusion.vicinity.after = options["vicinity"]
 

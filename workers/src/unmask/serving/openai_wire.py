@@ -13,6 +13,7 @@ An answer's ``usage`` has what OpenAI's has, and under ``unmask`` forwards and t
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -256,7 +257,7 @@ def _diffusion(given: Json) -> pb.DiffusionParams:
         raise invalid([Violation("diffusion", str(error))]) from None
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one request, whole or in pieces, in the words of one endpoint."""
 
     object: str
@@ -301,13 +302,13 @@ class Answer:
         """Chunks before the first text."""
         return []
 
+    @abstractmethod
     def choice(self, text: str) -> Json:
         """A whole text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str) -> Json:
         """A piece of text."""
-        raise NotImplementedError
 
     def _chunk(self, text: str, reason: str | None = None) -> Json:
         choice = self.delta(text) | {"index": 0, "logprobs": None, "finish_reason": reason}

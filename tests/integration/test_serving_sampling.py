@@ -104,11 +104,12 @@ def test_a_stop_frees_its_row_within_one_forward_and_counts_as_complete(model: S
     with running_server(batch, model) as server, Client(server.address) as client:
         batch.let(4)
         assert client.generate("w5", max_tokens=100, stop=["w9"]).finish_reason == "stop"
-        wait_until(lambda: batch.begun == 5)
-        batch.let(1)
+        batch.let(1)  # the forward that may have begun before the stop was found
         wait_until(lambda: batch.active == 0)
-        assert batch.done == 5
-        assert server.server.recorder.value(metrics.REQUESTS, code="OK", finish_reason="stop") == 1
+        assert batch.done <= 5
+        wait_until(
+            lambda: server.server.recorder.value(metrics.REQUESTS, code="OK", finish_reason="stop") == 1
+        )
         batch.open()
 
 

@@ -227,14 +227,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(folder, server, quiet,
     name = "damaged"
     job = job_in(folder, uri(name), parallelism=SHARED)
     processes = start_machines(job, server, tmp_path, ranks=2, pause_after=9)
-    wait_for(
-        lambda: any(f"{name}/checkpoints/step-00000008/manifest" in path for _, path in server.requests),
-        *processes,
-    )
+    store = server.store(name)
+    # There, and not only asked for: whoever puts it is killed next.
+    wait_for(lambda: "checkpoints/step-00000008/manifest.json" in store.sizes("checkpoints"), *processes)
     for process in processes:
         process.kill()
     join(processes)
-    store = server.store(name)
     victim = max(file for file in store.sizes("checkpoints/step-00000008") if "rank-00001" in file)
     content = store.read(victim)
     store.write(victim, content[:-1] + bytes([content[-1] ^ 1]))
@@ -243,6 +241,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(folder, server, quiet,
     assert "step-00000008 is damaged and skipped" in log_of(elsewhere)
     assert f"going on from {uri(name)}/checkpoints/step-00000006" in log_of(elsewhere)
     assert_same(server, name, quiet(2))
+
+
+@pytest.mark.parametrize("place", ["a folder", "a store"])
+def test_an_attempt_removes_what_one_that_was_cut_off_had_still_to_remove(folder, server, tmp_path, place):
+    """A run that was killed between its last commit and what follows it: here, one that kept more."""
+    at = folder / "many" if place == "a folder" else uri("many")
+    assert join(start_machines(job_in(folder, at, keepLast=9), server, tmp_path)) == [0]
+    assert join(start_machines(job_in(folder, at, keepLast=2), server, tmp_path)) == [0]
+    names = [path.parts for path in at.rglob("*")] if place == "a folder" else server.contents("many")
+    steps = {step for step in range(13) if any(f"step-{step:08d}" in str(name) for name in names)}
+    assert steps == {10, 12}
 
 
 def test_a_store_that_is_overloaded_now_and_then_is_asked_again(folder, server, quiet, tmp_path):

@@ -198,7 +198,7 @@ def running_server(batch: Batch, model: ServedModel, **options: object) -> Itera
             yield running
         finally:
             if isinstance(batch, GatedBatch):
-                batch.open()  # a test that failed has left its forward waiting, and the model's thread with it
+                batch.open()  # of a test that failed, a forward still waits, and the model's thread with it
             running.stop(0)
     finally:
         loop.call_soon_threadsafe(loop.stop)

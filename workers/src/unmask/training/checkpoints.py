@@ -298,6 +298,15 @@ class CheckpointStore:
             for path in self.folder.glob(f"{_SCRATCH}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def remove_older(self, newest: int, spared: Collection[int] = ()) -> None:
+        """Remove what a save of step ``newest`` would have removed, had it not been cut off before it did.
+
+        Raises:
+            UnmaskError: The file system refuses; no checkpoint that is kept is touched.
+        """
+        with self._refusals(newest):
+            self._prune(newest, spared)
+
     def _new_prefix(self) -> str:
         """What the names of the next checkpoint's files begin with."""
         return ""

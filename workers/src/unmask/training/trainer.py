@@ -148,6 +148,9 @@ class Trainer:
             DivergedError: A loss or gradient is not finite, and the job does not say to skip such steps; or
                 too many were skipped.
         """
+        with self._world.together():
+            if self._world.leads and self.checkpoint is not None:
+                self._store.remove_older(self._at.step, self._still_wanted())
         if self._at.step == self._total_steps and not self._is_to_be_merged(self._plans[-1]):
             with self._world.together():
                 removed = self._world.leads and not self._folder.holds(self._folder.model)
@@ -553,9 +556,15 @@ class Trainer:
         """The best checkpoints of ``plan`` so far, if it is to be merged; only the leader has the log."""
         if plan is None or plan.merge_best is None or not self._world.leads:
             return []
-        committed = {*self._store.steps(), self._at.step}
+        committed = {step for step in self._store.steps() if step < self._at.step} | {self._at.step}
         losses = losses_of(self._folder.log_lines(), plan.name)
         return best_of({step: loss for step, loss in losses.items() if step in committed}, plan.merge_best)
+
+    def _still_wanted(self) -> list[int]:
+        """The checkpoints that a mean is, or may come to be, made of, where the run begins."""
+        plan = stage_after(self._plans, self._at.step) or self._plans[-1]
+        before = self._plans[plan.index - 1] if plan.index and self._at.step == plan.first_step else None
+        return [*self._best_steps(plan), *self._best_steps(before)]
 
     def _exported(self, plan: StagePlan) -> Iterator[tuple[Slot, Tensor]]:
         """The weights that ``plan`` has exported, in every process."""

@@ -1,6 +1,8 @@
 """What a served folder may hold, and what is said where it holds something else."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ def describe(folder: Path, **options: int) -> ServedModel:
 
 def write(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_model_is_described_without_torch_s_compiler() -> None:
+    """To import it takes five seconds, which every server, command and test process would wait."""
+    script = (
+        "import sys\n"
+        "from support.models import tiny_model\n"
+        "from unmask.models.loading import build\n"
+        "build(tiny_model().config, device='meta')\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_a_folder_describes_itself(tmp_path: Path) -> None:

@@ -162,7 +162,9 @@ class Transformer(LanguageModel):
         super().__init__()
         self.config = config
         self.rotary = rotary
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Weights come later; the embedding's own first ones would import torch's compiler, for five seconds.
+        unset = torch.empty(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding.from_pretrained(unset, freeze=False)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = None if tied_output else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -7,14 +7,14 @@ left, its template is what it was and its quota is free. What a Job that is over
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from support import real_api_server
 from support.real_api_server import DEFINITION
-from unmask_operator.control.api import Api, ApiError, Unreachable
+from support.rounds import repeated
+from unmask_operator.control.api import Api
 from unmask_operator.resources import RESOURCES, Resource
 from unmask_operator.training import reading
 
@@ -61,7 +61,6 @@ class Kueue:
     def __init__(self, api: Api) -> None:
         """``api`` is an administrator's."""
         self._api = api
-        self._stop = threading.Event()
         self._queues: dict[tuple[str, str], dict[str, Flavor]] = {}
         self._places: dict[str, _Place] = {}
 
@@ -102,18 +101,8 @@ class Kueue:
     @contextlib.contextmanager
     def running(self) -> Iterator["Kueue"]:
         """Admit and evict meanwhile."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        try:
+        with repeated(self._round):
             yield self
-        finally:
-            self._stop.set()
-            thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.1):
-            with contextlib.suppress(ApiError, Unreachable):  # as in a conflict: the next round sees to it
-                self._round()
 
     def _round(self) -> None:
         jobs = [one for one in self._api.list(JOB, None, QUEUE_LABEL)[0] if not reading.finished(one)]

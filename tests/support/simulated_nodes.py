@@ -1,11 +1,11 @@
 """Machines that are only objects: the real scheduler places pods there, and a thread plays the kubelets."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from unmask_operator.control.api import Api, ApiError, Unreachable
+from support.rounds import repeated
+from unmask_operator.control.api import Api, ApiError
 from unmask_operator.resources import RESOURCES, Resource
 
 __all__ = ["Nodes"]
@@ -25,7 +25,6 @@ class Nodes:
     def __init__(self, api: Api) -> None:
         """``api`` is an administrator's."""
         self._api = api
-        self._stop = threading.Event()
         self._told: set[str] = set()
         self.waiting: Callable[[Json], Json | None] = lambda pod: None
         """Asked of each pod that has got a machine: why its container cannot start, if it cannot."""
@@ -88,20 +87,13 @@ class Nodes:
     @contextlib.contextmanager
     def running(self) -> Iterator["Nodes"]:
         """Play the kubelets meanwhile."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
-        try:
+        with repeated(self._round):
             yield self
-        finally:
-            self._stop.set()
-            thread.join()
 
-    def _run(self) -> None:
-        while not self._stop.wait(0.1):
-            with contextlib.suppress(ApiError, Unreachable):
-                for pod in self._api.list(POD, None)[0]:
-                    with contextlib.suppress(ApiError):
-                        self._look_after(pod)
+    def _round(self) -> None:
+        for pod in self._api.list(POD, None)[0]:
+            with contextlib.suppress(ApiError):
+                self._look_after(pod)
 
     def _look_after(self, pod: Json) -> None:
         metadata = pod["metadata"]

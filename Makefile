@@ -24,7 +24,7 @@ OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-serve bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-serve bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,16 @@ test-torchx-nightly: setup ## Run the tests of launching with torchx-nightly and
 	@$(PYTHON) scripts/environment.py setup-torchx-nightly
 	@PATH="$$($(PYTHON) scripts/environment.py path-torchx-nightly)/bin:$$PATH" OMP_NUM_THREADS=1 \
 	  python -m pytest -m "not slow" $(WHICH)
+
+# How much `make test-serving` does.
+REQUESTS ?= 200
+MESSAGES ?= 1000000
+ABORTS ?= 1000
+STREAMS ?= 10000
+
+test-serving: setup ## Prove what a server holds: REQUESTS=200, MESSAGES=1000000, ABORTS=1000, STREAMS=10000
+	@UNMASK_REQUESTS=$(REQUESTS) UNMASK_MESSAGES=$(MESSAGES) UNMASK_ABORTS=$(ABORTS) UNMASK_STREAMS=$(STREAMS) \
+	  $(PYTEST) -m serving
 
 # How often `make test-kills` kills.
 KILLS ?= 300

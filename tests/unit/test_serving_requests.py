@@ -13,7 +13,7 @@ from unmask.client.options import Message, request_of
 from unmask.diffusion.decoding import DecodingParams, Sampling, Vicinity
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
-from unmask.serving.refusals import Refused
+from unmask.serving.refusals import Refused, Violation, invalid
 from unmask.serving.requests import check_canvas, read_order
 from unmask.training.encoding import encode
 from unmask.training.records import Messages, read_records
@@ -370,6 +370,21 @@ def test_another_model_is_not_found(model: ServedModel) -> None:
     with pytest.raises(Refused, match="served here is 'tiny'") as refused:
         read_order(request, model)
     assert refused.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_refusal_repeats_names_and_nothing_else(model: ServedModel) -> None:
+    request = text()
+    for name, told in (("org/large-1.0", "'org/large-1.0'"), ("my secret\n" * 9, "a text of 90 characters")):
+        request.model = name
+        with pytest.raises(Refused) as refused:
+            read_order(request, model)
+        assert str(refused.value) == f"model: got {told}, served here is 'tiny'"
+
+
+def test_a_refusal_tells_of_so_many_fields_as_fit_a_status() -> None:
+    refused = invalid([Violation(f"field{number}", "is wrong") for number in range(1000)])
+    assert len(refused.violations) == 20
+    assert str(refused).endswith("field19: is wrong; and 980 more")
 
 
 def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:

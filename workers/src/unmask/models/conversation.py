@@ -69,5 +69,5 @@ def _object(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
     except RecursionError as error:
         raise ValueError(f"nested too deeply ({error})") from error
     if not isinstance(read, dict):
-        raise ValueError(f"got {given[:40]!r}, expected a JSON object")
+        raise ValueError(f"got a {type(read).__name__}, expected a JSON object")
     return read

@@ -135,8 +135,8 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the backend raises bare Exception, and only when a text meets the flaw
             raise ModelError(
-                f"the tokenizer cannot encode {text[:40]!r}: {error}; repair tokenizer.json, "
-                f"or take it again from the checkpoint it came with"
+                f"the tokenizer cannot encode a text of {len(text)} characters: {_one_line(error)}; "
+                f"repair tokenizer.json, or take it again from the checkpoint it came with"
             ) from error
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -175,8 +175,11 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 tools=list(tools) or None,
             )
-        except Exception as error:  # the template is a program, and may fail in any way
-            raise UsageError(f"the chat template refuses the messages: {_one_line(error)}") from error
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the chat template refuses the messages: {_one_line(error)[:300]}") from error
+        except Exception as error:  # it is a program and may fail in any way; what Python says quotes values
+            text = f"the chat template refuses the messages: it fails with {type(error).__name__}"
+            raise UsageError(text) from error
 
     def unused_special_id(self, token: str) -> int:
         """The id of ``token``, which no text encodes to unless it says so: fit to become the mask.

@@ -18,7 +18,7 @@ from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull,
 from unmask.serving.model import ServedModel
 from unmask.serving.narration import Narration
 from unmask.serving.outbox import Item, Outbox
-from unmask.serving.refusals import Refused
+from unmask.serving.refusals import Refused, quoted
 from unmask.serving.requests import Order, read_order
 from unmask.telemetry import Recorder, metrics
 from unmask.v1 import generation_pb2 as pb
@@ -129,7 +129,7 @@ class Calls:
     def _named(self, request_id: str) -> Iterator[None]:
         """Hold a request's name while it runs."""
         if request_id in self._live:
-            message = f"request_id: a request named {request_id!r} is running; use another name"
+            message = f"request_id: a request named {quoted(request_id)} is running; use another name"
             raise Refused(grpc.StatusCode.ALREADY_EXISTS, message)
         self._live.add(request_id)
         try:

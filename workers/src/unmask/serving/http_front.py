@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from unmask.serving.calls import Calls, gather
@@ -29,7 +30,7 @@ from unmask.serving.openai_wire import (
     http_status,
     read_body,
 )
-from unmask.serving.refusals import Refused
+from unmask.serving.refusals import Refused, quoted
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["HttpFront", "HttpLimits"]
@@ -62,9 +63,7 @@ class HttpFront:
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._chat)
         # To be cancelled when the client goes is what frees its row.
-        self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, keepalive_timeout=limits.idle_s
-        )
+        self._runner = web.AppRunner(app, handler_cancellation=True)
         self._unheard: dict[RequestHandler, asyncio.TimerHandle] = {}
         self._arriving = 0
         self._site: asyncio.Server | None = None
@@ -97,8 +96,8 @@ class HttpFront:
         assert server is not None
         if len(server.connections) + self._arriving >= self._limits.connections:
             return _Closing()
-        handler: RequestHandler = server()
         loop = asyncio.get_running_loop()
+        handler = _Connection(server, loop=loop, access_log=None, keepalive_timeout=self._limits.idle_s)  # type: ignore[arg-type]
         # The server counts a connection a turn of the loop later, and several may be accepted in one.
         self._arriving += 1
         loop.call_later(0.01, self._arrived)
@@ -125,7 +124,7 @@ class HttpFront:
             limit = f"the request is larger than {self._limits.body_bytes} bytes"
             return _error(413, limit, "request_too_large")
         except web.HTTPException as error:
-            text = f"{request.method} {request.path}: {error.reason}"
+            text = f"{request.method} {quoted(request.path)}: {error.reason}"
             return _error(error.status, text, str(error.reason).lower().replace(" ", "_"), error.headers)
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -134,7 +133,7 @@ class HttpFront:
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name != self._model.name:
-            message = f"model: got {name!r}, served here is {self._model.name!r}"
+            message = f"model: got {quoted(name)}, served here is {self._model.name!r}"
             raise Refused(grpc.StatusCode.NOT_FOUND, message)
         return web.json_response(self._described())
 
@@ -155,6 +154,9 @@ class HttpFront:
         try:
             async with asyncio.timeout(self._limits.request_s):
                 return await request.read()
+        except (web.RequestPayloadError, HttpProcessingError):  # whose text quotes what came
+            message = "the body cannot be read: it is not what its Transfer- or Content-Encoding says"
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, message) from None
         except TimeoutError:
             message = f"the request took longer than {self._limits.request_s:g} s to arrive"
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
@@ -205,6 +207,26 @@ class HttpFront:
         else:
             await response.write(_event("[DONE]"))
         await response.write_eof()
+        return response
+
+
+class _Connection(RequestHandler):
+    """One whose answer to what is not HTTP repeats nothing of it, and is no matter for the log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to a failed request, whose connection then ends."""
+        if status != 400:
+            return super().handle_error(request, status, exc, message)
+        response = _error(400, "what came is not an HTTP request that can be read", "bad_request")
+        response.force_close()
         return response
 
 

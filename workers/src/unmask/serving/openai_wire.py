@@ -22,7 +22,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unmask.serving.decoders import DECODERS
-from unmask.serving.refusals import Refused, Violation, invalid
+from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = [
@@ -59,6 +59,8 @@ _REASONS = {
     pb.FINISH_REASON_LENGTH: "length",
 }
 _DECODERS = {decoder.name: decoder.wire for decoder in DECODERS}
+_DIFFUSION_FIELDS = pb.DiffusionParams.DESCRIPTOR.fields_by_name.keys()
+_LONGEST_FIELD = 64
 _Body = TypeVar("_Body", bound="_Request")
 
 
@@ -230,7 +232,7 @@ def read_body(kind: type[_Body], body: bytes) -> _Body:
         found: dict[str, list[str]] = {}
         for flaw in error.errors(include_url=False, include_input=False, include_context=False):
             # The first part of a place is a field; what follows may name an alternative of its type.
-            field = str(flaw["loc"][0]) if flaw["loc"] else "body"
+            field = _field(flaw["loc"][0]) if flaw["loc"] else "body"
             text = flaw["msg"]
             if flaw["type"] == "extra_forbidden" and len(flaw["loc"]) == 1:
                 text = "is not known, or not possible here; leave it out"
@@ -243,18 +245,32 @@ def read_body(kind: type[_Body], body: bytes) -> _Body:
         ) from None
 
 
+def _field(name: str | int) -> str:
+    """A field by its name, which may be whatever the client has made up."""
+    told = str(name)
+    return told if told.isidentifier() and told.isascii() and len(told) <= _LONGEST_FIELD else quoted(told)
+
+
 def _diffusion(given: Json) -> pb.DiffusionParams:
     """``DiffusionParams`` from JSON with its field names; decoders have the names that clients give them."""
     named = dict(given)
     if (decoder := named.get("decoder")) is not None:
-        if decoder not in _DECODERS:
-            text = f"got {decoder!r}, allowed are {', '.join(_DECODERS)}"
-            raise invalid([Violation("diffusion.decoder", text)])
+        if not isinstance(decoder, str) or decoder not in _DECODERS:
+            got = f"got {quoted(decoder)}" if isinstance(decoder, str) else "is no text"
+            raise invalid([Violation("diffusion.decoder", f"{got}; allowed are {', '.join(_DECODERS)}")])
         named["decoder"] = _DECODERS[decoder]
-    try:
-        return ParseDict(named, pb.DiffusionParams())
-    except ParseError as error:
-        raise invalid([Violation("diffusion", str(error))]) from None
+    params, wrong = pb.DiffusionParams(), []
+    for name, value in named.items():
+        if name not in _DIFFUSION_FIELDS:
+            wrong.append(Violation("diffusion", f"{quoted(name)} is not known; leave it out"))
+            continue
+        try:
+            ParseDict({name: value}, params)
+        except (ParseError, OverflowError):  # whose text quotes the value
+            wrong.append(Violation(f"diffusion.{name}", "is not of its type; see DiffusionParams"))
+    if wrong:
+        raise invalid(wrong)
+    return params
 
 
 class Answer(ABC):

@@ -1,5 +1,10 @@
-"""Why a call is refused, as a gRPC status that a program can act on (google.rpc error details)."""
+"""Why a call is refused, as a gRPC status that a program can act on (google.rpc error details).
 
+A refusal is read by others than who asked: proxies log it, and a gRPC status has to fit a few KiB of
+metadata. So it is short, and it repeats nothing of a request but numbers and names.
+"""
+
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +14,11 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-__all__ = ["Refused", "Violation", "invalid"]
+__all__ = ["Refused", "Violation", "invalid", "quoted"]
+
+_MOST_VIOLATIONS = 20
+"""As many are told; whoever mends them hears of the next."""
+_NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +70,16 @@ class Refused(Exception):
 
 def invalid(violations: Sequence[Violation]) -> Refused:
     """INVALID_ARGUMENT for these fields."""
-    message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, message, violations=violations)
+    told = violations[:_MOST_VIOLATIONS]
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in told)
+    if len(violations) > len(told):
+        message += f"; and {len(violations) - len(told)} more"
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, message, violations=told)
+
+
+def quoted(word: str) -> str:
+    """A word of the request's as an error may repeat it: a name as it is, anything else by its length."""
+    return repr(word) if _NAME.fullmatch(word) else f"a text of {len(word)} characters"
 
 
 def _pack(message: Message) -> Any:

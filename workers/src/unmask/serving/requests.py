@@ -18,7 +18,7 @@ from unmask.errors import ModelError, UsageError
 from unmask.models.conversation import Turn, tool, tool_call, turn
 from unmask.serving.decoders import DECODERS, Decoder, listed
 from unmask.serving.model import DEFAULT_MAX_TOKENS, MAX_POST_EDIT_STEPS, ServedModel
-from unmask.serving.refusals import Refused, Violation, invalid
+from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["Order", "check_canvas", "read_order"]
@@ -53,7 +53,7 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
         Refused: INVALID_ARGUMENT with every wrong field, NOT_FOUND or UNIMPLEMENTED.
     """
     if request.HasField("model") and request.model != model.name:
-        message = f"model: got {request.model!r}, served here is {model.name!r}"
+        message = f"model: got {quoted(request.model)}, served here is {model.name!r}"
         raise Refused(grpc.StatusCode.NOT_FOUND, message)
     reader = _Reader(model)
     prompt = reader.prompt(request)

@@ -25,7 +25,8 @@ from unmask.serving.engine import Engine
 from unmask.serving.http_front import HttpFront, HttpLimits
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
-from unmask.telemetry import Recorder
+from unmask.serving.unreadable import UnreadableRefused
+from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
 from unmask.v1 import generation_pb2
 from unmask.v1.generation_pb2_grpc import add_GenerationServicer_to_server, add_ModelsServicer_to_server
@@ -79,7 +80,9 @@ class Server:
         )
         self._health = health.aio.HealthServicer()
         self._grpc = _grpc_server(
-            options, max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE
+            options,
+            max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE,
+            unreadable=self._count_unreadable,
         )
         calls = Calls(self.engine, model, self.recorder, max_request_s=options.max_request_s)
         add_GenerationServicer_to_server(GenerationService(calls), self._grpc)
@@ -142,6 +145,12 @@ class Server:
         status = "draining" if self._draining else "failed" if self._failed.is_set() else "serving"
         return status == "serving", {"status": status}
 
+    def _count_unreadable(self, method: str) -> None:
+        """Such a call counts as any that is refused, where calls are counted."""
+        if method.startswith(f"/{SERVICES[0]}/"):
+            code = grpc.StatusCode.INVALID_ARGUMENT.name
+            self.recorder.count(metrics.REQUESTS, code=code, finish_reason="")
+
     async def failed(self) -> None:
         """Return once the model has failed."""
         await self._failed.wait()
@@ -173,7 +182,9 @@ async def serve(
         raise RuntimeError("the model failed; the log says why")
 
 
-def _grpc_server(options: ServerOptions, *, max_calls: int) -> grpc.aio.Server:
+def _grpc_server(
+    options: ServerOptions, *, max_calls: int, unreadable: Callable[[str], object] = lambda method: None
+) -> grpc.aio.Server:
     aging = []
     if options.max_connection_age_s is not None:
         aging = [
@@ -181,6 +192,7 @@ def _grpc_server(options: ServerOptions, *, max_calls: int) -> grpc.aio.Server:
             ("grpc.max_connection_age_grace_ms", math.ceil(options.max_request_s * 1000)),
         ]
     return grpc.aio.server(
+        interceptors=[UnreadableRefused(unreadable)],
         maximum_concurrent_rpcs=max_calls,
         options=[
             ("grpc.max_receive_message_length", options.max_message_bytes),

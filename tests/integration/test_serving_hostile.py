@@ -1,0 +1,280 @@
+"""Messages made to do harm, through sockets: no crash, no INTERNAL, no UNKNOWN, no leak, then a good answer.
+
+``tests/unit/test_serving_hostile`` gives the larger part of them to the functions behind.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from support import counts, hostile
+from support.folders import served_folder
+from support.serving import CountingBatch, RunningServer, running_server, wait_until
+from unmask.client import Client
+from unmask.models.registry import read_config
+from unmask.serving.model import ServedModel
+from unmask.telemetry import metrics
+
+pytestmark = pytest.mark.serving
+
+MESSAGES = counts.of(sample=5000, full=1_000_000, variable="UNMASK_MESSAGES")
+AT_ONCE = 32
+BATCH = 500
+"""Messages after each of which a good request is sent."""
+METHODS = {
+    "/unmask.v1.Generation/Generate": hostile.message,
+    "/unmask.v1.Generation/GenerateStream": hostile.stream_message,
+    "/unmask.v1.Models/GetModelInfo": hostile.message,
+    "/grpc.health.v1.Health/Check": hostile.message,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": hostile.message,
+    "/unmask.v1.Generation/Nothing": hostile.message,
+}
+ALLOWED = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+ALLOWED_OVER_HTTP = {200, 400, 404, 405, 409, 411, 413, 414, 415, 417, 431, 501, 505}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    folder: Path = served_folder(tmp_path_factory.mktemp("model") / "tiny", block_length=4)
+    return ServedModel.describe(folder, read_config(folder), name=None, rows=8, context_length=48)
+
+
+@pytest.fixture
+def server(model: ServedModel, caplog: pytest.LogCaptureFixture) -> Iterator[RunningServer]:
+    """A server that afterwards holds nothing and has logged no error."""
+    batch = CountingBatch(rows=8)
+    with caplog.at_level(logging.ERROR), running_server(batch, model, http_port=0) as running:
+        yield running
+        holds_nothing(running, batch)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def holds_nothing(server: RunningServer, batch: CountingBatch) -> None:
+    recorder = server.server.recorder
+    wait_until(lambda: recorder.value(metrics.REQUESTS_WAITING) == 0)
+    wait_until(lambda: recorder.value(metrics.REQUESTS_RUNNING) == 0 and batch.active == 0)
+
+
+def serves(server: RunningServer) -> None:
+    with Client(server.address, timeout_s=60) as client:
+        assert client.generate("w5", max_tokens=3).token_ids == (6, 7, 8)
+
+
+async def in_crowds(count: int, one: Callable[[], Awaitable[None]]) -> None:
+    """Run ``one`` so often, some at a time."""
+    left = iter(range(count))
+
+    async def some() -> None:
+        for _ in left:
+            await one()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(AT_ONCE, count)):
+            group.create_task(some())
+
+
+def in_batches(count: int, server: RunningServer, one: Callable[[], Awaitable[None]]) -> None:
+    for start in range(0, count, BATCH):
+        asyncio.run(in_crowds(min(BATCH, count - start), one))
+        serves(server)
+
+
+def leaks(told: str) -> bool:
+    return hostile.MARKER in told or "Traceback" in told or ".py" in told
+
+
+@pytest.mark.timeout(1800)
+def test_any_bytes_over_grpc_are_answered_with_a_status_that_tells_why(
+    server: RunningServer, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    dice, found = random.Random(5), Counter[str]()
+
+    async def crowd(count: int) -> None:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await in_crowds(count, lambda: call(channel))
+
+    async def call(channel: grpc.aio.Channel) -> None:
+        method = dice.choice([*METHODS, *list(METHODS)[:2] * 4])
+        content = METHODS[method](dice)
+        ask = channel.stream_stream if "Reflection" in method else channel.unary_stream
+        asked = iter([content]) if "Reflection" in method else content
+        stream = ask(method, request_serializer=None, response_deserializer=None)(asked, timeout=60)
+        try:
+            async for _ in stream:
+                pass
+        except grpc.aio.AioRpcError as error:
+            trailing = error.trailing_metadata()
+            told = f"{error.details()} {[value for _, value in trailing] if trailing else ''}"
+            assert not leaks(told), (content[:2000], told)
+        code = await stream.code()
+        assert code in ALLOWED, (method, content[:2000], code, await stream.details())
+        found[code.name] += 1
+
+    count = MESSAGES // 25
+    for start in range(0, count, BATCH):
+        asyncio.run(crowd(min(BATCH, count - start)))
+        serves(server)
+    record_measurement("calls", str(dict(found)))
+    assert min(found["OK"], found["INVALID_ARGUMENT"], found["UNIMPLEMENTED"]) > 0, found
+    refused = server.server.recorder.value(metrics.REQUESTS, code="INVALID_ARGUMENT", finish_reason="")
+    assert refused > 0
+
+
+async def exchanged(server: RunningServer, content: bytes, *, patience_s: float) -> bytes:
+    """What answers ``content`` until the connection ends, which is ended from here after a while."""
+    assert server.server.http_port
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+    answer = b""
+    try:
+        writer.write(content)
+        async with asyncio.timeout(patience_s):
+            while piece := await reader.read(1 << 16):
+                answer += piece
+    except TimeoutError:
+        pass
+    except ConnectionError:  # it need not read to the end what it has refused already
+        pass
+    finally:
+        writer.transport.abort()
+    return answer
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(code) for code in re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer)]
+
+
+def checked(content: bytes, answer: bytes, found: Counter[str]) -> None:
+    codes = statuses(answer)
+    assert set(codes) <= ALLOWED_OVER_HTTP, (content[:2000], answer)
+    if set(codes) != {200}:
+        assert not leaks(answer.decode("latin-1")), (content[:2000], answer)
+    found.update(map(str, codes or ["no answer"]))
+
+
+def framed(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@pytest.mark.timeout(1800)
+def test_any_body_over_http_is_answered_with_a_status_that_tells_why(
+    server: RunningServer, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    dice, found = random.Random(6), Counter[str]()
+
+    async def one() -> None:
+        path, body = hostile.body(dice)
+        content = framed(path, body)
+        answer = await exchanged(server, content, patience_s=60)
+        assert len(statuses(answer)) == 1, (content[:2000], answer)
+        checked(content, answer, found)
+
+    in_batches(MESSAGES // 50, server, one)
+    record_measurement("bodies", str(dict(found)))
+    assert min(found["200"], found["400"]) > 0, found
+
+
+@pytest.mark.timeout(1800)
+def test_any_head_over_http_is_answered_or_let_go(
+    server: RunningServer, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    """Of a head or a body that is not complete nothing may come until the client ends the connection."""
+    dice, found = random.Random(7), Counter[str]()
+
+    async def one() -> None:
+        content = hostile.head(dice)
+        checked(content, await exchanged(server, content, patience_s=0.2), found)
+
+    in_batches(MESSAGES // 100, server, one)
+    record_measurement("heads", str(dict(found)))
+    assert min(found["200"], found["400"]) > 0, found
+
+
+SMUGGLED = framed("/v1/completions", json.dumps({"model": "tiny", "prompt": "w5", "max_tokens": 1}).encode())
+BODY = json.dumps({"model": hostile.MARKER, "prompt": "w5"}).encode()
+AMBIGUOUS = {
+    "two lengths": ["Content-Length: 0", f"Content-Length: {len(BODY)}"],
+    "two lengths in one": [f"Content-Length: 0, {len(BODY)}"],
+    "a length and chunks": ["Content-Length: 5", "Transfer-Encoding: chunked"],
+    "chunks and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
+    "chunks that are not the last coding": ["Transfer-Encoding: chunked, identity"],
+    "chunks with a space before the colon": ["Transfer-Encoding : chunked"],
+    "a signed length": [f"Content-Length: +{len(BODY)}"],
+    "a negative length": ["Content-Length: -1"],
+    "a length of another base": ["Content-Length: 0x10"],
+    "a length without an end": ["Content-Length: " + "9" * 40],
+    "a folded line": ["X: a", f" Content-Length: {len(BODY)}"],
+    "a line without a colon": ["Content-Length"],
+    "a zero byte": ["X: a\0b"],
+}
+
+
+@pytest.mark.parametrize("lines", AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
+def test_a_length_that_can_be_read_in_two_ways_lets_nothing_through_behind_it(
+    server: RunningServer, lines: list[str]
+) -> None:
+    head = "\r\n".join(["POST /v1/completions HTTP/1.1", "Host: a", *lines, "", ""]).encode()
+    answer = asyncio.run(exchanged(server, head + BODY + SMUGGLED, patience_s=20))
+    assert 200 not in statuses(answer), answer
+    assert len(statuses(answer)) <= 1 and not leaks(answer.decode("latin-1")), answer
+    assert server.server.recorder.value(metrics.REQUESTS, code="OK", finish_reason="length") == 0
+    serves(server)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (["Transfer-Encoding: chunked"], b"zz\r\nno\r\n"),
+        (["Transfer-Encoding: chunked"], b"ffffffffffffffffff\r\n{}"),
+        (["Content-Encoding: gzip", "Content-Length: 9"], b"\x1f\x8b no gz"),
+        (["Content-Encoding: deflate", "Content-Length: 9"], b"no flate!"),
+    ],
+    ids=["a chunk without a size", "a chunk without an end", "gzip that is none", "deflate that is none"],
+)
+def test_a_body_that_is_not_what_its_headers_say_is_the_client_s_fault(
+    server: RunningServer, headers: list[str], body: bytes
+) -> None:
+    lines = ["POST /v1/completions HTTP/1.1", "Host: a", "Connection: close", *headers, "", ""]
+    answer = asyncio.run(exchanged(server, "\r\n".join(lines).encode() + body, patience_s=20))
+    assert statuses(answer) == [400], answer
+    serves(server)
+
+
+def test_what_is_no_http_2_does_not_disturb_the_others(server: RunningServer) -> None:
+    dice = random.Random(8)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.server.port)
+        try:
+            writer.write(
+                dice.choice([b"", preface, b"GET / HTTP/1.1\r\n\r\n"]) + dice.randbytes(dice.randrange(99))
+            )
+            async with asyncio.timeout(0.05):
+                await reader.read(100)
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            writer.transport.abort()
+
+    in_batches(MESSAGES // 250, server, one)

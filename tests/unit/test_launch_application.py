@@ -164,6 +164,11 @@ def test_the_job_of_an_application_has_that_application(
     path.write_text(json.dumps(manifest(shape)))
     app = components.train(str(path), **asked)
     assert job_file_of(app) == str(path)
+    processes = app.roles[0].num_replicas * int(asked.get("processes_per_node", shape["spec.parallelism"][1]))
+    if any(stage.rows_per_step % processes for stage in job(shape).spec.stages):
+        with pytest.raises(UsageError, match="rowsPerStep of every stage must be a multiple"):
+            to_job(app, job(shape))
+        return
     back = to_job(app, job(shape))
     assert plain(of_job(back, str(path))) == plain(app)
     assert back.spec.stages == job(shape).spec.stages

@@ -79,7 +79,7 @@ class _RefusedError(Exception):
 
 def _admit_object(document: object) -> DiffusionTrainJob:
     resource = _resource_of(document)
-    schema = crd.schema(resource.model)
+    schema = _schema_of(resource.model)
     try:
         text = json.dumps(_without_nulls(document, schema), allow_nan=False)
     except ValueError:
@@ -91,6 +91,12 @@ def _admit_object(document: object) -> DiffusionTrainJob:
     for path, rule in _broken_rules(job, ()):
         raise _RefusedError((*path, *_parts(rule.field_path)), f": {rule.message}")
     return job
+
+
+@functools.cache
+def _schema_of(model: type[ApiModel]) -> Json:
+    """The schema that manifests are compared with, made once: that takes longer than to compare."""
+    return crd.schema(model)
 
 
 def _resource_of(document: object) -> crd.Resource:

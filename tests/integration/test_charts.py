@@ -236,6 +236,7 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
             "host": "::", "rows": 3, "context": 128, "maxQueue": 5, "maxQueueTokens": 12345678,
             "cacheMib": 4096, "maxPositions": 1024,
             "maxRequestSeconds": 90.5, "maxConnectionAgeSeconds": 60, "device": "cuda:1", "threads": 2,
+            "quantization": "int8",
         },
         "termination": {"drainSeconds": 25},
         "http": {"enabled": True},
@@ -249,7 +250,7 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "http_port": 8000, "cache_mib": 4096, "max_positions": 1024, "name": "m",
         "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
         "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
-        "device": "cuda:1", "threads": 2,
+        "device": "cuda:1", "quantization": "int8", "threads": 2,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -103,6 +103,13 @@ __all__ = ["command"]
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    show_default=True,
+    help="int8: weights and activations of eight bits, on a CPU; changes what is generated.",
+)
+@click.option(
     "--threads", type=click.IntRange(1), help="CPU threads for one forward pass.  [default: torch's own]"
 )
 def command(
@@ -122,6 +129,7 @@ def command(
     drain_seconds: float,
     max_connection_age_seconds: float | None,
     device: str,
+    quantization: Literal["none", "int8"],
     threads: int | None,
 ) -> None:
     """Answer generation requests with the masked-diffusion model in DIR, over gRPC (unmask.v1.Generation).
@@ -151,7 +159,7 @@ def command(
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
     batch = described.batch(
-        load(folder, device=device),
+        load(folder, device=device, quantization=quantization),
         cache_bytes=None if cache_mib is None else cache_mib << 20,
         max_positions=max_positions,
     )

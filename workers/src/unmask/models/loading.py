@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from unmask.models.checkpoint_files import (
 )
 from unmask.models.config import ModelConfig
 from unmask.models.folder import CHECKSUMS, new_folder, read_json_inside
+from unmask.models.int8 import check_int8, expect_int8, int8_products
 from unmask.models.registry import CONFIG, family_of
 from unmask.models.slots import Slot
 from unmask.models.tensor_file import Piece, StoredTensor
@@ -86,19 +88,33 @@ def read_values(path: str | Path) -> Iterator[tuple[Slot, Tensor]]:
 
 
 def load(
-    path: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: Literal["none", "int8"] = "none",
 ) -> LanguageModel:
     """Load the checkpoint in the folder ``path``, in ``dtype`` (that of its tensors by default).
 
+    With ``quantization="int8"`` weights are quantised one tensor after the other as they are read
+    (:mod:`unmask.models.int8`), and what is not a product's weight is float32.
+
     Raises:
+        UsageError: If ``device`` cannot compute with weights so quantised.
         ModelError: If a file is missing, truncated or altered, or a tensor is missing,
             unexpected, of another shape, not of floating point, or not finite.
     """
+    if quantization == "int8":
+        check_int8(device)
     with Checkpoint(path) as checkpoint:
         slots = matching_slots(checkpoint)
         own = DTYPES[checkpoint.tensors[slots[-1].name].dtype]
-        model = _empty(checkpoint.config, device=device, dtype=dtype or own)
-        _fill(model, slots, checkpoint)
+        if quantization == "int8":
+            model = _on_meta(checkpoint.config, torch.float32)
+            expect_int8(model)
+        else:
+            model = _on_meta(checkpoint.config, dtype or own)
+        _fill(model.to_empty(device=device), slots, checkpoint)
     return model.eval()
 
 
@@ -184,6 +200,12 @@ def save_parts(
 
 def _empty(config: ModelConfig, *, device: str | torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model with allocated, unset parameters; the parts that insist on float32 keep it."""
+    model = _on_meta(config, dtype)
+    return model if torch.device(device).type == "meta" else model.to_empty(device=device)
+
+
+def _on_meta(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
+    """The model without memory."""
     family = family_of(config.architectures, source="model config")
     model_class: type[LanguageModel] = getattr(
         import_module(f"unmask.models.{family.package}.model"), config.architecture
@@ -192,12 +214,9 @@ def _empty(config: ModelConfig, *, device: str | torch.device, dtype: torch.dtyp
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = model_class(config)
+            return model_class(config)
     finally:
         torch.set_default_dtype(default)
-    if torch.device(device).type == "meta":
-        return model
-    return model.to_empty(device=device)
 
 
 def _random(model: LanguageModel, *, seed: int) -> Iterator[Tensor]:
@@ -213,12 +232,21 @@ def _random(model: LanguageModel, *, seed: int) -> Iterator[Tensor]:
 
 
 def _fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
-    state = model.state_dict()
+    state, products = model.state_dict(), int8_products(model)
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
         for slot in slots:
-            _copy(source, slot.name, slot.view(state).view(-1))
+            if slot.parameter in state:
+                _copy(source, slot.name, slot.view(state).view(-1))
+            else:
+                value = torch.empty(slot.shape)
+                _copy(source, slot.name, value.view(-1))
+                products[slot.parameter].put(slot.parameter.rpartition(".")[2], slot.index, value)
+        head = products.get("head.weight")
+        if head is not None and not head.is_complete:  # the embedding is the output layer, too
+            head.put("weight", (), state["embedding.weight"])
+    assert all(product.is_complete for product in products.values())
 
 
 def _copy(source: TensorSource, name: str, target: Tensor) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "experts_one_by_one",
     "grouped_linear",
     "softmax_experts",
+    "sorted_by_expert",
 ]
 
 
@@ -159,11 +160,8 @@ class Experts(nn.Module):
         In inference mode on a CPU an expert's rows are filled up to whole tiles
         (:mod:`unmask.models.row_tiles`), so that who else is in the batch does not change a bit of a token.
         """
-        chosen_N = routing.experts.flatten()
-        order_N = torch.argsort(chosen_N, stable=True)
-        counts_E = torch.bincount(chosen_N, minlength=len(self.gate_up_proj))
-        token_N = order_N.div(routing.experts.shape[1], rounding_mode="floor")
-        weights_N = routing.weights.flatten()[order_N].to(hidden_TD.dtype)
+        token_N, weights_N, counts_E = sorted_by_expert(routing, len(self.gate_up_proj))
+        weights_N = weights_N.to(hidden_TD.dtype)
         if torch.is_inference_mode_enabled() and hidden_TD.device.type == "cpu":
             return self._in_tiles(hidden_TD, weights_N, token_N, counts_E)
         ends_E = counts_E.cumsum(0)
@@ -178,6 +176,19 @@ class Experts(nn.Module):
         out_PD = grouped_linear(F.silu(gate_PI).mul_(up_PI), self.down_proj, ends_E)
         out_ND = out_PD.index_select(0, place_N).mul_(weights_N.unsqueeze(1))
         return torch.zeros_like(hidden_TD).index_add_(0, token_N, out_ND)
+
+
+def sorted_by_expert(routing: Routing, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of tokens one behind the other, those of expert 0 first, each expert's in the order of tokens.
+
+    Returns:
+        The token of each copy, int64 (N,), its weight, (N,), and how many each expert has, int64 (E,).
+    """
+    chosen_N = routing.experts.flatten()
+    order_N = torch.argsort(chosen_N, stable=True)
+    counts_E = torch.bincount(chosen_N, minlength=num_experts)
+    token_N = order_N.div(routing.experts.shape[1], rounding_mode="floor")
+    return token_N, routing.weights.flatten()[order_N], counts_E
 
 
 class _Routed(torch.autograd.Function):

@@ -167,7 +167,9 @@ class Transformer(LanguageModel):
         self.embedding = nn.Embedding.from_pretrained(unset, freeze=False)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = None if tied_output else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head: nn.Module | None = None
+        if not tied_output:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden(
         self,
@@ -195,8 +197,7 @@ class Transformer(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`LanguageModel.logits`."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        scores = F.linear(hidden, weight)
+        scores = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def routers(self) -> list[Router]:

@@ -1,0 +1,259 @@
+"""Weights and activations of eight bits on a CPU (W8A8): products of whole numbers, which are exact.
+
+A weight is rounded to whole multiples of a scale of its output channel, an activation to those of a scale of
+its token, and what is added up are products of these numbers. That is symmetric vector-wise quantisation
+(LLM.int8, arXiv 2208.07339, section 2.1) of everything, outliers included. The sums are exact in int32. So a
+token's result depends on its own numbers alone: not on who else is in the batch, nor on the order of adding.
+
+The products are FBGEMM's, which torch has on x86. Without VNNI it adds two products in sixteen bits before it
+widens them, and what does not fit is cut off in silence. Activations have all eight bits, plus or minus 127,
+which it holds as 1 to 255; weights are kept within plus or minus 63, for 2 x 255 x 63 fits sixteen bits.
+
+Two others were tried on an AMD EPYC with AVX2 and no VNNI: torch's ``_int_mm`` is a plain loop there, twenty
+times slower than float32, and ``onednn::qlinear_pointwise``, as fast as FBGEMM from 32 rows on, takes three
+times as long for the four that an expert has. torch means to give up one day the kind of tensors that
+FBGEMM's weights are made from; what is used of them is in :func:`_pack` alone.
+
+Embedding, norms, router, rotation and attention stay float32. Shape letters: N rows, I and O the inner and
+outer width of a product; T, D, E, K as in :mod:`unmask.models.moe`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.errors import UsageError
+from unmask.models.base import LanguageModel
+from unmask.models.moe import Experts, Routing, sorted_by_expert
+from unmask.models.transformer import Transformer
+
+__all__ = [
+    "TOKEN_LEVELS",
+    "WEIGHT_LEVELS",
+    "Int8Experts",
+    "Int8Linear",
+    "check_int8",
+    "expect_int8",
+    "int8_products",
+    "quantise",
+    "quantised_channels",
+    "scaled_tokens",
+]
+
+WEIGHT_LEVELS = 63
+"""The largest number that stands for a weight."""
+TOKEN_LEVELS = 127
+"""The largest number that stands for an activation."""
+_ZERO_POINT = 128
+"""FBGEMM's activations are unsigned."""
+_ENGINE = "fbgemm"
+
+
+def check_int8(device: str | torch.device) -> None:
+    """See to it that ``device`` can compute with int8 weights.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if torch.device(device).type != "cpu":
+        raise UsageError(
+            f"quantization int8: got device {device}, only a CPU has it; take cpu, or leave the weights alone"
+        )
+    if _ENGINE not in torch.backends.quantized.supported_engines:
+        raise UsageError(
+            "quantization int8: this torch comes without FBGEMM, as it does on other processors than x86; "
+            "leave the weights alone"
+        )
+
+
+def quantised_channels(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers and the scale of each row: int8 (O, I) and float32 (O,); their product is the weight."""
+    weight_OI = weight_OI.float()
+    scale_O = (weight_OI.abs().amax(1) / WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight_OI / scale_O.unsqueeze(1)).round_().to(torch.int8), scale_O
+
+
+def scaled_tokens(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their scale, not yet rounded, (N, I), and the scales, (N, 1); both float32.
+
+    What is not finite makes the scale, and so the row's products, infinite or NaN.
+    """
+    largest_N1 = torch.linalg.vector_norm(x_NI, ord=float("inf"), dim=1, keepdim=True)
+    scale_N1 = (largest_N1 / TOKEN_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    return x_NI / scale_N1, scale_N1
+
+
+class _Matrix:
+    """One weight (O, I), quantised row by row as it comes in, and packed when it is complete."""
+
+    def __init__(self, outer: int, inner: int) -> None:
+        self.shape = outer, inner
+        self._missing = outer
+        self._levels_OI: Tensor | None = None
+        self._scale_O = torch.empty(0)
+        self._packed: Any = None
+
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
+    def put(self, rows: slice, weight: Tensor) -> None:
+        """Take the float weights of some rows; each row is given once."""
+        if self._levels_OI is None:
+            self._levels_OI = torch.empty(self.shape, dtype=torch.int8)
+            self._scale_O = torch.empty(self.shape[0])
+        self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight)
+        self._missing -= len(weight)
+        if self._missing == 0:
+            self._packed, self._levels_OI = _pack(self._levels_OI, self._scale_O), None
+
+    def times(self, scaled_NI: Tensor) -> Tensor:
+        """Whole-number products of the rows, times the channels' scales: float32 (N, O).
+
+        Args:
+            scaled_NI: Of :func:`scaled_tokens`; rounded here, half to even.
+        """
+        assert self.is_packed, "a weight that was never given"
+        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            scaled_NI, 1.0, _ZERO_POINT, self._packed
+        )
+        return product
+
+
+def _pack(levels_OI: Tensor, scale_O: Tensor) -> Any:
+    zero_O = torch.zeros(len(scale_O), dtype=torch.int64)
+    with _fbgemm():
+        weight = torch._make_per_channel_quantized_tensor(levels_OI, scale_O.double(), zero_O, 0)
+        return torch.ops.quantized.linear_prepack(weight, None)
+
+
+@contextmanager
+def _fbgemm() -> Iterator[None]:
+    """Pack for FBGEMM, whatever torch would choose on this machine, and let it warn of its future unheard."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = _ENGINE
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+class Int8Linear(nn.Module):
+    """What takes the place of ``nn.Linear``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Without a weight; see :meth:`put`."""
+        super().__init__()
+        self._matrix = _Matrix(out_features, in_features)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole weight is there."""
+        return self._matrix.is_packed
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """Take the part ``index`` of the float ``weight``, as a slot has it."""
+        assert parameter == "weight", parameter
+        rows = index[0] if index else slice(0, self._matrix.shape[0])
+        assert isinstance(rows, slice)
+        self._matrix.put(rows, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to float32 (..., O)."""
+        scaled_NI, scale_N1 = scaled_tokens(x.flatten(0, -2))
+        return self._matrix.times(scaled_NI).mul_(scale_N1).view(*x.shape[:-1], self._matrix.shape[0])
+
+
+class Int8Experts(nn.Module):
+    """What takes the place of :class:`~unmask.models.moe.Experts`."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """Without weights; see :meth:`put`."""
+        super().__init__()
+        self.widths = hidden_size, intermediate_size
+        self._gate_up = [_Matrix(2 * intermediate_size, hidden_size) for _ in range(num_experts)]
+        self._down = [_Matrix(hidden_size, intermediate_size) for _ in range(num_experts)]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all weights of all experts are there."""
+        return all(matrix.is_packed for matrix in (*self._gate_up, *self._down))
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """Take the part ``index`` of ``gate_up_proj`` or ``down_proj``, as a slot has it; of one expert."""
+        expert, *rest = index
+        assert isinstance(expert, int)
+        matrix = {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert]
+        rows = rest[0] if rest else slice(0, matrix.shape[0])
+        assert isinstance(rows, slice)
+        matrix.put(rows, weight)
+
+    def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of each token's experts, (T, D)."""
+        token_N, weights_N, counts_E = sorted_by_expert(routing, len(self._gate_up))
+        counts = counts_E.tolist()
+        scaled_TD, scale_T1 = scaled_tokens(hidden_TD)
+        gate_up_NO = _grouped(self._gate_up, scaled_TD.index_select(0, token_N), counts)
+        gate_NI, up_NI = gate_up_NO.mul_(scale_T1.index_select(0, token_N)).chunk(2, dim=-1)
+        scaled_NI, scale_N1 = scaled_tokens(F.silu(gate_NI).mul_(up_NI))
+        out_ND = _grouped(self._down, scaled_NI, counts).mul_(scale_N1 * weights_N.unsqueeze(1))
+        return torch.zeros_like(hidden_TD).index_add_(0, token_N, out_ND)
+
+
+def _grouped(matrices: list[_Matrix], scaled_NI: Tensor, counts: list[int]) -> Tensor:
+    """The first ``counts[0]`` rows by matrix 0, the next ``counts[1]`` by matrix 1, ...: (N, O)."""
+    parts = scaled_NI.split(counts)
+    return torch.cat([matrix.times(part) for matrix, part in zip(matrices, parts, strict=True) if len(part)])
+
+
+def expect_int8(model: LanguageModel) -> None:
+    """Replace what multiplies by weights; the replacements wait for theirs, and have none so far.
+
+    A model whose embedding is its output layer gets an output layer of its own. The router stays as it is.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                assert getattr(child, "bias", None) is None, f"{name}: biases are not known here"
+                setattr(module, name, Int8Linear(child.in_features, child.out_features))
+            elif isinstance(child, Experts):
+                experts, hidden, intermediate = child.down_proj.shape
+                setattr(module, name, Int8Experts(experts, hidden, intermediate))
+    if isinstance(model, Transformer) and model.head is None:
+        model.head = Int8Linear(model.config.hidden_size, model.config.vocab_size)
+
+
+def int8_products(model: LanguageModel) -> dict[str, Int8Linear | Int8Experts]:
+    """The modules that wait for weights, or have them, by the names of the parameters that they take."""
+    products: dict[str, Int8Linear | Int8Experts] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            products[f"{name}.weight"] = module
+        elif isinstance(module, Int8Experts):
+            products[f"{name}.gate_up_proj"] = products[f"{name}.down_proj"] = module
+    return products
+
+
+@torch.no_grad()
+def quantise(model: LanguageModel) -> LanguageModel:
+    """The same model with int8 weights, made in place; float weights are let go one after the other."""
+    check_int8(model.device)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tied = isinstance(model, Transformer) and model.head is None
+    expect_int8(model)
+    for name, product in int8_products(model).items():
+        weight = weights["embedding.weight"] if tied and name == "head.weight" else weights.pop(name)
+        parameter = name.rpartition(".")[2]
+        if isinstance(product, Int8Linear):
+            product.put(parameter, (), weight)
+        else:
+            for expert, own in enumerate(weight):
+                product.put(parameter, (expert,), own)
+    return model

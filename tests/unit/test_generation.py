@@ -73,6 +73,20 @@ def test_the_mask_token_is_never_chosen():
     assert best.confidence.item() == pytest.approx(torch.softmax(torch.tensor([0.0, 1.0]), -1)[1].item())
 
 
+def test_how_sure_a_model_is_of_a_position_does_not_depend_on_the_others_or_on_threads():
+    """Enough scores for torch to share the sums of a single position among threads."""
+    logits = torch.randn(5, 1 << 17, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = best_tokens(logits, mask_token_id=2)
+        alone = [best_tokens(row, mask_token_id=2) for row in logits.split(1)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.cat([one.tokens for one in alone]).tolist() == together.tokens.tolist()
+    assert torch.cat([one.confidence for one in alone]).tolist() == together.confidence.tolist()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompt=st.integers(1, 14),

@@ -37,6 +37,8 @@ __all__ = [
 
 SCORES_AT_ONCE = 1 << 24
 """Most float32 scores that exist at a time: 64 MiB, where 8 blocks of 32 and 157,184 tokens would be 154."""
+_SCORES_IN_CACHE = 1 << 19
+"""Most float32 scores to choose from at a time on a CPU: 2 MiB, which are gone over several times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +132,16 @@ class Candidates:
 
 
 def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
-    """Greedy candidates from ``logits`` (..., B, V); choice and softmax exclude the mask token."""
+    """Greedy candidates from ``logits`` (..., B, V); choice and softmax exclude the mask token.
+
+    The softmax is torch's, which computes each position by itself. ``logsumexp`` is not: of a single position
+    it has several threads add up parts, and so comes out otherwise than in company.
+    """
     allowed = logits.clone()
     allowed[..., mask_token_id] = float("-inf")
-    best, tokens = allowed.max(dim=-1)
-    return Candidates(tokens, torch.exp(best - torch.logsumexp(allowed, dim=-1)).float())
+    tokens = allowed.argmax(dim=-1, keepdim=True)
+    confidence = torch.softmax(allowed, dim=-1).gather(-1, tokens)
+    return Candidates(tokens.squeeze(-1), confidence.squeeze(-1).float())
 
 
 def best_tokens_at(
@@ -157,9 +164,11 @@ def best_tokens_at(
     Returns:
         Tokens and confidences (P,), on the device of ``hidden_PD``.
     """
+    near = at_once if hidden_PD.is_cuda else _SCORES_IN_CACHE
     parts = [
-        best_tokens(logits(part), mask_token_id=mask_token_id)
+        best_tokens(near_PV, mask_token_id=mask_token_id)
         for part in hidden_PD.split(max(1, at_once // vocab_size))
+        for near_PV in logits(part).split(max(1, near // vocab_size))
     ]
     tokens = torch.cat([part.tokens for part in parts])
     return Candidates(tokens, torch.cat([part.confidence for part in parts]))

@@ -24,7 +24,7 @@ OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-serve bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-decode bench-serve bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -129,6 +129,9 @@ bench: setup ## Time block generation on this machine and write benchmarks/gener
 ablations: setup ## Train the quickstart without each of its parts, over SEEDS seeds, and report (hours)
 	@$(RUN) python benchmarks/ablations.py --seeds $(or $(SEEDS),3) --divide $(or $(DIVIDE),2) \
 	  --words $(or $(WORDS),1000) --report docs/reports/ablations
+
+bench-decode: setup ## Time decoding beside the plain and the published way; BENCH="--only p7" for a part (12 minutes)
+	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/decode.py $(BENCH)
 
 bench-serve: setup ## Time a server's forwards and what its users wait for; the last line is one JSON object (minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/serving.py

@@ -16,6 +16,11 @@ is the thread's own: what else runs on the machine takes none of its time, thoug
 The published way runs the whole text at every step. A step of each length is timed, and counted as often as
 ``generate`` would take it; nobody waits for all of them. Prints what it measures; the last line is one JSON
 object.
+
+Other programs take turns with ours in ``p1`` and ``p3`` where UNMASK_PEERS is the path of a Python file that
+knows them. It defines ``peers(model)``, which is given our model and returns functions by name, each of which
+is given the prompt's token ids, how many to generate, the block length and the tokens that each step fills,
+does that with the model's weights, and returns the generated ids.
 """
 
 import argparse
@@ -24,6 +29,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import statistics
 import time
 from collections import Counter
@@ -55,6 +61,7 @@ from unmask.telemetry import Recorder
 HERE = Path(__file__).parent
 BLOCK, STEPS = 32, 8
 EACH_STEP = BLOCK // STEPS
+Peer = Callable[[list[int], int, int, int], Sequence[int]]
 PARTS = ("p1", "p2", "p3", "p4", "p5", "p7", "parts")
 
 
@@ -85,6 +92,12 @@ class Subject:
         """The published way with them."""
         return PlainModel(self.float32, grouped=False)
 
+    @cached_property
+    def peers(self) -> dict[str, Peer]:
+        """Other programs with the same weights, by name."""
+        path = os.environ.get("UNMASK_PEERS")
+        return dict(runpy.run_path(path)["peers"](self.float32)) if path else {}
+
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         """Random tokens."""
         generator = torch.Generator().manual_seed(seed)
@@ -108,6 +121,8 @@ def main() -> None:
     torch.set_num_threads(1)  # the clock is this thread's
     medium, small = Subject(options.medium), Subject(options.small)
     print(_machine(), flush=True)
+    if "UNMASK_PEERS" not in os.environ:
+        print("UNMASK_PEERS is not set: no other programs are compared with", flush=True)
     with torch.inference_mode():
         found = _measured(options, medium, small)
     print(json.dumps(found))
@@ -149,13 +164,13 @@ def _measured(options: argparse.Namespace, medium: Subject, small: Subject) -> d
             case "p1":
                 seconds = _one_request(medium, *size)
                 published_s = seconds["published"]
-                found[part] = _ratios(seconds, to="published", over=("plain", "float32", "int8"))
+                found[part] = _against_all(seconds)
             case "p2":
                 one_by_one = published_s or _published_seconds(medium, options.prompt, options.new)
                 found[part] = _many_requests(medium, options.rows, options.prompt, options.new, one_by_one)
             case "p3":
                 seconds = _one_request(small, *size)
-                found[part] = _ratios(seconds, to="plain", over=("float32", "int8"))
+                found[part] = _against_all(seconds)
             case "p4":
                 seconds = _reading(medium, long, options.repeats)
                 found[part] = _ratios(seconds, to="published", over=("plain", "float32", "int8"))
@@ -177,6 +192,13 @@ def _seconds(run: Callable[[], object]) -> float:
 def _ratios(seconds: dict[str, float], *, to: str, over: Sequence[str]) -> dict[str, float]:
     """How many times as fast as ``to`` each of ``over`` is."""
     return {f"{side} against {to}": round(seconds[to] / seconds[side], 3) for side in over}
+
+
+def _against_all(seconds: dict[str, float]) -> dict[str, float]:
+    """How many times as fast ours are as each of the others."""
+    ours = ("float32", "int8")
+    others = [side for side in seconds if side not in ours]
+    return {key: ratio for other in others for key, ratio in _ratios(seconds, to=other, over=ours).items()}
 
 
 def _fastest(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
@@ -203,8 +225,10 @@ def _one_request(subject: Subject, prompt: int, new: int, repeats: int) -> dict[
         "float32": lambda: _ours_seconds(subject, subject.float32, 1, prompt, new),
         "int8": lambda: _ours_seconds(subject, subject.int8, 1, prompt, new),
     }
-    for run in (subject.float32, subject.int8):
-        _ours_seconds(subject, run, 1, BLOCK, BLOCK)  # the first one pays for warming up
+    for name, peer in subject.peers.items():
+        sides[name] = lambda peer=peer: _peer_seconds(subject, peer, prompt, new)  # type: ignore[misc]
+    for model in (subject.float32, subject.int8):
+        _ours_seconds(subject, model, 1, BLOCK, BLOCK)  # the first one pays for warming up
     seconds = _fastest(sides, repeats)
     _tell(f"{subject.name}, prompt {prompt}, {new} new, 1 request", seconds, new)
     return seconds
@@ -225,6 +249,14 @@ def _published_seconds(subject: Subject, prompt: int, new: int) -> float:
 def _plain_seconds(subject: Subject, prompt: int, new: int) -> float:
     ids = torch.tensor(subject.prompt(prompt))
     return _seconds(lambda: list(plain_steps(subject.plain, ids, new=new, block=BLOCK, count=EACH_STEP)))
+
+
+def _peer_seconds(subject: Subject, peer: Peer, prompt: int, new: int) -> float:
+    ids = subject.prompt(prompt)
+    generated: list[int] = []
+    seconds = _seconds(lambda: generated.extend(peer(ids, new, BLOCK, EACH_STEP)))
+    assert len(generated) == new, f"a peer generated {len(generated)} tokens, not {new}"
+    return seconds
 
 
 def _ours_seconds(subject: Subject, model: LanguageModel, rows: int, prompt: int, new: int) -> float:
@@ -411,9 +443,7 @@ def _turned(
 ) -> dict[str, float]:
     """Milliseconds per forward of ``rows`` requests that decode, by what they are spent on."""
     room = max(rows * prompt, rows * 2 * BLOCK, 4 * BLOCK)  # all read in one forward, and begin together
-    batch = RaggedBatch(
-        model, rows=rows, capacity=prompt + 4 * BLOCK, block_length=BLOCK, max_positions=room
-    )
+    batch = RaggedBatch(model, rows=rows, capacity=prompt + 4 * BLOCK, block_length=BLOCK, max_positions=room)
     engine = Engine(batch, Recorder())
     prompts = (subject.prompt(prompt, seed) for seed in range(rows))
     requests = [

@@ -9,10 +9,11 @@ The products are FBGEMM's, which torch has on x86. Without VNNI it adds two prod
 widens them, and what does not fit is cut off in silence. Activations have all eight bits, plus or minus 127,
 which it holds as 1 to 255; weights are kept within plus or minus 63, for 2 x 255 x 63 fits sixteen bits.
 
-Two others were tried on an AMD EPYC with AVX2 and no VNNI: torch's ``_int_mm`` is a plain loop there, twenty
-times slower than float32, and ``onednn::qlinear_pointwise``, as fast as FBGEMM from 32 rows on, takes three
-times as long for the four that an expert has. torch means to give up one day the kind of tensors that
-FBGEMM's weights are made from; what is used of them is in :func:`_pack` alone.
+Two others were tried on an AMD EPYC with AVX2 and no VNNI (torch 2.15, one thread of a busy machine,
+2026-11-27). torch's ``_int_mm`` is a plain loop there, 19 times slower than float32 for 32 rows by 1,024 x
+1,024. ``onednn::qlinear_pointwise``, as fast as FBGEMM from 32 rows on, takes twice as long for the products
+of an expert with four. torch means to give up one day the kind of tensors that FBGEMM's weights are made
+from; what is used of them is in :func:`_pack` alone.
 
 Embedding, norms, router, rotation and attention stay float32. Shape letters: N rows, I and O the inner and
 outer width of a product; T, D, E, K as in :mod:`unmask.models.moe`.

@@ -171,6 +171,14 @@ class RunningServer:
     def health_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/healthz"
 
+    def tasks(self) -> int:
+        """Tasks that its loop has, but the one that counts them."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks()) - 1
+
+        return asyncio.run_coroutine_threadsafe(count(), self._loop).result(30)
+
     def wait_failed(self) -> None:
         """Return once the server knows that its model has failed."""
         asyncio.run_coroutine_threadsafe(self.server.failed(), self._loop).result(30)

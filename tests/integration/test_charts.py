@@ -240,6 +240,7 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         },
         "termination": {"drainSeconds": 25},
         "http": {"enabled": True},
+        "control": {"enabled": True, "weightsRoot": "/volumes/models"},
     }  # fmt: skip
     command, *arguments = container(render(INFERENCE, values))["args"]
     assert command == "serve"
@@ -247,7 +248,8 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         found = context.params
     assert found == {
         "folder": Path("/volumes/models/small/model"), "host": "::", "port": 50051, "metrics_port": 9090,
-        "http_port": 8000, "cache_mib": 4096, "max_positions": 1024, "name": "m",
+        "http_port": 8000, "control_port": 50052, "control_host": "127.0.0.1",
+        "weights_root": Path("/volumes/models"), "cache_mib": 4096, "max_positions": 1024, "name": "m",
         "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
         "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
         "device": "cuda:1", "quantization": "int8", "threads": 2,
@@ -412,6 +414,7 @@ OTHER: dict[str, Any] = {
 }
 """A value other than the default, where one cannot be made up from the schema."""
 NEEDS: dict[str, Json] = {
+    "control.weightsRoot": {"control": {"enabled": True}},
     "gpu.resource": {"gpu": {"enabled": True}},
     "service.httpPort": {"http": {"enabled": True}},
     "metrics.prometheusRule.": {"metrics": {"prometheusRule": {"enabled": True}}},

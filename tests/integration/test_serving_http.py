@@ -178,6 +178,80 @@ def test_draws_are_repeated_by_their_seed(client: openai.OpenAI) -> None:
     assert text(1) == text(1) != text(2)
 
 
+def test_several_answers_are_those_of_several_calls_and_read_their_prompt_once(
+    folder: Path, model: ServedModel
+) -> None:
+    prompt = " ".join(f"w{n}" for n in range(5, 45))
+    ask = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 1.2}
+    with (
+        running_server(model.batch(load(folder)), model, http_port=0) as server,
+        client_of(server) as client,
+    ):
+        alone = [
+            client.completions.create(seed=5 + n, extra_body={"cache_salt": str(n)}, **ask)  # type: ignore[call-overload]
+            for n in range(3)
+        ]
+        positions = server.server.recorder.value(metrics.POSITIONS_EVALUATED)
+        hits = server.server.recorder.value(metrics.PREFIX_HIT_TOKENS)
+        assert hits == 0  # they have different salts
+        together = client.completions.create(seed=5, n=3, **ask)  # type: ignore[call-overload]
+        assert [choice.text for choice in together.choices] == [one.choices[0].text for one in alone]
+        assert len({choice.text for choice in together.choices}) > 1
+        assert [choice.index for choice in together.choices] == [0, 1, 2]
+        usages = [one.usage for one in alone]
+        assert together.usage.prompt_tokens == 40
+        assert together.usage.completion_tokens == sum(usage.completion_tokens for usage in usages)
+        assert server.server.recorder.value(metrics.PREFIX_HIT_TOKENS) == 2 * 40
+        spent = server.server.recorder.value(metrics.POSITIONS_EVALUATED) - positions
+        assert spent == positions - 2 * 40
+        pieces: dict[int, str] = {}
+        for chunk in client.completions.create(  # type: ignore[call-overload]
+            seed=5, n=3, stream=True, stream_options={"include_usage": True}, **ask
+        ):
+            for choice in chunk.choices:
+                pieces[choice.index] = pieces.get(choice.index, "") + choice.text
+        assert chunk.usage.completion_tokens == together.usage.completion_tokens
+        assert pieces == {choice.index: choice.text for choice in together.choices}
+
+
+def test_of_several_answers_one_that_cannot_be_had_ends_all(model: ServedModel) -> None:
+    batch = GatedBatch(CountingBatch(rows=1))
+    with (
+        running_server(batch, model, http_port=0, max_queue_requests=1) as server,
+        client_of(server) as client,
+    ):
+        with pytest.raises(openai.RateLimitError, match="queue is full"):
+            client.completions.create(model="tiny", prompt="w5", max_tokens=50, temperature=1, n=3)
+        batch.open()
+        wait_until(lambda: server.server.engine.load == (0, 0))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_probabilities_of_tokens_are_those_of_grpc(
+    client: openai.OpenAI, server: RunningServer, stream: bool
+) -> None:
+    with Client(server.address) as grpc_client:
+        expected = grpc_client.generate("w5 w6", max_tokens=10, logprobs=True)
+        chat = grpc_client.generate(
+            messages=[{"role": "user", "content": "w5"}], max_tokens=10, logprobs=True
+        )
+    options = {"model": "tiny", "max_tokens": 10, "stream": stream}
+    given = client.completions.create(prompt="w5 w6", logprobs=0, **options)  # type: ignore[call-overload]
+    found = [one.choices[0].logprobs for one in (given if stream else [given])]
+    told = [one for one in found if one is not None]
+    assert [value for one in told for value in one.token_logprobs] == pytest.approx(expected.logprobs)
+    tokens = [token for one in told for token in one.tokens]
+    offsets = [offset for one in told for offset in one.text_offset]
+    assert len(tokens) == len(expected.token_ids)
+    assert offsets == [len("".join(tokens[:n])) for n in range(len(tokens))]
+    messages = [{"role": "user", "content": "w5"}]
+    given = client.chat.completions.create(messages=messages, logprobs=True, **options)  # type: ignore[call-overload]
+    found = [one.choices[0].logprobs for one in (given if stream else [given])]
+    content = [token for one in found if one is not None for token in one.content]
+    assert [token.logprob for token in content] == pytest.approx(chat.logprobs)
+    assert all(bytes(token.bytes).decode() == token.token for token in content)
+
+
 def test_how_to_decode_is_said_under_diffusion(client: openai.OpenAI) -> None:
     def forwards(**diffusion: object) -> int:
         given = client.completions.create(
@@ -198,11 +272,14 @@ def test_how_to_decode_is_said_under_diffusion(client: openai.OpenAI) -> None:
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1000}, "sampling.max_tokens", "the context holds 128"),
         ({"temperature": -1}, "sampling.temperature", "0 to 100"),
-        ({"n": 2}, "n", "Input should be 1"),
+        ({"n": 2}, "n", "all answers are the same"),
+        ({"n": 17, "temperature": 1}, "n", "less than or equal to 16"),
+        ({"extra_body": {"priority": 101}}, "priority", "-100 to 100"),
+        ({"extra_body": {"cache_salt": "a" * 129}}, "cache_salt", "at most 128 bytes"),
         ({"top_p": 1.5}, "sampling.top_p", "at most 1"),
         ({"presence_penalty": 0.1}, "presence_penalty", "0"),
         ({"stop": ["w7", ""]}, "sampling.stop[1]", "1 to 256 bytes"),
-        ({"logprobs": 1}, "logprobs", "null"),
+        ({"logprobs": 1}, "logprobs", "should be 0"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "leave it out"),
         ({"extra_body": {"diffusion": {"decoder": "magic"}}}, "diffusion.decoder", "allowed are threshold"),
         ({"extra_body": {"diffusion": {"thresh": 1}}}, "diffusion", "thresh"),

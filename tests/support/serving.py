@@ -11,6 +11,7 @@ from unmask.diffusion.batch import Batch, Committed, Event, Filled, Finished, Fo
 from unmask.diffusion.decoding import DecodingParams
 from unmask.serving.model import ServedModel
 from unmask.serving.server import Server, ServerOptions
+from unmask.serving.weights import ServedWeights
 
 
 @dataclass(slots=True)
@@ -65,6 +66,9 @@ class CountingBatch:
 
     def release(self, ticket: int) -> None:
         del self._rows[ticket]
+
+    def forget_stored(self) -> None:
+        assert not self._rows
 
     def step(self) -> list[Event]:
         if len(self.forwards) == self.fails_at:
@@ -143,6 +147,9 @@ class GatedBatch:
     def release(self, ticket: int) -> None:
         self._batch.release(ticket)
 
+    def forget_stored(self) -> None:
+        self._batch.forget_stored()
+
     def step(self) -> list[Event]:
         self.begun += 1
         if not self._open:
@@ -189,14 +196,17 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(batch: Batch, model: ServedModel, **options: object) -> Iterator[RunningServer]:
+def running_server(
+    batch: Batch, model: ServedModel, *, weights: ServedWeights | None = None, **options: object
+) -> Iterator[RunningServer]:
     """Serve on free ports of the loopback until the block is left."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="test-server")
     thread.start()
 
     async def start() -> Server:
-        server = Server(batch, model, ServerOptions(port=0, metrics_port=0, **options))  # type: ignore[arg-type]
+        wanted = ServerOptions(port=0, metrics_port=0, **options)  # type: ignore[arg-type]
+        server = Server(batch, model, wanted, weights)
         await server.start()
         return server
 

@@ -29,6 +29,7 @@ from unmask.models.int8 import (
 from unmask.models.loading import build, load, save
 from unmask.models.moe import Experts, Routing
 from unmask.models.registry import parse_config
+from unmask.models.replacement import Replacement
 from unmask.serving.ragged import RaggedBatch
 
 BLOCK = 4
@@ -287,6 +288,17 @@ def test_separate_projections_and_a_tied_output_layer_are_quantised_as_well(tmp_
     layer |= {f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
     products = {f"layers.{index}.{part}.weight" for index in range(2) for part in layer}
     assert set(int8_products(loaded)) == products | {"head.weight"}
+
+
+@pytest.mark.parametrize("config", [TINY, LLAMA | {"tie_word_embeddings": True}], ids=["experts", "tied"])
+def test_weights_that_take_the_place_of_others_leave_nothing_of_them(tmp_path, config):
+    for seed in (1, 2):
+        save(build(parse_config(config), seed=seed), tmp_path / str(seed))
+    model, expected = (load(tmp_path / name, quantization="int8") for name in ("1", "2"))
+    assert not torch.equal(scores(model), scores(expected))
+    with Replacement(tmp_path / "2", model.config) as new:
+        new.fill(model)
+    assert torch.equal(scores(model), scores(expected))
 
 
 def test_what_is_no_product_s_weight_stays_float32():

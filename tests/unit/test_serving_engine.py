@@ -1,9 +1,12 @@
 """The engine's decisions, forward by forward; no thread, no network."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from support.models import TINY, random_tokens, tiny_model
 from support.serving import CountingBatch, wait_until
@@ -24,12 +27,20 @@ def request(
     max_new_tokens: int = 6,
     committed: tuple[int, ...] = (),
     canvas: bool = False,
+    priority: int = 0,
+    deadline: float | None = None,
 ) -> Request:
     params = DecodingParams(
         max_new_tokens=max_new_tokens, block_length=4, eos_token_id=EOS, mask_token_id=1001
     )
     return Request(
-        prompt=prompt, committed=committed, params=params, canvas=canvas, outbox=Outbox(lambda: None)
+        prompt=prompt,
+        committed=committed,
+        params=params,
+        canvas=canvas,
+        priority=priority,
+        deadline=deadline,
+        outbox=Outbox(lambda: None),
     )
 
 
@@ -151,6 +162,121 @@ def test_the_queue_is_bounded_in_tokens_but_one_large_request_may_wait() -> None
         bench.submit(request(max_new_tokens=1))
     bench.turn()
     bench.submit(request(max_new_tokens=1))
+
+
+class Noting(CountingBatch):
+    """Notes the first token of each prompt that is taken up."""
+
+    def __init__(self) -> None:
+        super().__init__(rows=1)
+        self.taken: list[int] = []
+
+    def admit(self, prompt: Sequence[int], params: DecodingParams, *rest: object, **options: object) -> int:
+        self.taken.append(prompt[0])
+        return super().admit(prompt, params, *rest, **options)  # type: ignore[arg-type]
+
+
+@given(priorities=st.lists(st.integers(-2, 2), max_size=12), moments=st.data())
+def test_the_highest_priority_is_taken_up_first_and_equal_ones_as_they_came(
+    priorities: list[int], moments: st.DataObject
+) -> None:
+    """Against the least of a list, looked for each time that the row is free."""
+    batch = Noting()
+    bench = Bench(batch)
+    waiting: list[tuple[int, int]] = []
+    expected: list[int] = []
+
+    def turn() -> None:
+        waiting.remove(first := min(waiting))
+        expected.append(first[1])
+        bench.turn()
+
+    for number, priority in enumerate(priorities):
+        bench.submit(request((number,), max_new_tokens=1, priority=priority))
+        waiting.append((-priority, number))
+        if moments.draw(st.booleans()):
+            turn()
+    while waiting:
+        turn()
+    assert batch.taken == expected
+
+
+def test_what_would_wait_past_its_deadline_is_turned_away_once_there_is_a_measure() -> None:
+    bench = Bench(CountingBatch(rows=1))
+    soon = time.monotonic() + 0.5
+    bench.submit(request(deadline=soon), request(deadline=soon))  # nothing is known yet
+    bench.turn(12)
+    bench.engine._service_seconds = 10.0
+    bench.submit(request(max_new_tokens=50), request(deadline=time.monotonic() + 25))
+    bench.turn()
+    with pytest.raises(QueueFull, match=r"about 20\.0 s long, and the call has 1[0-9]\.") as refused:
+        bench.submit(request(deadline=time.monotonic() + 19))
+    assert refused.value.retry_after_s == 10
+    bench.submit(request(deadline=time.monotonic() + 19, priority=1))  # before the one that waits
+    bench.submit(request())
+    assert bench.recorder.value(metrics.ADMISSION_REJECTIONS, reason="deadline") == 1
+
+
+def test_what_needs_the_batch_for_itself_waits_for_those_who_run_and_others_wait_for_it() -> None:
+    bench = Bench(CountingBatch(rows=2))
+    runs, waits = request(max_new_tokens=2), request((50,), max_new_tokens=2)
+    bench.submit(runs)
+    bench.turn()
+    seen: list[int] = []
+    done = bench.engine.alone(lambda batch: seen.append(batch.active))
+    bench.submit(waits)
+    bench.turn()  # the second forward of the one that runs: there is a row, and the other is not taken up
+    assert not done.done() and waits.ticket is None and bench.engine.load == (0, 1)
+    bench.turn()
+    assert done.result(0) is None and seen == [0]
+    bench.turn(2)
+    assert tokens(waits.outbox.take()) == [51, 52]
+
+
+def test_what_people_can_mend_is_told_to_whoever_wanted_the_batch_and_changes_nothing(bench: Bench) -> None:
+    def refuses(_: object) -> None:
+        raise UsageError("not like this")
+
+    done = bench.engine.alone(refuses)
+    one = request(max_new_tokens=1)
+    bench.submit(one)
+    bench.turn(2)
+    with pytest.raises(UsageError, match="not like this"):
+        done.result(0)
+    assert tokens(one.outbox.take()) == [11]
+
+
+def test_a_defect_while_the_batch_is_changed_ends_the_engine() -> None:
+    engine = Engine(CountingBatch(), Recorder())
+    failed = threading.Event()
+    engine._on_failure = failed.set
+
+    def breaks(_: object) -> None:
+        raise ArithmeticError("half of it")
+
+    first, second = engine.alone(breaks), engine.alone(lambda _: None)
+    engine.start()
+    assert failed.wait(30)
+    with pytest.raises(ArithmeticError):
+        first.result(30)
+    with pytest.raises(ModelFailed):
+        second.result(30)
+    with pytest.raises(EngineStopped):
+        engine.alone(lambda _: None)
+    engine.resume()
+    with pytest.raises(EngineStopped, match="failed"):
+        engine.submit(request())
+
+
+def test_an_engine_that_drained_takes_requests_again(bench: Bench) -> None:
+    bench.engine.drain()
+    with pytest.raises(EngineStopped):
+        bench.submit(request())
+    bench.engine.resume()
+    one = request(max_new_tokens=1)
+    bench.submit(one)
+    bench.turn()
+    assert tokens(one.outbox.take()) == [11]
 
 
 def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_more(bench: Bench) -> None:

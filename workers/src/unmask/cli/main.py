@@ -32,6 +32,7 @@ COMMANDS = {
     "plot": "Draw the curves of a training run.",
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
+    "control": "Drain a server, end its calls, replace its weights.",
     "convert": "Convert a checkpoint on disk.",
     "fetch": "Copy a model or a run from an object store.",
     "merge": "Average checkpoints of one model.",

@@ -42,6 +42,22 @@ __all__ = ["command"]
     type=click.IntRange(0, 65535),
     help="OpenAI-style HTTP; 0 for any free port.  [default: none]",
 )
+@click.option(
+    "--control-port",
+    type=click.IntRange(0, 65535),
+    help="What `unmask control` talks to; 0 for any free port.  [default: none]",
+)
+@click.option(
+    "--control-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of the control port. Whoever reaches it may end calls and replace the weights.",
+)
+@click.option(
+    "--weights-root",
+    type=LocalPath(),
+    help="Folder that new weights may come from.  [default: the one that holds DIR]",
+)
 @click.option("--name", help="What requests call the model.  [default: the folder's name]")
 @click.option(
     "--rows",
@@ -118,6 +134,9 @@ def command(
     port: int,
     metrics_port: int,
     http_port: int | None,
+    control_port: int | None,
+    control_host: str,
+    weights_root: Path | None,
     name: str | None,
     rows: int,
     context: int | None,
@@ -135,7 +154,7 @@ def command(
     """Answer generation requests with the masked-diffusion model in DIR, over gRPC (unmask.v1.Generation).
 
     With --http-port, also over HTTP as OpenAI's clients ask: /v1/completions, /v1/chat/completions and
-    /v1/models.
+    /v1/models. With --control-port, `unmask control` may end calls, drain the server and replace its weights.
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
@@ -146,10 +165,10 @@ def command(
     click.get_current_context().with_resource(_ending_on_sigterm())
     import torch
 
-    from unmask.models.loading import load
     from unmask.models.registry import read_config
     from unmask.serving.model import ServedModel
     from unmask.serving.server import ServerOptions, serve
+    from unmask.serving.weights import ServedWeights
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if threads is not None:
@@ -158,8 +177,9 @@ def command(
     _refuse_autoregressive(folder, config)
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
+    weights = ServedWeights(folder, device=device, quantization=quantization, root=weights_root)
     batch = described.batch(
-        load(folder, device=device, quantization=quantization),
+        weights.network,
         cache_bytes=None if cache_mib is None else cache_mib << 20,
         max_positions=max_positions,
     )
@@ -168,6 +188,8 @@ def command(
         port=port,
         metrics_port=metrics_port,
         http_port=http_port,
+        control_port=control_port,
+        control_host=control_host,
         max_queue_requests=max_queue,
         max_queue_tokens=max_queue_tokens,
         max_request_s=max_request_seconds,
@@ -182,9 +204,10 @@ def command(
         click.echo(
             f"serving {described.name} ({described.architecture}) on {host}:{server.port}, {http}"
             f"metrics on http://{host}:{server.metrics_port}/metrics"
+            + ("" if server.control_port is None else f", control on {control_host}:{server.control_port}")
         )
 
-    asyncio.run(serve(batch, described, options, ready))
+    asyncio.run(serve(batch, described, options, ready, weights))
 
 
 @contextmanager

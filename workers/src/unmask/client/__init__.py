@@ -10,7 +10,9 @@ Errors are :class:`~unmask.client.errors.RequestError` and its kinds; a stream's
 
 from unmask.client.asynchronous import AsyncClient
 from unmask.client.canvas import Canvas, Cell
+from unmask.client.control import Control, Load
 from unmask.client.errors import (
+    Aborted,
     Cancelled,
     DeadlineExceeded,
     FieldViolation,
@@ -37,6 +39,7 @@ from unmask.client.options import DecoderName, GenerateOptions, Message
 from unmask.client.synchronous import Client
 
 __all__ = [
+    "Aborted",
     "AsyncClient",
     "BlockCommitted",
     "Cancelled",
@@ -44,6 +47,7 @@ __all__ = [
     "CanvasUpdate",
     "Cell",
     "Client",
+    "Control",
     "DeadlineExceeded",
     "DecoderName",
     "Decoding",
@@ -54,6 +58,7 @@ __all__ = [
     "GenerateOptions",
     "Generation",
     "InvalidRequest",
+    "Load",
     "Message",
     "ModelInfo",
     "Overloaded",

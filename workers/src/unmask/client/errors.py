@@ -9,6 +9,7 @@
     +-- Unavailable         nobody answers there, or the server is going away: go on elsewhere
     +-- DeadlineExceeded    the time is over
     +-- Cancelled           this side gave up
+    +-- Aborted             whoever runs the server has ended the call
     +-- ServerFailed        a defect of the server's
 """
 
@@ -22,6 +23,7 @@ from grpc_status import rpc_status
 from unmask.errors import UnmaskError, UsageError
 
 __all__ = [
+    "Aborted",
     "Cancelled",
     "DeadlineExceeded",
     "FieldViolation",
@@ -102,6 +104,10 @@ class Cancelled(RequestError):
     """The call was cancelled."""
 
 
+class Aborted(RequestError):
+    """Whoever runs the server has ended the call."""
+
+
 class ServerFailed(RequestError):
     """The server failed in a way that it did not foresee."""
 
@@ -117,6 +123,7 @@ _KINDS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.ABORTED: Aborted,
 }
 """What is not in the table is a :class:`ServerFailed`."""
 

@@ -167,6 +167,8 @@ class ModelInfo:
     default_max_tokens: int
     decoders: tuple[DecoderName, ...]
     default_decoding: Decoding
+    revision: str | None
+    """SHA-256 over the weight files; None if they came without checksums."""
 
 
 def event_of(message: pb.GenerateStreamResponse) -> Event | None:
@@ -212,6 +214,7 @@ def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
         default_max_tokens=message.default_max_tokens,
         decoders=tuple(_DECODER_NAMES[number] for number in message.decoders if number in _DECODER_NAMES),
         default_decoding=_decoding(message.default_diffusion),
+        revision=message.revision if message.HasField("revision") else None,
     )
 
 

@@ -66,6 +66,8 @@ class GenerateOptions(TypedDict, total=False):
         logprobs: Whether to say with which probability each token was accepted.
         committed: Token ids of blocks that a former call committed for this prompt; the answer goes on
             after them.
+        cache_salt: Share stored blocks with calls of the same salt only.
+        priority: Among waiting calls, those of a higher number are taken up first; from -100 to 100.
         request_id: A name for this call; it must not be the name of a call that is running.
         model: The model to use.
         timeout_s: Time for the call, instead of the client's.
@@ -91,6 +93,8 @@ class GenerateOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     logprobs: bool
     committed: Sequence[int]
+    cache_salt: str
+    priority: int
     request_id: str
     model: str
     timeout_s: float
@@ -146,10 +150,10 @@ def _turn(message: Message) -> pb.ChatMessage:
 def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     _set_sampling(request.sampling, options)
     _set_diffusion(request.diffusion, options)
-    if "request_id" in options:
-        request.request_id = options["request_id"]
-    if "model" in options:
-        request.model = options["model"]
+    given = cast("Mapping[str, Any]", options)
+    for name in ("request_id", "model", "cache_salt", "priority"):
+        if name in given:
+            setattr(request, name, given[name])
     request.committed_token_ids.extend(options.get("committed", ()))
 
 

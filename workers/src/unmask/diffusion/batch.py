@@ -198,6 +198,13 @@ class Batch(Protocol):
     def release(self, ticket: int) -> None:
         """Drop a request between two steps; its row is free at once. Unknown tickets are ignored."""
 
+    def forget_stored(self) -> None:
+        """Never use again what is stored of requests that have ended: the weights are about to be others.
+
+        Raises:
+            RuntimeError: If a request is active.
+        """
+
     def step(self) -> list[Event]:
         """Run exactly one forward and return what it brought about.
 
@@ -223,6 +230,16 @@ def check_attends(model: _Attending, expected: Attends) -> None:
     }
     if model.attends != expected:
         raise ModelError(f"{type(model).__name__} attends to {remedies[model.attends]}")
+
+
+def check_idle(batch: Batch) -> None:
+    """See to it that no request is active.
+
+    Raises:
+        RuntimeError: One is.
+    """
+    if batch.active:
+        raise RuntimeError(f"{batch.active} requests are active")
 
 
 def check_request(

@@ -38,6 +38,7 @@ from unmask.diffusion.batch import (
     Generation,
     NoRoom,
     check_attends,
+    check_idle,
     check_request,
     run_to_end,
     up_to_eos,
@@ -253,6 +254,14 @@ class CanvasBatch:
     def release(self, ticket: int) -> None:
         """Drop a request between two steps; its row is free at once. Unknown tickets are ignored."""
         self._running = deque(canvas for canvas in self._running if canvas.ticket != ticket)
+
+    def forget_stored(self) -> None:
+        """Nothing is kept of requests that have ended.
+
+        Raises:
+            RuntimeError: If a request is active.
+        """
+        check_idle(self)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

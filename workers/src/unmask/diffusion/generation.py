@@ -38,6 +38,7 @@ from unmask.diffusion.batch import (
     Persisted,
     Prefilled,
     check_attends,
+    check_idle,
     run_to_end,
 )
 from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
@@ -182,6 +183,14 @@ class BlockBatch:
             if row.ticket == ticket:
                 self._free(place)
                 return
+
+    def forget_stored(self) -> None:
+        """Nothing is kept of requests that have ended.
+
+        Raises:
+            RuntimeError: If a request is active.
+        """
+        check_idle(self)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

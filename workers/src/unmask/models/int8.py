@@ -103,6 +103,10 @@ class _Matrix:
     def is_packed(self) -> bool:
         return self._packed is not None
 
+    def clear(self) -> None:
+        """Forget the weight; another one will be given."""
+        self._missing, self._levels_OI, self._packed = self.shape[0], None, None
+
     def put(self, rows: slice, weight: Tensor) -> None:
         """Take the float weights of some rows; each row is given once."""
         if self._levels_OI is None:
@@ -159,6 +163,10 @@ class Int8Linear(nn.Module):
         """Whether the whole weight is there."""
         return self._matrix.is_packed
 
+    def clear(self) -> None:
+        """Forget the weight; another one will be given."""
+        self._matrix.clear()
+
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
         """Take the part ``index`` of the float ``weight``, as a slot has it."""
         assert parameter == "weight", parameter
@@ -186,6 +194,11 @@ class Int8Experts(nn.Module):
     def is_complete(self) -> bool:
         """Whether all weights of all experts are there."""
         return all(matrix.is_packed for matrix in (*self._gate_up, *self._down))
+
+    def clear(self) -> None:
+        """Forget all weights; others will be given."""
+        for matrix in (*self._gate_up, *self._down):
+            matrix.clear()
 
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
         """Take the part ``index`` of ``gate_up_proj`` or ``down_proj``, as a slot has it; of one expert."""

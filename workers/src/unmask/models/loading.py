@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,23 @@ from unmask.models.tensor_file import Piece, StoredTensor
 from unmask.models.tensor_pieces import DTYPES, as_bytes, dtype_name, finite
 
 __all__ = [
+    "Quantization",
     "build",
+    "check_finite",
+    "digest_of",
+    "fill",
     "initial_values",
     "load",
+    "load_open",
     "read_values",
     "save",
     "save_parts",
     "slots_of",
     "weights_digest",
 ]
+
+Quantization: TypeAlias = Literal["none", "int8"]
+"""What weights are kept in; see :mod:`unmask.models.int8`."""
 
 
 def build(
@@ -92,7 +100,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    quantization: Literal["none", "int8"] = "none",
+    quantization: Quantization = "none",
 ) -> LanguageModel:
     """Load the checkpoint in the folder ``path``, in ``dtype`` (that of its tensors by default).
 
@@ -104,17 +112,28 @@ def load(
         ModelError: If a file is missing, truncated or altered, or a tensor is missing,
             unexpected, of another shape, not of floating point, or not finite.
     """
-    if quantization == "int8":
+    if quantization == "int8":  # before anything is read
         check_int8(device)
     with Checkpoint(path) as checkpoint:
-        slots = matching_slots(checkpoint)
-        own = DTYPES[checkpoint.tensors[slots[-1].name].dtype]
-        if quantization == "int8":
-            model = _on_meta(checkpoint.config, torch.float32)
-            expect_int8(model)
-        else:
-            model = _on_meta(checkpoint.config, dtype or own)
-        _fill(model.to_empty(device=device), slots, checkpoint)
+        return load_open(checkpoint, device=device, dtype=dtype, quantization=quantization)
+
+
+def load_open(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: Quantization = "none",
+) -> LanguageModel:
+    """:func:`load` of a checkpoint that is open."""
+    slots = matching_slots(checkpoint)
+    own = DTYPES[checkpoint.tensors[slots[-1].name].dtype]
+    if quantization == "int8":
+        model = _on_meta(checkpoint.config, torch.float32)
+        expect_int8(model)
+    else:
+        model = _on_meta(checkpoint.config, dtype or own)
+    fill(model.to_empty(device=device), slots, checkpoint)
     return model.eval()
 
 
@@ -125,11 +144,16 @@ def weights_digest(path: Path) -> str:
         ModelError: As :class:`~unmask.models.checkpoint_files.Checkpoint`.
     """
     with Checkpoint(path) as checkpoint:
-        listed = read_json_inside(path, CHECKSUMS) if checkpoint.checked else {}
-        digests = {}
-        for name, file in checkpoint.files.items():
-            file.seek(0)
-            digests[name] = listed.get(name) or hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(checkpoint)
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """:func:`weights_digest` of a checkpoint that is open."""
+    listed = read_json_inside(checkpoint.path, CHECKSUMS) if checkpoint.checked else {}
+    digests = {}
+    for name, file in checkpoint.files.items():
+        file.seek(0)
+        digests[name] = listed.get(name) or hashlib.file_digest(file, "sha256").hexdigest()
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -231,8 +255,15 @@ def _random(model: LanguageModel, *, seed: int) -> Iterator[Tensor]:
             yield torch.empty(parameter.shape).normal_(std=std, generator=generator)
 
 
-def _fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
+def fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
+    """Copy the tensors ``slots`` of a source into ``model``, a piece at a time.
+
+    Raises:
+        ModelError: A number is not finite, or a file is shorter than it was.
+    """
     state, products = model.state_dict(), int8_products(model)
+    for product in products.values():
+        product.clear()
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
@@ -249,11 +280,26 @@ def _fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None
     assert all(product.is_complete for product in products.values())
 
 
+def check_finite(source: TensorSource, name: str) -> None:
+    """Read the tensor ``name`` without keeping it.
+
+    Raises:
+        ModelError: A number of it is not finite, or its file is shorter than it should be.
+    """
+    for _ in _pieces(source, name):
+        pass
+
+
+def _pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
+    """The numbers of the tensor ``name``, in order, all finite."""
+    at = f"{source.file_of(name)}: {name}"
+    for content in source.pieces(name):
+        yield finite(content, source.tensors[name].dtype, at=at)
+
+
 def _copy(source: TensorSource, name: str, target: Tensor) -> None:
     """Copy the tensor ``name`` to ``target``, which is flat."""
-    at = f"{source.file_of(name)}: {name}"
     start = 0
-    for content in source.pieces(name):
-        piece = finite(content, source.tensors[name].dtype, at=at)
+    for piece in _pieces(source, name):
         target[start : start + len(piece)].copy_(piece)
         start += len(piece)

@@ -7,6 +7,7 @@ they read a request and write an answer, in nothing else.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
@@ -17,7 +18,7 @@ from unmask.errors import UsageError
 from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
 from unmask.serving.model import ServedModel
 from unmask.serving.narration import Narration
-from unmask.serving.outbox import Item, Outbox
+from unmask.serving.outbox import Failed, Item, Outbox
 from unmask.serving.refusals import Refused, quoted
 from unmask.serving.requests import Order, read_order
 from unmask.telemetry import Recorder, metrics
@@ -31,10 +32,16 @@ _CLOSE_TO_DEADLINE_S = 0.05
 """A cancellation with less time left is the deadline's: the client's clock runs a little ahead of ours."""
 
 
-class Ending:
-    """How a call ended, for its count."""
+class Aborted(Exception):
+    """Whoever runs the server has ended the call."""
 
-    def __init__(self) -> None:
+
+class Ending:
+    """How a call ended, for its count, and by when it has to."""
+
+    def __init__(self, *, deadline: float) -> None:
+        self.deadline = deadline
+        """On the monotonic clock."""
         self.code = grpc.StatusCode.OK
         self.finish_reason = ""
 
@@ -62,7 +69,7 @@ class Calls:
         self._model = model
         self._recorder = recorder
         self._max_request_s = max_request_s
-        self._live: set[str] = set()
+        self._live: dict[str, Request] = {}
 
     @asynccontextmanager
     async def accounted(self, remaining: Callable[[], float | None]) -> AsyncIterator[Ending]:
@@ -74,9 +81,10 @@ class Calls:
         Raises:
             Refused: Whatever ended the call other than its being cancelled.
         """
-        ending = Ending()
+        left_s = self._time_left(remaining)
+        ending = Ending(deadline=time.monotonic() + left_s)
         try:
-            async with asyncio.timeout(self._time_left(remaining)):
+            async with asyncio.timeout(left_s):
                 yield ending
         except asyncio.CancelledError:
             late = self._time_left(remaining) < _CLOSE_TO_DEADLINE_S
@@ -90,9 +98,14 @@ class Calls:
             self._count(ending)
 
     async def events(
-        self, request: pb.GenerateRequest, *, canvas: bool = False
+        self, request: pb.GenerateRequest, *, deadline: float | None = None, canvas: bool = False
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """What becomes of a request, as a stream says it; to close it is to cancel.
+
+        Args:
+            request: What is asked for.
+            deadline: On the monotonic clock: a request that would wait for longer is refused.
+            canvas: Whether to tell of provisional fills.
 
         Raises:
             Refused: The request is wrong.
@@ -101,8 +114,8 @@ class Calls:
         order = await asyncio.to_thread(read_order, request, self._model)
         narration = Narration(order, self._model)
         ready = asyncio.Event()
-        submitted = _request(order, ready, canvas=canvas)
-        with self._named(order.request_id):
+        submitted = _request(order, ready, deadline=deadline, canvas=canvas)
+        with self._named(order.request_id, submitted):
             async with aclosing(self._items(submitted, ready)) as items:
                 async for item in items:
                     yield narration.tell(item)
@@ -125,17 +138,31 @@ class Calls:
         finally:
             self._engine.cancel(request)
 
+    @property
+    def live(self) -> list[str]:
+        """Names of the calls that wait or run."""
+        return list(self._live)
+
+    def abort(self, request_id: str) -> bool:
+        """End a call, which is then told so, and say whether it was there."""
+        request = self._live.get(request_id)
+        if request is None:
+            return False
+        self._engine.cancel(request)
+        request.outbox.put(Failed(error=Aborted("the call was ended by whoever runs the server")))
+        return True
+
     @contextmanager
-    def _named(self, request_id: str) -> Iterator[None]:
+    def _named(self, request_id: str, request: Request) -> Iterator[None]:
         """Hold a request's name while it runs."""
         if request_id in self._live:
             message = f"request_id: a request named {quoted(request_id)} is running; use another name"
             raise Refused(grpc.StatusCode.ALREADY_EXISTS, message)
-        self._live.add(request_id)
+        self._live[request_id] = request
         try:
             yield
         finally:
-            self._live.discard(request_id)
+            del self._live[request_id]
 
     def _time_left(self, remaining: Callable[[], float | None]) -> float:
         left = remaining()
@@ -147,14 +174,19 @@ class Calls:
             self._recorder.count(metrics.CANCELLED, by="client")
         if ending.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             self._recorder.count(metrics.CANCELLED, by="deadline")
+        if ending.code is grpc.StatusCode.ABORTED:
+            self._recorder.count(metrics.CANCELLED, by="operator")
 
 
-def _request(order: Order, ready: asyncio.Event, *, canvas: bool) -> Request:
+def _request(order: Order, ready: asyncio.Event, *, deadline: float | None, canvas: bool) -> Request:
     loop = asyncio.get_running_loop()
     return Request(
         prompt=order.prompt,
         committed=order.committed,
         params=order.params,
+        cache_salt=order.cache_salt,
+        priority=order.priority,
+        deadline=deadline,
         canvas=canvas,
         outbox=Outbox(lambda: loop.call_soon_threadsafe(ready.set)),
     )
@@ -187,6 +219,8 @@ def _refusal(error: Exception) -> Refused:
             return error
         case QueueFull():
             return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s=error.retry_after_s)
+        case Aborted():
+            return Refused(grpc.StatusCode.ABORTED, str(error))
         case ModelFailed():
             return _failure()
         case EngineStopped():

@@ -1,21 +1,26 @@
 """One model thread that decodes whatever requests there are, one forward at a time.
 
 Any thread submits and cancels; the model thread alone touches the batch. Between two forwards it lets
-cancelled requests go, takes up waiting ones where there is room (first come, first served: none overtakes one
-that is too large for the cache just now), and hands out what the last forward brought about. So a request
-never waits for another one's block to end, and a cancelled request takes part in at most the forward that is
-running.
+cancelled requests go, takes up waiting ones where there is room (the highest priority first, of one priority
+first come, first served: none overtakes one that is too large for the cache just now), and hands out what the
+last forward brought about. So a request never waits for another one's block to end, and a cancelled request
+takes part in at most the forward that is running.
 
-What does not fit the queue is turned away at once: waiting without an end is worse than being told to come
-back.
+What does not fit the queue is turned away at once, and so is what would wait past its deadline: waiting in
+vain is worse than being told to come back.
+
+What needs the batch for itself (new weights) waits until no request runs; others then wait for that.
 """
 
 import logging
 import threading
 import time
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from unmask.diffusion.batch import (
     Batch,
@@ -31,7 +36,7 @@ from unmask.diffusion.batch import (
     Reused,
 )
 from unmask.diffusion.decoding import DecodingParams
-from unmask.errors import UsageError
+from unmask.errors import UnmaskError, UsageError
 from unmask.serving.outbox import Admitted, Failed, Outbox
 from unmask.telemetry import Recorder, metrics
 
@@ -48,13 +53,10 @@ _DELAY_S = (0.1, 30.0)
 
 
 class QueueFull(Exception):
-    """No room to wait; ``retry_after_s`` is when a place may have come free."""
+    """No room to wait, or no time; ``retry_after_s`` is when it may be otherwise."""
 
-    def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
-        super().__init__(
-            f"the queue is full: it holds at most {limit} {what}; retry in {retry_after_s:.1f} s"
-        )
-        self.what = what
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        super().__init__(f"the queue is {why}; retry in {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
 
 
@@ -76,6 +78,10 @@ class Request:
     committed: Sequence[int] = ()
     cache_salt: str = ""
     """It shares cached blocks only with requests of the same salt."""
+    priority: int = 0
+    """It waits behind those of a higher one."""
+    deadline: float | None = None
+    """On the monotonic clock; by then the answer has to be complete."""
     canvas: bool = False
     """Whether provisional updates go to the outbox."""
     arrived: float = field(default_factory=time.monotonic)
@@ -94,6 +100,25 @@ class Request:
         if self.params.eos_token_id in self.committed:
             return "eos"
         return "length" if len(self.committed) >= self.params.max_new_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What needs the batch for itself."""
+
+    what: Callable[[Batch], None]
+    done: "Future[None]"
+
+    def do(self, batch: Batch) -> None:
+        """Do it, and say how it went."""
+        try:
+            self.what(batch)
+        except BaseException as error:
+            self.done.set_exception(error)
+            if not isinstance(error, UnmaskError):
+                raise
+        else:
+            self.done.set_result(None)
 
 
 class Engine:
@@ -123,12 +148,17 @@ class Engine:
         self._on_failure = on_failure
         self._changed = threading.Condition()
         # All below is guarded by _changed.
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
+        """In the order in which they will be taken up."""
         self._running: dict[int, Request] = {}
         self._cancelled: set[int] = set()
+        self._works: deque[_Work] = deque()
         self._refusal: str | None = None
         self._stopping = False
-        self._service_seconds = 1.0
+        self._ended = False
+        """Whether it has been stopped, or has failed."""
+        self._service_seconds: float | None = None
+        """How long a request has a row, in the mean of late; None before the first has ended."""
         self._thread = threading.Thread(target=self._run, name="unmask-model", daemon=True)
 
     # Any thread.
@@ -141,14 +171,14 @@ class Engine:
         """Queue a request; what comes of it goes to its outbox.
 
         Raises:
-            QueueFull: There is no room to wait.
+            QueueFull: There is no room to wait, or its deadline would be over before its turn.
             EngineStopped: The engine takes nothing more.
         """
         with self._changed:
             self._check_room(request)
             outcome = request.outcome()
             if outcome is None:
-                self._waiting.append(request)
+                insort(self._waiting, request, key=lambda one: -one.priority)
                 self._gauge()
                 self._changed.notify()
                 return
@@ -179,16 +209,45 @@ class Engine:
         if self.cancel(request):
             self._record_end(request, usage, kept)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        with self._changed:
+            return len(self._running), len(self._waiting)
+
+    def alone(self, work: Callable[[Batch], None]) -> "Future[None]":
+        """Have the model thread do ``work`` with the batch once no request runs; those that wait wait for it.
+
+        An :class:`~unmask.errors.UnmaskError` that it raises is the future's. Any other means that the batch
+        can be used no more: the engine ends, as when a forward fails.
+
+        Raises:
+            EngineStopped: The engine has stopped, or failed.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._ended:
+                raise EngineStopped(self._refusal)
+            self._works.append(_Work(work, done))
+            self._changed.notify()
+        return done
+
     def drain(self) -> None:
         """Refuse what is new and go on with what is there."""
         with self._changed:
             self._refusal = self._refusal or "the server is shutting down; go on elsewhere"
 
+    def resume(self) -> None:
+        """Take what is new again, unless the engine has ended."""
+        with self._changed:
+            if not self._ended:
+                self._refusal = None
+
     def stop(self) -> None:
         """End the model thread after the forward it is in; requests that are left fail."""
         with self._changed:
             self._refusal = self._refusal or "the server has stopped; go on elsewhere"
-            self._stopping = True
+            self._stopping = self._ended = True
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
@@ -205,21 +264,26 @@ class Engine:
             logger.exception("a forward failed; the engine ends")
             with self._changed:
                 self._refusal = "the model has failed; go on elsewhere"
+                self._ended = True
             self._fail_all(ModelFailed)
             self._on_failure()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._running)
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._running or self._works)
             return not self._stopping
 
     def turn(self) -> None:
         """Let cancelled requests go, take waiting ones up, and run one forward if any request is active."""
         with self._changed:
             self._release_cancelled()
-            self._admit_waiting()
+            work = self._works.popleft() if self._works and not self._running else None
+            if not self._works and work is None:
+                self._admit_waiting()
             self._gauge()
+        if work is not None:
+            work.do(self._batch)
         if self._batch.active:
             started = time.monotonic()
             events = self._batch.step()
@@ -245,9 +309,9 @@ class Engine:
                 return
             except UsageError as error:
                 request.outbox.put(Failed(error=error))
-                self._waiting.popleft()
+                del self._waiting[0]
                 continue
-            self._waiting.popleft()
+            del self._waiting[0]
             self._running[request.ticket] = request
             request.admitted = time.monotonic()
             queue_seconds = request.admitted - request.arrived
@@ -276,7 +340,9 @@ class Engine:
         now = time.monotonic()
         with self._changed:
             del self._running[event.ticket]
-            self._service_seconds += 0.1 * (now - request.admitted - self._service_seconds)
+            served = now - request.admitted
+            before = served if self._service_seconds is None else self._service_seconds
+            self._service_seconds = before + 0.1 * (served - before)
             self._gauge()
         kept = event.kept_tokens - len(request.committed)
         self._record_end(request, event.usage, kept)
@@ -292,9 +358,13 @@ class Engine:
     def _fail_all(self, kind: type[EngineStopped]) -> None:
         with self._changed:
             requests = [*self._waiting, *self._running.values()]
+            works = [*self._works]
             self._waiting.clear()
             self._running.clear()
+            self._works.clear()
             self._gauge()
+        for work in works:
+            work.done.set_exception(kind(self._refusal))
         for request in requests:
             request.outbox.put(Failed(error=kind(self._refusal)))
 
@@ -302,16 +372,29 @@ class Engine:
         if self._refusal is not None:
             self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="stopped")
             raise EngineStopped(self._refusal)
+        served = 1.0 if self._service_seconds is None else self._service_seconds
+        next_row_s = served / self._batch.rows
         shortest, longest = _DELAY_S
-        retry_after = min(longest, max(shortest, self._service_seconds / self._batch.rows))
+        retry_after = min(longest, max(shortest, next_row_s))
         room = self._max_queue_requests + self._batch.rows - len(self._running)
         if len(self._waiting) >= room:
-            self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="requests")
-            raise QueueFull("requests", self._max_queue_requests, retry_after)
+            why = f"full: it holds at most {self._max_queue_requests} requests"
+            self._reject("requests", why, retry_after)
         waiting_tokens = sum(waiting.tokens for waiting in self._waiting)
         if self._waiting and waiting_tokens + request.tokens > self._max_queue_tokens:
-            self._recorder.count(metrics.ADMISSION_REJECTIONS, reason="tokens")
-            raise QueueFull("tokens", self._max_queue_tokens, retry_after)
+            self._reject("tokens", f"full: it holds at most {self._max_queue_tokens} tokens", retry_after)
+        if request.deadline is None or self._service_seconds is None:
+            return
+        ahead = sum(waiting.priority >= request.priority for waiting in self._waiting)
+        rows_wanted = ahead + 1 + len(self._running) - self._batch.rows
+        wait, left = rows_wanted * next_row_s, request.deadline - time.monotonic()
+        if wait > left:
+            why = f"about {wait:.1f} s long, and the call has {left:.1f} s left"
+            self._reject("deadline", why, retry_after)
+
+    def _reject(self, reason: str, why: str, retry_after_s: float) -> NoReturn:
+        self._recorder.count(metrics.ADMISSION_REJECTIONS, reason=reason)
+        raise QueueFull(why, retry_after_s)
 
     def _gauge(self) -> None:
         self._recorder.gauge(metrics.REQUESTS_RUNNING, len(self._running))

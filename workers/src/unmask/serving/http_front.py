@@ -8,7 +8,7 @@ take up is bounded: connections, the time to send a request, its size, and the t
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,6 +35,7 @@ from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["HttpFront", "HttpLimits"]
 
+_Take: TypeAlias = Callable[[int, pb.GenerateStreamResponse], Awaitable[None]]
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -141,14 +142,10 @@ class HttpFront:
         return {"id": self._model.name, "object": "model", "created": self._started, "owned_by": "unmask"}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = read_body(CompletionRequest, await self._body(request))
-        answer = CompletionAnswer(self._model.name, created=int(time.time()))
-        return await self._answer(request, body, answer)
+        return await self._answer(request, CompletionRequest, CompletionAnswer)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = read_body(ChatRequest, await self._body(request))
-        answer = ChatAnswer(self._model.name, created=int(time.time()))
-        return await self._answer(request, body, answer)
+        return await self._answer(request, ChatRequest, ChatAnswer)
 
     async def _body(self, request: web.Request) -> bytes:
         try:
@@ -162,20 +159,29 @@ class HttpFront:
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, message) from None
 
     async def _answer(
-        self, request: web.Request, body: CompletionRequest | ChatRequest, answer: Answer
+        self,
+        request: web.Request,
+        kind: type[CompletionRequest | ChatRequest],
+        words: type[Answer],
     ) -> web.StreamResponse:
+        body = read_body(kind, await self._body(request))
+        answer = words(
+            self._model.name,
+            created=int(time.time()),
+            text_of=lambda token: self._model.tokenizer.decode([token]),
+            logprobs=body.wants_logprobs,
+        )
         if body.stream:
             return await self._stream(request, body, answer)
-        response = pb.GenerateResponse()
-        async with (
-            self._calls.accounted(lambda: None) as ended,
-            aclosing(self._calls.events(body.told())) as events,
-        ):
-            async for event in events:
-                gather(event, response)
-                ended.by(event)
-        headers = {"x-request-id": response.request_id}
-        return web.json_response(answer.whole(response), headers=headers)
+        wanted = body.choices()
+        responses = [pb.GenerateResponse() for _ in wanted]
+
+        async def take(index: int, event: pb.GenerateStreamResponse) -> None:
+            gather(event, responses[index])
+
+        await self._carry_out(wanted, take)
+        headers = {"x-request-id": responses[0].request_id}
+        return web.json_response(answer.whole(responses), headers=headers)
 
     async def _stream(
         self, request: web.Request, body: CompletionRequest | ChatRequest, answer: Answer
@@ -188,26 +194,53 @@ class HttpFront:
                 "X-Accel-Buffering": "no",
             }
         )
+        usages: dict[int, pb.Usage] = {}
+
+        async def take(index: int, event: pb.GenerateStreamResponse) -> None:
+            if not response.prepared:
+                response.headers["x-request-id"] = event.started.request_id
+                await response.prepare(request)
+            for piece in answer.pieces(event, index=index):
+                await response.write(_event(json.dumps(piece)))
+            if event.HasField("finished"):
+                usages[index] = event.finished.usage
+
         try:
-            async with (
-                self._calls.accounted(lambda: None) as ended,
-                aclosing(self._calls.events(body.told())) as events,
-            ):
-                async for event in events:
-                    if not response.prepared:
-                        response.headers["x-request-id"] = event.started.request_id
-                        await response.prepare(request)
-                    for piece in answer.pieces(event, usage=body.stream_options.include_usage):
-                        await response.write(_event(json.dumps(piece)))
-                    ended.by(event)
+            await self._carry_out(body.choices(), take)
         except Refused as refused:
             if not response.prepared:
                 raise
             await response.write(_event(json.dumps(error_of(refused))))
         else:
+            if body.stream_options.include_usage:
+                last = answer.last([usages[index] for index in sorted(usages)])
+                await response.write(_event(json.dumps(last)))
             await response.write(_event("[DONE]"))
         await response.write_eof()
         return response
+
+    async def _carry_out(self, wanted: Sequence[pb.GenerateRequest], take: _Take) -> None:
+        """Have all requests answered at once, one event after the other to ``take``; one that fails ends all.
+
+        Raises:
+            Refused: The first that failed.
+        """
+        in_turn = asyncio.Lock()
+
+        async def carry_out(index: int, request: pb.GenerateRequest) -> None:
+            async with self._calls.accounted(lambda: None) as ended:
+                async with aclosing(self._calls.events(request, deadline=ended.deadline)) as events:
+                    async for event in events:
+                        async with in_turn:
+                            await take(index, event)
+                        ended.by(event)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index, request in enumerate(wanted):
+                    tasks.create_task(carry_out(index, request))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
 
 
 class _Connection(RequestHandler):

@@ -2,7 +2,7 @@
 
 Of ``/v1/completions`` and ``/v1/chat/completions`` (https://platform.openai.com/docs/api-reference) a request
 may hold what a masked-diffusion model can do; a field that asks for anything else is refused by name, never
-passed over, but for values that ask for nothing (``n: 1``, ``logprobs: false``). How to decode is said under
+passed over, but for values that ask for nothing (``presence_penalty: 0``). How to decode is said under
 ``diffusion``, with the fields of the wire's ``DiffusionParams``; clients of OpenAI's package send it in
 ``extra_body``. Two things differ:
 
@@ -14,13 +14,16 @@ An answer's ``usage`` has what OpenAI's has, and under ``unmask`` forwards and t
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import ParseDict, ParseError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unmask.diffusion.batch import ForwardCounts
 from unmask.serving.decoders import DECODERS
 from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
@@ -34,15 +37,20 @@ __all__ = [
     "error_of",
     "http_status",
     "read_body",
+    "usage_of",
 ]
 
 Json: TypeAlias = dict[str, Any]
+
+MOST_CHOICES = 16
+"""Answers to one request."""
 
 _STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNIMPLEMENTED: 400,  # what is asked for will not be had by asking again
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.ABORTED: 499,  # clients ask again after 409
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
@@ -117,7 +125,7 @@ class _StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class _Request(_Strict):
+class _Request(_Strict, ABC):
     """What both endpoints take."""
 
     model: str
@@ -128,17 +136,19 @@ class _Request(_Strict):
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None = None
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     diffusion: Json | None = None
+    cache_salt: str | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     user: str | None = None
     """Passed over: it changes no answer of OpenAI's either."""
     # What asks for nothing.
-    n: Literal[1] | None = None
     presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[Json, Field(max_length=0)] | None = None
 
     def wanted(self) -> pb.GenerateRequest:
-        """The request, but for its prompt.
+        """The request for one answer, but for its prompt.
 
         Raises:
             Refused: ``diffusion`` is not what the wire has.
@@ -153,9 +163,47 @@ class _Request(_Strict):
             if value is not None:
                 setattr(request.sampling, name, value)
         request.sampling.stop.extend([self.stop] if isinstance(self.stop, str) else self.stop or ())
+        if self.wants_logprobs:
+            request.sampling.logprobs = True
         if self.diffusion is not None:
             request.diffusion.CopyFrom(_diffusion(self.diffusion))
+        if self.cache_salt is not None:
+            request.cache_salt = self.cache_salt
+        if self.priority is not None:
+            request.priority = self.priority
         return request
+
+    @abstractmethod
+    def told(self) -> pb.GenerateRequest:
+        """The request for one answer, as our wire has it.
+
+        Raises:
+            Refused: It cannot be said.
+        """
+
+    @property
+    @abstractmethod
+    def wants_logprobs(self) -> bool:
+        """Whether the probability of each token is asked for."""
+
+    def choices(self) -> list[pb.GenerateRequest]:
+        """A request for each of the ``n`` answers; they share what is stored of the prompt.
+
+        Raises:
+            Refused: They cannot be said, or would all be the same.
+        """
+        first, count = self.told(), self.n or 1
+        if count > 1 and not first.sampling.temperature:
+            text = f"got {count}, but at temperature 0 all answers are the same; set a temperature"
+            raise invalid([Violation("n", text)])
+        made = []
+        for number in range(count):
+            request = pb.GenerateRequest()
+            request.CopyFrom(first)
+            if first.sampling.HasField("seed"):
+                request.sampling.seed = (first.sampling.seed + number) % (1 << 64)
+            made.append(request)
+        return made
 
     def _most_tokens(self) -> int | None:
         return self.max_tokens
@@ -168,11 +216,17 @@ class CompletionRequest(_Request):
     """A text, token ids, or a list of one text."""
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
-    logprobs: None = None
+    logprobs: Literal[0] | None = None
+    """0 for those of the tokens that were taken; those of others are not kept."""
     suffix: None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the probability of each token is asked for."""
+        return self.logprobs is not None
+
     def told(self) -> pb.GenerateRequest:
-        """The request as our wire has it.
+        """The request for one answer, as our wire has it.
 
         Raises:
             Refused: It cannot be said.
@@ -194,14 +248,19 @@ class ChatRequest(_Request):
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
     top_logprobs: Literal[0] | None = None
     response_format: "_PlainText | None" = None
     store: Literal[False] | None = None
     metadata: Json | None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the probability of each token is asked for."""
+        return bool(self.logprobs)
+
     def told(self) -> pb.GenerateRequest:
-        """The request as our wire has it.
+        """The request for one answer, as our wire has it.
 
         Raises:
             Refused: It cannot be said.
@@ -274,47 +333,64 @@ def _diffusion(given: Json) -> pb.DiffusionParams:
 
 
 class Answer(ABC):
-    """The answer to one request, whole or in pieces, in the words of one endpoint."""
+    """The answers to one request, whole or in pieces, in the words of one endpoint.
+
+    Args:
+        model: Its name.
+        created: Time in seconds since 1970.
+        text_of: The text of a token on its own.
+        logprobs: Whether the probabilities of tokens are told.
+    """
 
     object: str
     piece: str
     prefix: str
 
-    def __init__(self, model: str, *, created: int) -> None:
-        """``created`` is the time in seconds since 1970."""
+    def __init__(
+        self, model: str, *, created: int, text_of: Callable[[int], str], logprobs: bool = False
+    ) -> None:
         self._model, self._created = model, created
+        self._text_of, self._logprobs = text_of, logprobs
         self._id = ""
+        self._lengths: Counter[int] = Counter()
+        """Of the token texts that have been told of each answer."""
 
-    def whole(self, response: pb.GenerateResponse) -> Json:
-        """The answer at once."""
-        self._id = response.request_id
-        choice = self.choice(response.text) | {
-            "index": 0,
-            "logprobs": None,
-            "finish_reason": _REASONS[response.finish_reason],
-        }
-        return self._framed(self.object, [choice]) | {"usage": _usage(response.usage)}
+    def whole(self, responses: Sequence[pb.GenerateResponse]) -> Json:
+        """The answers at once."""
+        self._id = responses[0].request_id
+        choices = [
+            self.choice(response.text)
+            | {
+                "index": index,
+                "logprobs": self._told(index, response.token_ids, response.logprobs),
+                "finish_reason": _REASONS[response.finish_reason],
+            }
+            for index, response in enumerate(responses)
+        ]
+        usage = usage_of([response.usage for response in responses])
+        return self._framed(self.object, choices) | {"usage": usage}
 
-    def pieces(self, event: pb.GenerateStreamResponse, *, usage: bool) -> list[Json]:
-        """What an event adds, as the chunks of a stream; with ``usage`` in one of its own at the end."""
+    def pieces(self, event: pb.GenerateStreamResponse, *, index: int = 0) -> list[Json]:
+        """What an event adds to an answer, as the chunks of a stream."""
         match event.WhichOneof("event"):
             case "started":
-                self._id = event.started.request_id
-                return self.opening()
+                self._id = self._id or event.started.request_id
+                return self.opening(index)
             case "block_committed":
-                return (
-                    [self._chunk(event.block_committed.text_delta)]
-                    if event.block_committed.text_delta
-                    else []
-                )
+                block = event.block_committed
+                logprobs = self._told(index, block.token_ids, block.logprobs)
+                if not block.text_delta and logprobs is None:
+                    return []
+                return [self._chunk(index, block.text_delta, logprobs=logprobs)]
             case "finished":
-                last = [self._chunk(event.finished.text_delta, _REASONS[event.finished.reason])]
-                if usage:
-                    last.append(self._framed(self.piece, []) | {"usage": _usage(event.finished.usage)})
-                return last
+                return [self._chunk(index, event.finished.text_delta, _REASONS[event.finished.reason])]
         return []
 
-    def opening(self) -> list[Json]:
+    def last(self, usages: Sequence[pb.Usage]) -> Json:
+        """The chunk that holds the usage of all answers."""
+        return self._framed(self.piece, []) | {"usage": usage_of(usages)}
+
+    def opening(self, index: int) -> list[Json]:
         """Chunks before the first text."""
         return []
 
@@ -326,8 +402,22 @@ class Answer(ABC):
     def delta(self, text: str) -> Json:
         """A piece of text."""
 
-    def _chunk(self, text: str, reason: str | None = None) -> Json:
-        choice = self.delta(text) | {"index": 0, "logprobs": None, "finish_reason": reason}
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[str], logprobs: Sequence[float], *, start: int) -> Json:
+        """The probabilities of tokens, given by their texts, which begin at the character ``start``."""
+
+    def _told(self, index: int, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json | None:
+        if not self._logprobs:
+            return None
+        tokens = [self._text_of(token) for token in token_ids]
+        start = self._lengths[index]
+        self._lengths[index] += sum(map(len, tokens))
+        return self.logprobs(tokens, logprobs, start=start)
+
+    def _chunk(
+        self, index: int, text: str, reason: str | None = None, *, logprobs: Json | None = None
+    ) -> Json:
+        choice = self.delta(text) | {"index": index, "logprobs": logprobs, "finish_reason": reason}
         return self._framed(self.piece, [choice])
 
     def _framed(self, kind: str, choices: list[Json]) -> Json:
@@ -354,6 +444,16 @@ class CompletionAnswer(Answer):
         """A piece of text."""
         return {"text": text}
 
+    def logprobs(self, tokens: Sequence[str], logprobs: Sequence[float], *, start: int) -> Json:
+        """The probabilities of tokens, given by their texts, which begin at the character ``start``."""
+        ends = list(accumulate(map(len, tokens), initial=start))
+        return {
+            "tokens": list(tokens),
+            "token_logprobs": list(logprobs),
+            "top_logprobs": None,
+            "text_offset": ends[:-1],
+        }
+
 
 class ChatAnswer(Answer):
     """Of ``/v1/chat/completions``."""
@@ -362,9 +462,9 @@ class ChatAnswer(Answer):
     piece = "chat.completion.chunk"
     prefix = "chatcmpl"
 
-    def opening(self) -> list[Json]:
+    def opening(self, index: int) -> list[Json]:
         """The role, before there is a text."""
-        choice = {"delta": {"role": "assistant", "content": ""}, "index": 0, "logprobs": None}
+        choice = {"delta": {"role": "assistant", "content": ""}, "index": index, "logprobs": None}
         return [self._framed(self.piece, [choice | {"finish_reason": None}])]
 
     def choice(self, text: str) -> Json:
@@ -374,6 +474,14 @@ class ChatAnswer(Answer):
     def delta(self, text: str) -> Json:
         """A piece of text."""
         return {"delta": {"content": text} if text else {}}
+
+    def logprobs(self, tokens: Sequence[str], logprobs: Sequence[float], *, start: int) -> Json:
+        """The probabilities of tokens, given by their texts."""
+        content = [
+            {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, logprob in zip(tokens, logprobs, strict=True)
+        ]
+        return {"content": content, "refusal": None}
 
 
 def http_status(code: grpc.StatusCode) -> int:
@@ -395,15 +503,26 @@ def error_of(refused: Refused) -> Json:
     }
 
 
-def _usage(usage: pb.Usage) -> Json:
-    ours: Mapping[str, Any] = MessageToDict(usage, preserving_proto_field_name=True)
+def usage_of(usages: Sequence[pb.Usage]) -> Json:
+    """What the answers to one request took together; the prompt counts once, as OpenAI counts it."""
+    total = ForwardCounts(
+        prefill=sum(usage.forwards_prefill for usage in usages),
+        denoise=sum(usage.forwards_denoise for usage in usages),
+        persist=sum(usage.forwards_persist for usage in usages),
+        positions=sum(usage.positions_evaluated for usage in usages),
+    )
+    prompt, completion = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "unmask": {
-            name: int(value) if name == "positions_evaluated" else value
-            for name, value in ours.items()
-            if name not in {"prompt_tokens", "completion_tokens"}
+            "forwards_prefill": total.prefill,
+            "forwards_denoise": total.denoise,
+            "forwards_persist": total.persist,
+            "positions_evaluated": total.positions,
+            "tpf": total.tpf(completion),
+            "tpf_decode": total.tpf_decode(completion),
+            "tpf_denoise": total.tpf_denoise(completion),
         },
     }

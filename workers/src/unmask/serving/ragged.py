@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from unmask.attention.paged import Span
-from unmask.diffusion.batch import Event, NoRoom, Persisted, Prefilled, Reused, check_attends
+from unmask.diffusion.batch import Event, NoRoom, Persisted, Prefilled, Reused, check_attends, check_idle
 from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens_at
 from unmask.errors import UsageError
@@ -154,6 +154,7 @@ class RaggedBatch:
         self._seats: dict[int, _Seat] = {}
         self._tickets = count()
         self._forwards = 0
+        self._forgotten = 0
 
     @property
     def active(self) -> int:
@@ -194,7 +195,8 @@ class RaggedBatch:
         if self.free_rows == 0:
             raise NoRoom(f"all {self.rows} rows are taken")
         row = BlockRow(next(self._tickets), params, [*prompt, *committed], prompt_length=len(prompt))
-        root = root_digest(revision=self._revision, block_length=self.block_length, salt=cache_salt)
+        revision = f"{self._revision}#{self._forgotten}"
+        root = root_digest(revision=revision, block_length=self.block_length, salt=cache_salt)
         names = digests_of(root, row.tokens, block_length=self.block_length)
         blocks = -(-row.end // self.block_length)
         holding = self._pool.open(names, blocks)
@@ -209,6 +211,15 @@ class RaggedBatch:
         seat = self._seats.pop(ticket, None)
         if seat is not None:
             self._pool.close(seat.holding)
+
+    def forget_stored(self) -> None:
+        """Never share again what is stored: the weights are about to be others.
+
+        Raises:
+            RuntimeError: If a request is active.
+        """
+        check_idle(self)
+        self._forgotten += 1
 
     @torch.inference_mode()
     def step(self) -> list[Event]:

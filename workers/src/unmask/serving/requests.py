@@ -24,6 +24,8 @@ from unmask.v1 import generation_pb2 as pb
 __all__ = ["Order", "check_canvas", "read_order"]
 
 MAX_REQUEST_ID_BYTES = 128
+MAX_CACHE_SALT_BYTES = 128
+HIGHEST_PRIORITY = 100
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
@@ -44,6 +46,8 @@ class Order:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     logprobs: bool = False
+    cache_salt: str = ""
+    priority: int = 0
 
 
 def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
@@ -63,6 +67,7 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
     request_id = reader.request_id(request)
     sampling = reader.sampling(request.sampling)
     reader.check_stops(request.sampling)
+    reader.check_place(request)
     if reader.violations:
         raise invalid(reader.violations)
     if sampling.temperature and decoder.wire == pb.DECODER_JOINT_EDIT:
@@ -81,6 +86,8 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
         stop=tuple(request.sampling.stop),
         stop_token_ids=tuple(request.sampling.stop_token_ids),
         logprobs=request.sampling.logprobs,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
     )
 
 
@@ -177,6 +184,14 @@ class _Reader:
                 f"got {len(given.stop_token_ids)}, at most {MAX_STOP_TOKENS} are allowed",
             )
         self._check_ids("sampling.stop_token_ids", given.stop_token_ids[:MAX_STOP_TOKENS])
+
+    def check_place(self, request: pb.GenerateRequest) -> None:
+        """Its place in the queue, and who may share its blocks."""
+        if not -HIGHEST_PRIORITY <= request.priority <= HIGHEST_PRIORITY:
+            allowed = f"-{HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}"
+            self._wrong("priority", f"got {request.priority}, must be {allowed}")
+        if len(request.cache_salt.encode()) > MAX_CACHE_SALT_BYTES:
+            self._wrong("cache_salt", f"may have at most {MAX_CACHE_SALT_BYTES} bytes; send a hash of it")
 
     def committed(self, ids: Sequence[int], max_tokens: int) -> tuple[int, ...]:
         """Token ids to go on from."""

@@ -21,14 +21,17 @@ from grpc_reflection.v1alpha import reflection
 from unmask.diffusion.batch import Batch
 from unmask.errors import UsageError
 from unmask.serving.calls import Calls
+from unmask.serving.control import ControlService, Gate
 from unmask.serving.engine import Engine
 from unmask.serving.http_front import HttpFront, HttpLimits
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
 from unmask.serving.unreadable import UnreadableRefused
+from unmask.serving.weights import ServedWeights
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
 from unmask.v1 import generation_pb2
+from unmask.v1.control_pb2_grpc import add_ControlServicer_to_server
 from unmask.v1.generation_pb2_grpc import add_GenerationServicer_to_server, add_ModelsServicer_to_server
 
 __all__ = ["Server", "ServerOptions", "serve"]
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 SERVICES = tuple(service.full_name for service in generation_pb2.DESCRIPTOR.services_by_name.values())
 _CALLS_BEYOND_QUEUE = 128
 """Calls beside those that run or wait: health, model info, and those about to be refused."""
+_CONTROL_CALLS = 64
+"""At a time, of those who run the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,10 @@ class ServerOptions:
     """0 for any free one."""
     http_port: int | None = None
     """Of the OpenAI-style interface; 0 for any free one, ``None`` for none."""
+    control_port: int | None = None
+    """Of ``unmask.v1.Control``; 0 for any free one, ``None`` for none."""
+    control_host: str = "127.0.0.1"
+    """Whoever reaches it may end calls and replace the weights."""
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_request_s: float = 600.0
@@ -64,9 +73,22 @@ class ServerOptions:
 
 
 class Server:
-    """One model behind one port, with its metrics behind another. Use from one event loop."""
+    """One model behind one port, with its metrics behind another. Use from one event loop.
 
-    def __init__(self, batch: Batch, model: ServedModel, options: ServerOptions) -> None:
+    Args:
+        batch: Decodes.
+        model: What requests are checked against.
+        options: Where to listen, and limits.
+        weights: Those that ``batch`` decodes with, if they may be replaced.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        model: ServedModel,
+        options: ServerOptions,
+        weights: ServedWeights | None = None,
+    ) -> None:
         self._options = options
         self._failed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -79,6 +101,7 @@ class Server:
             on_failure=lambda: self._loop.call_soon_threadsafe(self._failed.set),
         )
         self._health = health.aio.HealthServicer()
+        self._gate = Gate(self.engine, self._tell)
         self._grpc = _grpc_server(
             options,
             max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE,
@@ -86,30 +109,38 @@ class Server:
         )
         calls = Calls(self.engine, model, self.recorder, max_request_s=options.max_request_s)
         add_GenerationServicer_to_server(GenerationService(calls), self._grpc)
-        add_ModelsServicer_to_server(ModelsService(model), self._grpc)
+        revision = (lambda: weights.revision) if weights else (lambda: None)
+        add_ModelsServicer_to_server(ModelsService(model, revision), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
+        self._control: grpc.aio.Server | None = None
+        if options.control_port is not None:
+            self._control = _grpc_server(options, max_calls=_CONTROL_CALLS)
+            control = ControlService(calls, self.engine, self._gate, weights)
+            add_ControlServicer_to_server(control, self._control)
         self._metrics: Listener | None = None
         self._http = HttpFront(calls, model, HttpLimits(body_bytes=options.max_message_bytes))
-        self._draining = False
         self.port = 0
         self.metrics_port = 0
         self.http_port: int | None = None
+        self.control_port: int | None = None
 
     async def start(self) -> None:
-        """Bind the ports and answer; ``port``, ``metrics_port`` and ``http_port`` then say where.
+        """Bind the ports and answer; ``port`` and the others then say where.
 
         Raises:
             UsageError: A port cannot be bound.
         """
         host = self._options.host
-        try:
-            self.port = self._grpc.add_insecure_port(_address(host, self._options.port))
-        except RuntimeError as error:
-            raise UsageError(
-                f"--port: cannot listen on {_address(host, self._options.port)}; is it in use?"
-            ) from error
+        self.port = _bound(self._grpc, host, self._options.port, option="--port")
+        if self._control is not None:
+            self.control_port = _bound(
+                self._control,
+                self._options.control_host,
+                self._options.control_port or 0,
+                option="--control-port",
+            )
         try:
             self._metrics = Listener(host, self._options.metrics_port, self.recorder.registry, self._well)
         except OSError as error:
@@ -125,24 +156,26 @@ class Server:
             self.http_port = self._http.port
         self.engine.start()
         await self._grpc.start()
+        if self._control is not None:
+            await self._control.start()
         self._metrics.start()
-        for service in ("", *SERVICES):
-            await self._health.set(service, HealthCheckResponse.SERVING)
+        await self._tell(True)
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Take nothing new, give running calls ``drain_s`` seconds (or the options'), and end."""
-        self._draining = True
         await self._health.enter_graceful_shutdown()
-        self.engine.drain()
+        self._gate.close_for_good()
         grace_s = self._options.drain_s if drain_s is None else drain_s
         await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
         await asyncio.to_thread(self.engine.stop)
+        if self._control is not None:
+            await self._control.stop(1)
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)
 
     def _well(self) -> tuple[bool, dict[str, Any]]:
         """Whether new calls are taken, for those who ask over HTTP; ``grpc.health.v1`` says it too."""
-        status = "draining" if self._draining else "failed" if self._failed.is_set() else "serving"
+        status = "failed" if self._failed.is_set() else "serving" if self._gate.open else "draining"
         return status == "serving", {"status": status}
 
     def _count_unreadable(self, method: str) -> None:
@@ -151,13 +184,23 @@ class Server:
             code = grpc.StatusCode.INVALID_ARGUMENT.name
             self.recorder.count(metrics.REQUESTS, code=code, finish_reason="")
 
+    async def _tell(self, serving: bool) -> None:
+        """Say to those who watch whether new calls are taken."""
+        status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
     async def failed(self) -> None:
         """Return once the model has failed."""
         await self._failed.wait()
 
 
 async def serve(
-    batch: Batch, model: ServedModel, options: ServerOptions, ready: Callable[[Server], None]
+    batch: Batch,
+    model: ServedModel,
+    options: ServerOptions,
+    ready: Callable[[Server], None],
+    weights: ServedWeights | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; ``ready`` is called when the server answers.
 
@@ -165,7 +208,7 @@ async def serve(
         UsageError: A port cannot be bound.
         RuntimeError: The model failed; the log has the traceback.
     """
-    server = Server(batch, model, options)
+    server = Server(batch, model, options, weights)
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -205,6 +248,15 @@ def _grpc_server(
             *aging,
         ],
     )
+
+
+def _bound(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
+    """The port that a server now listens on."""
+    try:
+        return server.add_insecure_port(_address(host, port))
+    except RuntimeError as error:
+        message = f"{option}: cannot listen on {_address(host, port)}; is it in use?"
+        raise UsageError(message) from error
 
 
 def _address(host: str, port: int) -> str:

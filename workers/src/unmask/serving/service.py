@@ -1,6 +1,6 @@
 """The gRPC services: a call's events, written as they come or gathered into one answer."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -30,10 +30,11 @@ class GenerationService(GenerationServicer):
     ) -> pb.GenerateResponse:
         """One whole generation."""
         response = pb.GenerateResponse()
-        async with self._answered(context) as ended, aclosing(self._calls.events(request)) as events:
-            async for event in events:
-                gather(event, response)
-                ended.by(event)
+        async with self._answered(context) as ended:
+            async with aclosing(self._calls.events(request, deadline=ended.deadline)) as events:
+                async for event in events:
+                    gather(event, response)
+                    ended.by(event)
         return response
 
     async def GenerateStream(  # type: ignore[override]  # noqa: N802
@@ -42,7 +43,8 @@ class GenerationService(GenerationServicer):
         """Events as they happen; a coroutine that writes, so that a cancelled call ends here and now."""
         async with self._answered(context) as ended:
             canvas = check_canvas(request.options)
-            async with aclosing(self._calls.events(request.request, canvas=canvas)) as events:
+            told = self._calls.events(request.request, deadline=ended.deadline, canvas=canvas)
+            async with aclosing(told) as events:
                 async for event in events:
                     await context.write(event)
                     ended.by(event)
@@ -60,7 +62,8 @@ class GenerationService(GenerationServicer):
 class ModelsService(ModelsServicer):
     """``unmask.v1.Models``."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, revision: Callable[[], str | None]) -> None:
+        self._revision = revision
         defaults, decoder = model.defaults, model.default_decoder
         params = model.params(decoder, pb.DiffusionParams(), max_new_tokens=model.context_length)
         self._info = pb.GetModelInfoResponse(
@@ -82,4 +85,8 @@ class ModelsService(ModelsServicer):
         self, request: pb.GetModelInfoRequest, context: Context
     ) -> pb.GetModelInfoResponse:
         """What is served."""
-        return self._info
+        info = pb.GetModelInfoResponse()
+        info.CopyFrom(self._info)
+        if (revision := self._revision()) is not None:
+            info.revision = revision
+        return info

@@ -49,13 +49,14 @@ REQUESTS_WAITING = Metric(name="unmask_requests_waiting", kind="gauge", help="Re
 ADMISSION_REJECTIONS = Metric(
     name="unmask_admission_rejections_total",
     kind="counter",
-    help="Requests turned away at once: too many requests or tokens wait, or the server drains.",
+    help="Requests turned away at once: too many requests or tokens wait, the wait would outlast the "
+    "deadline, or the server drains.",
     labels=("reason",),
 )
 CANCELLED = Metric(
     name="unmask_cancelled_total",
     kind="counter",
-    help="Requests that ended before they were complete, by who ended them: the client, or its deadline.",
+    help="Requests that ended before they were complete, by who ended them: client, deadline, or operator.",
     labels=("by",),
 )
 QUEUE_SECONDS = Metric(

@@ -41,7 +41,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_STOP: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "diffusion", "committed_token_ids")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "diffusion", "committed_token_ids", "cache_salt", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,8 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DIFFUSION_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -58,7 +60,9 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     diffusion: DiffusionParams
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    cache_salt: str
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -289,7 +293,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("name", "architecture", "vocab_size", "context_length", "block_length", "has_chat_template", "eos_token_id", "mask_token_id", "max_running_requests", "default_max_tokens", "decoders", "default_diffusion")
+    __slots__ = ("name", "architecture", "vocab_size", "context_length", "block_length", "has_chat_template", "eos_token_id", "mask_token_id", "max_running_requests", "default_max_tokens", "decoders", "default_diffusion", "revision")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +306,7 @@ class GetModelInfoResponse(_message.Message):
     DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DECODERS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_DIFFUSION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     vocab_size: int
@@ -314,4 +319,5 @@ class GetModelInfoResponse(_message.Message):
     default_max_tokens: int
     decoders: _containers.RepeatedScalarFieldContainer[Decoder]
     default_diffusion: DiffusionParams
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., block_length: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., eos_token_id: _Optional[int] = ..., mask_token_id: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., decoders: _Optional[_Iterable[_Union[Decoder, str]]] = ..., default_diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ...) -> None: ...
+    revision: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., block_length: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., eos_token_id: _Optional[int] = ..., mask_token_id: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., decoders: _Optional[_Iterable[_Union[Decoder, str]]] = ..., default_diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., revision: _Optional[str] = ...) -> None: ...

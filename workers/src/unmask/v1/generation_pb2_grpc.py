@@ -174,7 +174,7 @@ class ModelsServicer:
     """
 
     def GetModelInfo(self, request, context):
-        """Describes the served model and its limits. Cheap, and the same for a server's life.
+        """Describes the served model and its limits. Cheap, and the same for a server's life, but for its revision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

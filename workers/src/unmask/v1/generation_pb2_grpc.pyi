@@ -15,7 +15,9 @@ ignores unknown fields. Errors end the call with a gRPC status whose details are
   UNIMPLEMENTED       A valid wish that this server cannot meet (a sampling temperature, say).
   NOT_FOUND           The model asked for is not the one served here.
   ALREADY_EXISTS      A call with this request_id is running.
-  RESOURCE_EXHAUSTED  The queue is full; RetryInfo says how long to wait before the next attempt.
+  ABORTED             Whoever runs the server has ended the call (Control.Abort).
+  RESOURCE_EXHAUSTED  The queue is full, or longer than the call's deadline; RetryInfo says how long to wait before the
+                      next attempt.
   UNAVAILABLE         The server is going away: go on elsewhere, with the token ids committed so far.
   DEADLINE_EXCEEDED   The caller's deadline, or the server's own limit where the caller set none, has passed.
   INTERNAL            A defect; the server's log has the traceback.
@@ -110,7 +112,7 @@ class ModelsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelsAsyncStub: ...
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]
-    """Describes the served model and its limits. Cheap, and the same for a server's life."""
+    """Describes the served model and its limits. Cheap, and the same for a server's life, but for its revision."""
 
 @_typing.type_check_only
 class ModelsAsyncStub(ModelsStub):
@@ -118,7 +120,7 @@ class ModelsAsyncStub(ModelsStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """Describes the served model and its limits. Cheap, and the same for a server's life."""
+    """Describes the served model and its limits. Cheap, and the same for a server's life, but for its revision."""
 
 class ModelsServicer(metaclass=_abc_1.ABCMeta):
     """Says what is served."""
@@ -129,6 +131,6 @@ class ModelsServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GetModelInfoResponse, _abc.Awaitable[_generation_pb2.GetModelInfoResponse]]:
-        """Describes the served model and its limits. Cheap, and the same for a server's life."""
+        """Describes the served model and its limits. Cheap, and the same for a server's life, but for its revision."""
 
 def add_ModelsServicer_to_server(servicer: ModelsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -56,8 +56,10 @@ def _unmask_complaint(arguments: list[str]) -> str | None:
         return None
     with click.Context(cli) as context:
         command = cli.get_command(context, arguments[0])
+        if isinstance(command, click.Group):
+            command = command.get_command(context, arguments[1])
     if command is None:
-        return f"no such subcommand: {arguments[0]}"
+        return f"no such subcommand: {' '.join(arguments[:2])}"
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     unknown = options - known - {"-h", "--help"}
     return f"no such option: {unknown}" if unknown else None

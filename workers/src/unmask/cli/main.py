@@ -33,6 +33,7 @@ COMMANDS = {
     "serve": "Answer generation requests over gRPC.",
     "generate": "Ask a server to write.",
     "control": "Drain a server, end its calls, replace its weights.",
+    "bench": "Measure a server under load.",
     "convert": "Convert a checkpoint on disk.",
     "fetch": "Copy a model or a run from an object store.",
     "merge": "Average checkpoints of one model.",

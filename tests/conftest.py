@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from support import charts, real_clusters
+from support import charts, counts, real_clusters
 
 pytest_plugins = ["support.report"]
 
 # No test asks a hub for anything; the tokenizers package would if told to.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A slow test's limit in seconds, where it names none; the others' is in pyproject.toml.
+# Seconds for a slow test, and for any at its full counts, where it names none; else pyproject.toml says.
 SLOW_TIMEOUT = 1800
 _LEFT_OUT = pytest.StashKey[list[str]]()
 
@@ -19,7 +19,7 @@ _LEFT_OUT = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        if (counts.FULL or item.get_closest_marker("slow")) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
     _deselect_what_needs_a_gpu(config, items)
     _deselect_what_needs_a_cluster(config, items)

@@ -148,6 +148,11 @@ def test_each_decoder_can_be_asked_for_with_its_parameters(unmask: Run, address:
     edits = ["--decoder=joint-edit", "--threshold=0.001", "--edit-threshold=0"]
     assert forwards(*edits, "--max-post-edit-steps=0") == 1
     assert forwards(*edits, "--max-post-edit-steps=2") == 3
+    assert forwards("--decoder=hierarchical", "--threshold=0.001", "--low-threshold=0.001") == 1
+    sure = ["--decoder=credit", "--threshold=0.999", "--credit-decay=1", "--credit-exponent=0"]
+    assert forwards(*sure, "--credit-weight=0") == 7 > forwards(*sure, "--credit-weight=10")
+    assert forwards("--decoder=entropy-bounded", "--entropy-bound=0") == 7
+    assert forwards("--decoder=entropy-bounded", "--entropy-bound=1000") == 1
 
 
 def test_a_model_that_attends_to_the_whole_canvas_is_served(unmask: Run, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from support.folders import served_folder
 from support.serving import GatedBatch, RunningServer, running_server, wait_until
 from unmask.client import BlockCommitted, CanvasUpdate, Client, Decoding, Finished, InvalidRequest, Started
 from unmask.diffusion.batch import Generation
-from unmask.diffusion.decoding import DecodingParams, Vicinity
+from unmask.diffusion.decoding import Credit, DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import generate_full_sequence
 from unmask.diffusion.generation import generate
 from unmask.models.base import LanguageModel
@@ -26,6 +26,9 @@ PROMPTS = [[5], [7, 8, 9], [20 + number for number in range(16)], [100, 511, 101
 """Shorter than a block, whole blocks, and one with the mask token's id in it."""
 
 JOINT_EDIT = {"decoder": "joint-edit", "threshold": 0.02, "edit_threshold": 0.01, "max_post_edit_steps": 4}
+HIERARCHICAL = {"decoder": "hierarchical", "threshold": 0.02, "low_threshold": 0.005}
+CREDIT = {"decoder": "credit", "threshold": 0.05, "credit_weight": 3.0, "credit_decay": 0.5}
+ENTROPY = {"decoder": "entropy-bounded", "entropy_bound": 12.0}
 FIXED_STEPS = {"decoder": "fixed-steps", "steps_per_block": 3}
 SEMI = {"decoder": "low-confidence", "block_length": 6, "steps_per_block": 2}
 WHOLE = {"decoder": "low-confidence", "block_length": 30, "steps_per_block": 7}
@@ -92,14 +95,26 @@ def offline(
             **ids, **{"threshold": 1.0, **wish}, vicinity=Vicinity(*vicinity) if vicinity else None
         )
         return generate_full_sequence(network, prompt, params)
-    params = DecodingParams(**ids, **{"block_length": 8, "threshold": 2.0, **wish})
+    given = {name: wish.pop(f"credit_{name}") for name in ("weight", "decay") if f"credit_{name}" in wish}
+    credit = Credit(**given) if given else None
+    params = DecodingParams(**ids, **{"block_length": 8, "threshold": 2.0, "credit": credit, **wish})
     return generate(network, [prompt], params, rows=1)[0]
 
 
 ALL = pytest.mark.parametrize(
     "options",
-    [FIXED_STEPS, JOINT_EDIT, SEMI, WHOLE, SURE, NEAR],
-    ids=["fixed steps", "joint edit", "blocks of a canvas", "one block", "threshold", "vicinity"],
+    [FIXED_STEPS, JOINT_EDIT, HIERARCHICAL, CREDIT, ENTROPY, SEMI, WHOLE, SURE, NEAR],
+    ids=[
+        "fixed steps",
+        "joint edit",
+        "hierarchical",
+        "credit",
+        "entropy",
+        "blocks of a canvas",
+        "one block",
+        "threshold",
+        "vicinity",
+    ],
 )
 
 
@@ -183,6 +198,24 @@ IN_FORCE = [
         Decoding(decoder="joint-edit", threshold=0.05, edit_threshold=0, max_post_edit_steps=16),
     ),
     (
+        {"decoder": "hierarchical"},
+        "blocks",
+        Decoding(decoder="hierarchical", threshold=0.05, low_threshold=0.05),
+    ),
+    (
+        {"decoder": "credit", "credit_weight": 0},
+        "blocks",
+        Decoding(
+            decoder="credit",
+            threshold=0.05,
+            steps_per_block=8,
+            credit_weight=0,
+            credit_decay=0.8,
+            credit_exponent=0.2,
+        ),
+    ),
+    ({"decoder": "entropy-bounded"}, "blocks", Decoding(decoder="entropy-bounded", entropy_bound=0.1)),
+    (
         {},
         "canvas",
         Decoding(decoder="low-confidence", threshold=1.0, steps_per_block=8, block_length=8),
@@ -210,7 +243,7 @@ def test_a_model_says_which_decoders_it_has(served: dict[str, Served]) -> None:
     with served["canvas"].client() as client:
         info = client.model_info()
     assert (info.architecture, info.decoders) == ("LLaDAMoEModelLM", ("low-confidence",))
-    assert info.default_decoding == IN_FORCE[3][2]
+    assert info.default_decoding == IN_FORCE[-2][2]
 
 
 def test_the_model_s_defaults_name_the_decoder(tmp_path: Path, networks: dict[str, LanguageModel]) -> None:
@@ -232,6 +265,13 @@ def test_the_model_s_defaults_name_the_decoder(tmp_path: Path, networks: dict[st
             SEMI,
             "decoder",
             "got DECODER_LOW_CONFIDENCE, allowed are DECODER_THRESHOLD, DECODER_FIXED",
+        ),
+        ("canvas", CREDIT, "decoder", "got DECODER_CREDIT, allowed are DECODER_LOW_CONFIDENCE for LLaDAMoE"),
+        (
+            "blocks",
+            {"entropy_bound": 1.0},
+            "entropy_bound",
+            "ask for DECODER_ENTROPY_BOUNDED or leave it out",
         ),
         ("canvas", FIXED_STEPS, "decoder", "allowed are DECODER_LOW_CONFIDENCE for LLaDAMoEModelLM"),
         ("blocks", {"edit_threshold": 0.5}, "edit_threshold", "ask for DECODER_JOINT_EDIT or leave it out"),
@@ -271,7 +311,9 @@ def test_a_client_that_goes_away_frees_its_row_within_one_forward(
             gate.open()
 
 
-@pytest.mark.parametrize("options", [FIXED_STEPS, JOINT_EDIT, NEAR], ids=["fixed", "joint edit", "vicinity"])
+@pytest.mark.parametrize(
+    "options", [FIXED_STEPS, JOINT_EDIT, CREDIT, NEAR], ids=["fixed", "joint edit", "credit", "vicinity"]
+)
 def test_a_stream_goes_on_at_a_server_with_other_defaults(
     folders: dict[str, Path],
     networks: dict[str, LanguageModel],

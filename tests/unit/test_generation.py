@@ -182,9 +182,10 @@ def test_an_edit_that_is_wanted_for_ever_ends_after_the_allowed_steps():
 def test_a_forward_that_edits_nothing_also_persists_the_block():
     model = tiny_model(dtype=torch.float64)
     chosen = params(threshold=0.2, edit_threshold=1.5)  # looks again, and never edits
+    whole = params(threshold=0.2, early_exit=False)  # what may yet be edited is decoded to its block's end
     for seed in range(3):
         prompt = random_tokens(5, seed=seed)
-        edited, plain = (generate(model, [prompt], p)[0] for p in (chosen, params(threshold=0.2)))
+        edited, plain = (generate(model, [prompt], p)[0] for p in (chosen, whole))
         assert edited.token_ids == plain.token_ids
         assert edited.usage.persist == 0
         # One forward to look again instead of one to persist; the last block is looked at too.

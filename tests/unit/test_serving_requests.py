@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 from support.folders import served_folder
 from support.training import write_lines
 from unmask.client.options import Message, request_of
-from unmask.diffusion.decoding import DecodingParams, Sampling, Vicinity
+from unmask.diffusion.decoding import Credit, DecodingParams, Sampling, Vicinity
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
 from unmask.serving.refusals import Refused, Violation, invalid
@@ -60,6 +60,15 @@ def test_each_decoder_becomes_its_parameters(model: ServedModel) -> None:
     edits = params(decoder=pb.DECODER_JOINT_EDIT, edit_threshold=0.0)
     assert (edits.threshold, edits.edit_threshold, edits.max_post_edit_steps) == (0.9, 0.0, 16)
     assert edits.steps is None
+    runs = params(decoder=pb.DECODER_HIERARCHICAL)
+    assert (runs.threshold, runs.low_threshold, runs.steps) == (0.9, 0.62, None)
+    low = params(decoder=pb.DECODER_HIERARCHICAL, threshold=0.5)
+    assert low.low_threshold == 0.5, "the default is no more than the threshold"
+    credit = params(decoder=pb.DECODER_CREDIT, credit_weight=0.0, steps_per_block=4)
+    assert (credit.credit, credit.threshold, credit.steps) == (Credit(weight=0.0), 0.9, 4)
+    entropy = params(decoder=pb.DECODER_ENTROPY_BOUNDED, entropy_bound=2.0)
+    assert (entropy.entropy_bound, entropy.credit, entropy.low_threshold) == (2.0, None, None)
+    assert params(decoder=pb.DECODER_ENTROPY_BOUNDED).entropy_bound == 0.1
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +242,8 @@ WRONG: dict[str, tuple[Callable[[pb.GenerateRequest], object], str, str]] = {
             pb.DiffusionParams(decoder=pb.DECODER_FIXED_STEPS, threshold=0.5, steps_per_block=2)
         ),
         "diffusion.threshold",
-        "DECODER_FIXED_STEPS has no such parameter; ask for DECODER_THRESHOLD, DECODER_JOINT_EDIT or leave",
+        "DECODER_FIXED_STEPS has no such parameter; ask for DECODER_THRESHOLD, DECODER_JOINT_EDIT, "
+        "DECODER_HIERARCHICAL, DECODER_CREDIT or leave it out",
     ),
     "foreign to all decoders of the model": (
         lambda r: r.diffusion.vicinity.SetInParent(),
@@ -245,8 +255,8 @@ WRONG: dict[str, tuple[Callable[[pb.GenerateRequest], object], str, str]] = {
             pb.DiffusionParams(decoder=pb.DECODER_LOW_CONFIDENCE, block_length=4)
         ),
         "diffusion.decoder",
-        "got DECODER_LOW_CONFIDENCE, allowed are DECODER_THRESHOLD, DECODER_FIXED_STEPS, DECODER_JOINT_EDIT "
-        "for LLaDA2MoeModelLM",
+        "got DECODER_LOW_CONFIDENCE, allowed are DECODER_THRESHOLD, DECODER_FIXED_STEPS, DECODER_JOINT_EDIT, "
+        "DECODER_HIERARCHICAL, DECODER_CREDIT, DECODER_ENTROPY_BOUNDED for LLaDA2MoeModelLM",
     ),
     "edit threshold above one": (
         lambda r: r.diffusion.MergeFrom(
@@ -261,6 +271,54 @@ WRONG: dict[str, tuple[Callable[[pb.GenerateRequest], object], str, str]] = {
         ),
         "diffusion.max_post_edit_steps",
         "got 1025, must be at most 1024",
+    ),
+    "low threshold above the one in force": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_HIERARCHICAL, low_threshold=0.95)
+        ),
+        "diffusion.low_threshold",
+        "got 0.95, must be above 0 and at most 0.9, the threshold",
+    ),
+    "low threshold of nothing": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_HIERARCHICAL, low_threshold=0.0)
+        ),
+        "diffusion.low_threshold",
+        "got 0.0, must be above 0",
+    ),
+    "credit without a bound": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_CREDIT, credit_weight=float("inf"))
+        ),
+        "diffusion.credit_weight",
+        "got inf, must be 0 to 10",
+    ),
+    "credit that grows": (
+        lambda r: r.diffusion.MergeFrom(pb.DiffusionParams(decoder=pb.DECODER_CREDIT, credit_decay=1.01)),
+        "diffusion.credit_decay",
+        "got 1.01, must be 0 to 1",
+    ),
+    "an exponent that is no number": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_CREDIT, credit_exponent=float("nan"))
+        ),
+        "diffusion.credit_exponent",
+        "got nan, must be 0 to 10",
+    ),
+    "entropy below nothing": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_ENTROPY_BOUNDED, entropy_bound=-0.1)
+        ),
+        "diffusion.entropy_bound",
+        "got -0.1, must be 0 to 1000",
+    ),
+    "a quota for a decoder without one": (
+        lambda r: r.diffusion.MergeFrom(
+            pb.DiffusionParams(decoder=pb.DECODER_ENTROPY_BOUNDED, steps_per_block=2)
+        ),
+        "diffusion.steps_per_block",
+        "DECODER_ENTROPY_BOUNDED has no such parameter; ask for DECODER_THRESHOLD, DECODER_FIXED_STEPS, "
+        "DECODER_CREDIT or leave it out",
     ),
     "committed id out of vocabulary": (
         lambda r: r.committed_token_ids.append(600),

@@ -45,8 +45,8 @@ __all__ = ["command"]
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
 @click.option(
     "--decoder",
-    help="How masked positions are filled: threshold, fixed-steps, joint-edit or low-confidence.  "
-    "[default: the model's]",
+    help="How masked positions are filled: threshold, fixed-steps, joint-edit, hierarchical, credit, "
+    "entropy-bounded or low-confidence.  [default: the model's]",
 )
 @click.option("--threshold", type=float, help="Probability above which a token is accepted, in (0, 1].")
 @click.option("--steps-per-block", type=int, help="Most denoising forwards until a block has no masks.")
@@ -54,6 +54,19 @@ __all__ = ["command"]
     "--edit-threshold", type=float, help="Probability above which a written token is replaced, in [0, 1]."
 )
 @click.option("--max-post-edit-steps", type=int, help="Most forwards that only edit, per block.")
+@click.option(
+    "--low-threshold",
+    type=float,
+    help="For hierarchical: probability above which the surest token of a masked run is accepted.",
+)
+@click.option("--credit-weight", type=float, help="For credit: how much former forwards count.")
+@click.option("--credit-decay", type=float, help="For credit: what is left of it after a forward, in [0, 1].")
+@click.option("--credit-exponent", type=float, help="For credit: power of a probability that counts.")
+@click.option(
+    "--entropy-bound",
+    type=float,
+    help="For entropy-bounded: nats that all but the last of the accepted positions may add up to.",
+)
 @click.option("--block-length", type=int, help="Positions in one block, for low-confidence.")
 @click.option(
     "--vicinity",

@@ -158,8 +158,9 @@ def command(
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
-    not say (decoder, block_length, threshold, steps_per_block, edit_threshold, max_post_edit_steps). When the
-    server answers, one line with its address is printed. It ends on SIGTERM or Ctrl-C: it says that it is
+    not say (decoder, block_length, threshold, steps_per_block, edit_threshold, max_post_edit_steps,
+    low_threshold, credit_weight, credit_decay, credit_exponent, entropy_bound). When the server answers, one
+    line with its address is printed. It ends on SIGTERM or Ctrl-C: it says that it is
     NOT_SERVING, takes nothing new, and gives what runs --drain-seconds to come to its end.
     """
     click.get_current_context().with_resource(_ending_on_sigterm())

@@ -29,6 +29,7 @@ _REASONS: dict[int, FinishReason] = {
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_STOP: "stop",
 }
+_NO_NUMBERS = ("decoder", "vicinity")
 _DECODER_NAMES: dict[int, DecoderName] = {number: name for name, number in DECODERS.items()}
 
 
@@ -60,6 +61,11 @@ class Decoding:
     steps_per_block: int | None = None
     edit_threshold: float | None = None
     max_post_edit_steps: int | None = None
+    low_threshold: float | None = None
+    credit_weight: float | None = None
+    credit_decay: float | None = None
+    credit_exponent: float | None = None
+    entropy_bound: float | None = None
     block_length: int | None = None
     """Where requests may choose it."""
     vicinity: tuple[int, int] | None = None
@@ -232,15 +238,12 @@ def _started(message: pb.Started) -> Started:
 
 
 def _decoding(message: pb.DiffusionParams) -> Decoding:
+    given = {field.name: value for field, value in message.ListFields() if field.name not in _NO_NUMBERS}
     vicinity = message.vicinity
     return Decoding(
         decoder=_DECODER_NAMES.get(message.decoder, "unknown"),
-        threshold=message.threshold if message.HasField("threshold") else None,
-        steps_per_block=message.steps_per_block if message.HasField("steps_per_block") else None,
-        edit_threshold=message.edit_threshold if message.HasField("edit_threshold") else None,
-        max_post_edit_steps=message.max_post_edit_steps if message.HasField("max_post_edit_steps") else None,
-        block_length=message.block_length if message.HasField("block_length") else None,
         vicinity=(vicinity.before, vicinity.after) if message.HasField("vicinity") else None,
+        **{name: value for name, value in given.items() if name in Decoding.__dataclass_fields__},
     )
 
 

@@ -9,12 +9,23 @@ from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["DECODERS", "DecoderName", "GenerateOptions", "Message", "request_of"]
 
-DecoderName: TypeAlias = Literal["threshold", "fixed-steps", "joint-edit", "low-confidence"]
+DecoderName: TypeAlias = Literal[
+    "threshold",
+    "fixed-steps",
+    "joint-edit",
+    "hierarchical",
+    "credit",
+    "entropy-bounded",
+    "low-confidence",
+]
 
 DECODERS: dict[DecoderName, pb.Decoder] = {
     "threshold": pb.DECODER_THRESHOLD,
     "fixed-steps": pb.DECODER_FIXED_STEPS,
     "joint-edit": pb.DECODER_JOINT_EDIT,
+    "hierarchical": pb.DECODER_HIERARCHICAL,
+    "credit": pb.DECODER_CREDIT,
+    "entropy-bounded": pb.DECODER_ENTROPY_BOUNDED,
     "low-confidence": pb.DECODER_LOW_CONFIDENCE,
 }
 """Which of them a server has depends on its model; see :class:`~unmask.client.events.ModelInfo`."""
@@ -53,6 +64,13 @@ class GenerateOptions(TypedDict, total=False):
         steps_per_block: Most denoising forwards until nothing of a block is masked.
         edit_threshold: Probability above which a generated token is replaced by a better one, in [0, 1].
         max_post_edit_steps: Most forwards that only edit, per block.
+        low_threshold: Probability above which the most probable token of a run of masked positions is
+            accepted, up to the threshold.
+        credit_weight: How much a token gains by having been the most probable one at earlier forwards.
+        credit_decay: What is left of a credit after each forward, in [0, 1].
+        credit_exponent: The power of its probability that the most probable token gets as credit.
+        entropy_bound: Most nats that the entropies of positions accepted at once may add up to, the largest
+            one not counted.
         block_length: Positions in one block, up to ``max_tokens``.
         vicinity: Positions (before, behind) a block that are recomputed with it, which is faster and
             approximate; left out, all are.
@@ -82,6 +100,11 @@ class GenerateOptions(TypedDict, total=False):
     steps_per_block: int
     edit_threshold: float
     max_post_edit_steps: int
+    low_threshold: float
+    credit_weight: float
+    credit_decay: float
+    credit_exponent: float
+    entropy_bound: float
     block_length: int
     vicinity: tuple[int, int]
     temperature: float
@@ -166,7 +189,18 @@ _SAMPLING = (
     "repetition_penalty",
     "logprobs",
 )
-_DIFFUSION = ("threshold", "steps_per_block", "edit_threshold", "max_post_edit_steps", "block_length")
+_DIFFUSION = (
+    "threshold",
+    "steps_per_block",
+    "edit_threshold",
+    "max_post_edit_steps",
+    "low_threshold",
+    "credit_weight",
+    "credit_decay",
+    "credit_exponent",
+    "entropy_bound",
+    "block_length",
+)
 
 
 def _set_sampling(sampling: pb.SamplingParams, options: GenerateOptions) -> None:

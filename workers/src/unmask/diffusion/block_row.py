@@ -20,11 +20,12 @@ from unmask.diffusion.batch import (
     check_request,
     up_to_eos,
 )
-from unmask.diffusion.decoding import Candidates, DecodingParams, accept, edits, quota
+from unmask.diffusion.credit import Ledger
+from unmask.diffusion.decoding import Candidates, DecodingParams, edits, fills
 from unmask.diffusion.sampling import candidates
 from unmask.errors import UsageError
 
-__all__ = ["BlockRow", "check_block_request", "chosen_one_by_one"]
+__all__ = ["BlockRow", "at_places", "check_block_request", "chosen_one_by_one"]
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class BlockRow:
     post_edit_steps: int = 0
     closed: bool = False
     """Whether the block has been committed, and only its keys and values are missing."""
+    ledger: Ledger | None = None
+    """Of the open block, where tokens have credit."""
     usage: ForwardCounts = field(default_factory=ForwardCounts)
 
     @property
@@ -71,6 +74,7 @@ class BlockRow:
         self.masked = [False] * len(tail) + [True] * free
         self.confidence = [1.0] * self.length
         self.step, self.post_edit_steps, self.unsettled, self.closed = 0, 0, False, False
+        self.ledger = Ledger(self.params.credit) if self.params.credit is not None else None
 
     @property
     def edits(self) -> bool:
@@ -89,7 +93,10 @@ class BlockRow:
         return [place >= given for place in range(self.length)]
 
     def choose(self, scores_PV: Tensor) -> Candidates:
-        """Candidates (P,) of the positions looked at, given their scores, as the params want them chosen."""
+        """Candidates (P,) of the positions looked at, given their scores, as the params want them chosen.
+
+        To be called once for each forward: where tokens have credit, they get it here.
+        """
         given = self.start - self.prompt_length
         return candidates(
             scores_PV,
@@ -101,17 +108,14 @@ class BlockRow:
                 *(t for t, hidden in zip(self.block, self.masked, strict=True) if not hidden),
             ],
             mask_token_id=self.params.mask_token_id,
+            ledger=self.ledger,
+            entropy=self.params.entropy_bound is not None,
         )
 
     def denoise(self, candidates: Candidates) -> Filled:
         """Fill and edit by the params' rule, given the block's candidates (B,)."""
         masked = torch.tensor(self.masked)
-        filled = accept(
-            candidates.confidence,
-            masked,
-            threshold=self.params.threshold,
-            at_least=quota(self.params, self.step),
-        )
+        filled = fills(candidates, masked, self.params, step=self.step)
         edited = torch.zeros_like(masked)
         if self.params.edit_threshold is not None:
             editable = torch.tensor(self.generated) & ~masked
@@ -141,10 +145,22 @@ class BlockRow:
 
     @property
     def is_full(self) -> bool:
-        """Whether the block is final: nothing masked, and no more edits wanted or allowed."""
+        """Whether the block is final: nothing masked that matters, and no more edits wanted or allowed."""
         if any(self.masked):
-            return False
+            return self.params.early_exit and not self.edits and self._answer_is_filled()
         return not self.unsettled or self.post_edit_steps >= self.params.max_post_edit_steps
+
+    def _answer_is_filled(self) -> bool:
+        """Whether no position of the answer is masked: none before its end of text, or before its last one.
+
+        A filled token never changes where nothing is edited, so neither does the place of the end of text.
+        """
+        for place in range(len(self.tokens) - self.start, min(self.length, self.end - self.start)):
+            if self.masked[place]:
+                return False
+            if self.block[place] == self.params.eos_token_id:
+                return True
+        return True
 
     def close_block(self) -> tuple[Committed, FinishReason | None]:
         """Take the full block over into the tokens; say whether it is the last."""
@@ -185,8 +201,27 @@ def chosen_one_by_one(
     parts = [
         row.choose(logits(part)) for row, part in zip(rows, hidden_PD.split(counts), strict=True) if len(part)
     ]
-    tokens = torch.cat([part.tokens for part in parts])
-    return Candidates(tokens, torch.cat([part.confidence for part in parts]))
+    nothing = [torch.zeros_like(part.confidence) for part in parts]
+    return Candidates(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([part.confidence for part in parts]),
+        torch.cat(
+            [
+                none if part.entropy is None else part.entropy
+                for part, none in zip(parts, nothing, strict=True)
+            ]
+        ),
+    )
+
+
+def at_places(best: Candidates, wanted_RB: Tensor) -> list[Candidates]:
+    """Candidates (B,) of each row, on the host, given those of the positions ``wanted_RB``; 0 elsewhere."""
+    tokens = torch.zeros(wanted_RB.shape, dtype=torch.int64)
+    confidence, entropy = torch.zeros(wanted_RB.shape), torch.zeros(wanted_RB.shape)
+    tokens[wanted_RB], confidence[wanted_RB] = best.tokens.cpu(), best.confidence.cpu()
+    if best.entropy is not None:
+        entropy[wanted_RB] = best.entropy.cpu()
+    return [Candidates(*row) for row in zip(tokens, confidence, entropy, strict=True)]
 
 
 def check_block_request(

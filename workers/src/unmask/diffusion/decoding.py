@@ -9,6 +9,15 @@ full after at most ``steps`` forwards. Filled positions are final.
 Ties: equal logits choose the smaller token id, equal confidences the earlier position.
 The mask token is never chosen, where the published code lets it win and go round again.
 
+Two other rules fill at least one position at each step, and know no quota:
+
+* by runs (hierarchical; dInfer, arXiv 2510.08666): every position surer than the threshold,
+  the surest of each run of masked positions if it is surer than a lower one, and the surest
+  of all. What is filled at once lies apart, where positions depend on each other less;
+* by entropy (arXiv 2505.24857): positions in the order of their entropy, as long as the
+  entropies of all but the last add up to no more than a bound, which holds what they can
+  tell about each other below it.
+
 With an edit threshold, LLaDA2.1's joint decoding (arXiv 2602.08676): each step also
 replaces generated tokens of the block whose best token is another one with a probability
 strictly greater than that threshold. The block is final when a forward fills and edits
@@ -19,19 +28,24 @@ Shape letters: R rows, B positions of a block, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "Candidates",
+    "Credit",
     "DecodingParams",
     "Sampling",
     "Vicinity",
     "accept",
+    "accept_by_entropy",
+    "accept_by_runs",
     "best_tokens",
     "best_tokens_at",
     "edits",
+    "fills",
     "quota",
 ]
 
@@ -84,6 +98,30 @@ class Vicinity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """How much a token gains by having been the most probable one before (:mod:`~unmask.diffusion.credit`).
+
+    The defaults are dInfer's (arXiv 2510.08666).
+    """
+
+    weight: float = 0.7
+    """What the logarithm of 1 and a token's credit is multiplied by and added to its logit."""
+    decay: float = 0.8
+    """What is left of a credit after a forward."""
+    exponent: float = 0.2
+    """Power of its probability that the most probable token gets; below 1 small ones count for more."""
+
+    def __post_init__(self) -> None:
+        """Check what would make credits grow without end."""
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"credit weight must be 0 or more, got {self.weight}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"credit decay must be 0 to 1, got {self.decay}")
+        if not 0 <= self.exponent < float("inf"):
+            raise ValueError(f"credit exponent must be 0 or more, got {self.exponent}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodingParams:
     """How one request is decoded."""
 
@@ -97,6 +135,15 @@ class DecodingParams:
     """Probability above which a generated token is replaced by a better one; None never edits."""
     max_post_edit_steps: int = 16
     """Most editing forwards per block once nothing is masked."""
+    low_threshold: float | None = None
+    """Fill by runs: probability above which the surest position of a run of masked ones is filled."""
+    credit: Credit | None = None
+    """Let a token gain by having been the most probable one before; None: each forward is judged alone."""
+    entropy_bound: float | None = None
+    """Fill by entropy, in nats: the most that positions filled at once may tell about each other."""
+    early_exit: bool = True
+    """Whether a block ends as soon as nothing of the answer is masked in it, whatever is masked behind its
+    end. It changes no token; without it forwards are those of the published ``generate``."""
     vicinity: Vicinity | None = None
     """Where the whole canvas is attended to: decode with the approximate cache; None is exact."""
     sampling: Sampling = Sampling()
@@ -119,6 +166,30 @@ class DecodingParams:
             raise ValueError(f"max_post_edit_steps must not be negative, got {self.max_post_edit_steps}")
         if self.steps is not None and not 1 <= self.steps <= self.block_length:
             raise ValueError(f"steps must be 1 to block_length {self.block_length}, got {self.steps}")
+        if self.low_threshold is not None and not 0 <= self.low_threshold <= self.threshold:
+            raise ValueError(
+                f"low_threshold must be 0 to the threshold {self.threshold}, got {self.low_threshold}"
+            )
+        if self.entropy_bound is not None and not 0 <= self.entropy_bound < float("inf"):
+            raise ValueError(f"entropy_bound must be 0 or more, got {self.entropy_bound}")
+        self._check_rule()
+
+    def _check_rule(self) -> None:
+        """One rule fills, and has only what belongs to it."""
+        rules = {
+            name: getattr(self, name)
+            for name in ("edit_threshold", "low_threshold", "credit", "entropy_bound")
+            if getattr(self, name) is not None
+        }
+        if len(rules) > 1:
+            raise ValueError(f"got {' and '.join(rules)}, which belong to different rules; give one")
+        if self.steps is not None and rules.keys() & {"low_threshold", "entropy_bound"}:
+            raise ValueError(f"steps: {next(iter(rules))} fills without a quota; leave steps out")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the most probable tokens and their probabilities are all that a step needs."""
+        return self.sampling.is_plain and self.credit is None and self.entropy_bound is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +200,8 @@ class Candidates:
     """int64 (..., B)."""
     confidence: Tensor
     """float32 (..., B): probability under the softmax at temperature 1."""
+    entropy: Tensor | None = None
+    """float32 (..., B), in nats: of that softmax. None where nobody asks for it."""
 
 
 def best_tokens(logits: Tensor, *, mask_token_id: int) -> Candidates:
@@ -197,6 +270,73 @@ def accept(confidence_B: Tensor, masked_B: Tensor, *, threshold: float, at_least
     filled = torch.zeros_like(masked_B)
     filled[ranked[: min(at_least, int(masked_B.sum()))]] = True
     return filled
+
+
+def accept_by_runs(
+    confidence_B: Tensor, masked_B: Tensor, *, threshold: float, low_threshold: float
+) -> Tensor:
+    """Which positions of one block to fill by runs: bool (B,), a subset of ``masked_B``, one at least.
+
+    Args:
+        confidence_B: Probability of each position's candidate.
+        masked_B: Positions not yet filled.
+        threshold: Strict lower bound of the confidence.
+        low_threshold: The same for the surest position of each run of neighbours that are masked.
+    """
+    filled = masked_B & (confidence_B > threshold)
+    confidence, masked = confidence_B.tolist(), masked_B.tolist()
+    surest = [
+        max(places, key=confidence.__getitem__)  # the first of equal ones
+        for is_run, places in groupby(range(len(masked)), key=masked.__getitem__)
+        if is_run
+    ]
+    for place in surest:
+        filled[place] |= confidence[place] > low_threshold
+    if surest:
+        filled[max(surest, key=confidence.__getitem__)] = True
+    return filled
+
+
+def accept_by_entropy(entropy_B: Tensor, masked_B: Tensor, *, bound: float) -> Tensor:
+    """Which positions of one block to fill by entropy: bool (B,), a subset of ``masked_B``, one at least.
+
+    The joint entropy of some positions differs from the sum of theirs by no more than the sum without the
+    largest one (Ben-Hamu et al., arXiv 2505.24857, section 4): that is what ``bound`` holds down.
+
+    Args:
+        entropy_B: Of each position's distribution, in nats.
+        masked_B: Positions not yet filled.
+        bound: Most that the entropies of filled positions may add up to, the last one's not counted.
+    """
+    entropy = entropy_B.tolist()
+    order = sorted(masked_B.nonzero()[:, 0].tolist(), key=entropy.__getitem__)
+    before = accumulate((entropy[place] for place in order), initial=0.0)
+    filled = torch.zeros_like(masked_B)
+    for place, told in zip(order, before, strict=False):
+        filled[place] = told <= bound
+    return filled
+
+
+def fills(candidates: Candidates, masked_B: Tensor, params: DecodingParams, *, step: int) -> Tensor:
+    """Which positions of one block step ``step`` (from 0) fills, by the rule of ``params``: bool (B,).
+
+    Args:
+        candidates: Of each position, (B,); with entropies where the rule goes by them.
+        masked_B: Positions not yet filled.
+        params: Names the rule.
+        step: Denoise forward of the block.
+    """
+    if params.low_threshold is not None:
+        return accept_by_runs(
+            candidates.confidence,
+            masked_B,
+            threshold=params.threshold,
+            low_threshold=params.low_threshold,
+        )
+    if params.entropy_bound is not None:
+        assert candidates.entropy is not None
+        return accept_by_entropy(candidates.entropy, masked_B, bound=params.entropy_bound)
+    return accept(candidates.confidence, masked_B, threshold=params.threshold, at_least=quota(params, step))
 
 
 def edits(candidates: Candidates, current_B: Tensor, editable_B: Tensor, *, threshold: float) -> Tensor:

@@ -154,6 +154,15 @@ class _Canvas:
         self.usage.denoise += 1
         return event
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing of the answer is masked in the block: nothing of it, or before its end of text."""
+        places = range(self.final, self.stop)
+        masked = next((place for place in places if self.masked[place]), None)
+        if masked is None:
+            return True
+        return self.params.early_exit and self.params.eos_token_id in self.ids[self.final : masked]
+
     def close_block(self) -> tuple[Committed, FinishReason | None]:
         """Declare the full block final; say whether it is the last."""
         block_index, stop = self.block_index, self.stop
@@ -224,16 +233,21 @@ class CanvasBatch:
 
         Args:
             prompt: Token ids; none of them counts as masked, whatever its value.
-            params: ``block_length`` and ``steps`` may differ from request to request; nothing is edited.
+            params: ``block_length`` and ``steps`` may differ from request to request; threshold and quota
+                fill, nothing is edited.
             committed: Generated tokens of an earlier attempt, to go on from.
             cache_salt: Without effect: nothing is shared.
 
         Raises:
-            UsageError: If the request is empty, does not fit, wants edits, or has nothing left to generate.
+            UsageError: If the request is empty, does not fit, wants another rule, or has nothing left to
+                generate.
             NoRoom: If no row is free.
         """
         if params.edit_threshold is not None:
             raise UsageError("edit_threshold: only models that attend to blocks edit; leave it out")
+        for name in ("low_threshold", "credit", "entropy_bound"):
+            if getattr(params, name) is not None:
+                raise UsageError(f"{name}: only models that attend to blocks are filled so; leave it out")
         check_request(prompt, params, committed, capacity=self.capacity)
         if self.free_rows == 0:
             raise NoRoom(f"all {self.rows} rows are taken")
@@ -275,7 +289,7 @@ class CanvasBatch:
         canvas = self._running[0]
         filled = canvas.fill(self._candidates(canvas))
         events: list[Event] = [filled]
-        if filled.masks_left == 0:
+        if canvas.is_full:
             committed, reason = canvas.close_block()
             events.append(committed)
             if reason is not None:

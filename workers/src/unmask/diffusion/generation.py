@@ -4,7 +4,8 @@ The sequence is cut into blocks of B positions from the prompt's start. The firs
 to be generated holds the prompt's tail, if any; those positions are given, never masked.
 A block is denoised (see :mod:`~unmask.diffusion.decoding`) until none of its positions is
 masked, then the next one starts. Generation ends with the block that holds an end of
-text, or that reaches ``max_new_tokens`` (LLaDA2.0, arXiv 2512.15745, section 5.4).
+text, or that reaches ``max_new_tokens`` (LLaDA2.0, arXiv 2512.15745, section 5.4); that
+block ends as soon as nothing before its end of text is masked.
 
 With a cache a request goes through three kinds of forwards:
 
@@ -41,7 +42,7 @@ from unmask.diffusion.batch import (
     check_idle,
     run_to_end,
 )
-from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
+from unmask.diffusion.block_row import BlockRow, at_places, check_block_request, chosen_one_by_one
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens
 
 __all__ = [
@@ -268,19 +269,17 @@ class BlockBatch:
         wanted = torch.tensor(
             [row.looked_at if not row.closed else [False] * row.length for row in self._running]
         )
-        tokens = torch.zeros(wanted.shape, dtype=torch.int64)
-        confidence = torch.zeros(wanted.shape)
+        best = Candidates(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
         if bool(wanted.any()):
             rows = [row for row in self._running if not row.closed]
             chosen = hidden[wanted.to(hidden.device)]
-            if all(row.params.sampling.is_plain for row in rows):
+            if all(row.params.is_plain for row in rows):
                 mask_ids = {row.params.mask_token_id for row in rows}
                 assert len(mask_ids) == 1, "one model has one mask token"
                 best = best_tokens(self._model.logits(chosen), mask_token_id=mask_ids.pop())
             else:
                 best = chosen_one_by_one(rows, chosen, self._model.logits)
-            tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
-        return [Candidates(*pair) for pair in zip(tokens, confidence, strict=True)]
+        return at_places(best, wanted)
 
     def _keep_block(self, place: int, row: _Row) -> None:
         """The forward just run saw a block's final tokens: keep its keys and values, open the next block."""
@@ -321,10 +320,8 @@ def generate_uncached(model: Model, prompt: Sequence[int], params: DecodingParam
         block = model.hidden(ids, metadata)[0, row.start :]
         wanted = torch.tensor(row.looked_at)
         best = row.choose(model.logits(block[wanted.to(block.device)]))
-        tokens, confidence = torch.zeros(row.length, dtype=torch.int64), torch.zeros(row.length)
-        tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
         row.usage.positions += ids.shape[1]
-        row.denoise(Candidates(tokens, confidence))
+        row.denoise(at_places(best, wanted.unsqueeze(0))[0])
         if not row.is_full:
             continue
         committed, reason = row.close_block()

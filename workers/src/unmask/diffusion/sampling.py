@@ -11,11 +11,13 @@ Shape letters: N positions, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unmask.diffusion.credit import Ledger
 from unmask.diffusion.decoding import Candidates, Sampling, best_tokens
 from unmask.diffusion.rows import uniform
 
@@ -35,6 +37,8 @@ def candidates(
     step: int,
     text: Sequence[int],
     mask_token_id: int,
+    ledger: Ledger | None = None,
+    entropy: bool = False,
 ) -> Candidates:
     """A token for each position, and how sure the model is of it.
 
@@ -45,16 +49,39 @@ def candidates(
         step: Denoise forward of the block, from 0.
         text: Tokens that are there already: of the prompt, of committed blocks, and of the block.
         mask_token_id: Never chosen.
+        ledger: Where tokens have credit. It is told of this forward.
+        entropy: Whether to say the entropy of each position's distribution, too.
     """
     logits_NV = penalised(logits_NV, text, sampling.repetition_penalty)
+    if ledger is not None:
+        logits_NV = ledger.book(logits_NV, positions, mask_token_id=mask_token_id)
     if sampling.temperature == 0:
-        return best_tokens(logits_NV, mask_token_id=mask_token_id)
-    allowed = logits_NV.clone()
-    allowed[:, mask_token_id] = float("-inf")
+        chosen = best_tokens(logits_NV, mask_token_id=mask_token_id)
+    else:
+        chosen = _drawn_at(logits_NV, sampling, positions, step, mask_token_id)
+    return replace(chosen, entropy=_entropy(logits_NV, mask_token_id)) if entropy else chosen
+
+
+def _drawn_at(
+    logits_NV: Tensor, sampling: Sampling, positions: Sequence[int], step: int, mask_token_id: int
+) -> Candidates:
+    allowed = _allowed(logits_NV, mask_token_id)
     lots = np.concatenate([uniform(sampling.seed, _STREAM, position, step, 1) for position in positions])
     tokens = _drawn(allowed, sampling, torch.from_numpy(lots).to(allowed.device))
     chosen = allowed.gather(1, tokens[:, None])[:, 0]
     return Candidates(tokens, torch.exp(chosen - torch.logsumexp(allowed, dim=-1)).float())
+
+
+def _entropy(logits_NV: Tensor, mask_token_id: int) -> Tensor:
+    """Of the softmax without the mask token, in nats: float32 (N,)."""
+    terms_NV: Tensor = torch.special.entr(_allowed(logits_NV, mask_token_id).softmax(dim=-1))
+    return terms_NV.sum(dim=-1).float()
+
+
+def _allowed(logits_NV: Tensor, mask_token_id: int) -> Tensor:
+    allowed = logits_NV.clone()
+    allowed[:, mask_token_id] = float("-inf")
+    return allowed
 
 
 def penalised(logits_NV: Tensor, text: Sequence[int], penalty: float) -> Tensor:

@@ -14,7 +14,15 @@ from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["DECODERS", "QUOTA_ONLY", "Decoder", "DecoderName", "diffusion_params", "listed"]
 
-DecoderName: TypeAlias = Literal["threshold", "fixed-steps", "joint-edit", "low-confidence"]
+DecoderName: TypeAlias = Literal[
+    "threshold",
+    "fixed-steps",
+    "joint-edit",
+    "hierarchical",
+    "credit",
+    "entropy-bounded",
+    "low-confidence",
+]
 
 QUOTA_ONLY = 2.0
 """A threshold that no probability surpasses."""
@@ -56,6 +64,30 @@ DECODERS = (
         parameters=("threshold", "edit_threshold", "max_post_edit_steps"),
     ),
     Decoder(
+        name="hierarchical",
+        wire=pb.DECODER_HIERARCHICAL,
+        attends="blocks",
+        parameters=("threshold", "low_threshold"),
+    ),
+    Decoder(
+        name="credit",
+        wire=pb.DECODER_CREDIT,
+        attends="blocks",
+        parameters=(
+            "threshold",
+            "steps_per_block",
+            "credit_weight",
+            "credit_decay",
+            "credit_exponent",
+        ),
+    ),
+    Decoder(
+        name="entropy-bounded",
+        wire=pb.DECODER_ENTROPY_BOUNDED,
+        attends="blocks",
+        parameters=("entropy_bound",),
+    ),
+    Decoder(
         name="low-confidence",
         wire=pb.DECODER_LOW_CONFIDENCE,
         attends="canvas",
@@ -79,7 +111,15 @@ def diffusion_params(decoder: Decoder, params: DecodingParams) -> pb.DiffusionPa
         "edit_threshold": params.edit_threshold,
         "max_post_edit_steps": params.max_post_edit_steps,
         "block_length": params.block_length,
+        "low_threshold": params.low_threshold,
+        "entropy_bound": params.entropy_bound,
     }
+    if params.credit is not None:
+        values |= {
+            "credit_weight": params.credit.weight,
+            "credit_decay": params.credit.decay,
+            "credit_exponent": params.credit.exponent,
+        }
     for name in decoder.parameters:
         if name in values:
             setattr(message, name, values[name])

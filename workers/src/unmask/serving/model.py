@@ -6,6 +6,9 @@ from ``config.json``, or from the papers and the published code:
 * blocks of 32 and a threshold of 0.95, as LLaDA2.0 is evaluated with (arXiv 2512.15745, section 5.4);
 * for editing a threshold of 0.9 and 16 steps beyond the last fill, with the same 0.95 for filling, as
   LLaDA2.1's published ``generate`` has it (its report, arXiv 2602.08676, lowers both for speed);
+* for filling by runs and by credit dInfer's numbers (arXiv 2510.08666): a lower threshold of 0.62, and a
+  weight of 0.7, a decay of 0.8 and an exponent of 0.2;
+* for filling by entropy a bound of 0.1 nats, which is careful: none has been published for these models;
 * for models that attend to the whole canvas LLaDA's even quotas, which is a threshold of 1.
 """
 
@@ -17,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from unmask.attention import Attends
 from unmask.diffusion.batch import Batch
-from unmask.diffusion.decoding import DecodingParams, Vicinity
+from unmask.diffusion.decoding import Credit, DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import CanvasBatch
 from unmask.errors import ModelError, UsageError
 from unmask.models.base import LanguageModel
@@ -29,12 +32,24 @@ from unmask.serving.decoders import DECODERS, QUOTA_ONLY, Decoder, DecoderName, 
 from unmask.serving.ragged import RaggedBatch
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["DEFAULT_MAX_TOKENS", "MAX_POST_EDIT_STEPS", "GenerationDefaults", "ServedModel"]
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "MAX_CREDIT",
+    "MAX_ENTROPY",
+    "MAX_POST_EDIT_STEPS",
+    "GenerationDefaults",
+    "ServedModel",
+]
 
 LONGEST_DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_TOKENS = 256
 MAX_POST_EDIT_STEPS = 1024
 """A model may edit to and fro for ever; a request must not."""
+MAX_CREDIT = 10.0
+"""Weight and exponent of credits: far beyond what makes sense, and no overflow."""
+MAX_ENTROPY = 1000.0
+"""Nats: more than a block of any model has."""
+_CREDIT = Credit()
 
 
 class GenerationDefaults(BaseModel):
@@ -48,6 +63,12 @@ class GenerationDefaults(BaseModel):
     steps_per_block: PositiveInt | None = None
     edit_threshold: float = Field(default=0.9, ge=0, le=1)
     max_post_edit_steps: NonNegativeInt = Field(default=16, le=MAX_POST_EDIT_STEPS)
+    low_threshold: float = Field(default=0.62, gt=0, le=1)
+    """What exceeds the threshold in force counts as that."""
+    credit_weight: float = Field(default=_CREDIT.weight, ge=0, le=MAX_CREDIT)
+    credit_decay: float = Field(default=_CREDIT.decay, ge=0, le=1)
+    credit_exponent: float = Field(default=_CREDIT.exponent, ge=0, le=MAX_CREDIT)
+    entropy_bound: float = Field(default=0.1, ge=0, le=MAX_ENTROPY)
     eos_token_id: int = Field(ge=0)
     mask_token_id: int = Field(ge=0)
     prediction: Literal["same"] = "same"
@@ -178,13 +199,24 @@ class ServedModel:
         defaults = self.defaults
         block_length = self.block_length(decoder, given, max_new_tokens=max_new_tokens)
         steps = min(defaults.steps_per_block or block_length, block_length)
+        threshold = value("threshold", defaults.threshold, QUOTA_ONLY)
+        has_credit = "credit_weight" in decoder.parameters
         return DecodingParams(
             max_new_tokens=max_new_tokens,
             block_length=block_length,
-            threshold=value("threshold", defaults.threshold, QUOTA_ONLY),
+            threshold=threshold,
             steps=value("steps_per_block", steps, None),
             edit_threshold=value("edit_threshold", defaults.edit_threshold, None),
             max_post_edit_steps=value("max_post_edit_steps", defaults.max_post_edit_steps, 0),
+            low_threshold=value("low_threshold", min(defaults.low_threshold, threshold), None),
+            credit=Credit(
+                weight=value("credit_weight", defaults.credit_weight, None),
+                decay=value("credit_decay", defaults.credit_decay, None),
+                exponent=value("credit_exponent", defaults.credit_exponent, None),
+            )
+            if has_credit
+            else None,
+            entropy_bound=value("entropy_bound", defaults.entropy_bound, None),
             vicinity=_vicinity(given.vicinity) if given.HasField("vicinity") else None,
             eos_token_id=defaults.eos_token_id,
             mask_token_id=defaults.mask_token_id,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unmask.attention.paged import Span
 from unmask.diffusion.batch import Event, NoRoom, Persisted, Prefilled, Reused, check_attends, check_idle
-from unmask.diffusion.block_row import BlockRow, check_block_request, chosen_one_by_one
+from unmask.diffusion.block_row import BlockRow, at_places, check_block_request, chosen_one_by_one
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens_at
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
@@ -309,7 +309,7 @@ class RaggedBatch:
         start = torch.tensor([end - self.block_length for _, end in opened])
         place = (start[:, None] + torch.arange(self.block_length))[wanted]
         rows, hidden_PD = [row for row, _ in opened], hidden_SD[place.to(hidden_SD.device)]
-        if all(row.params.sampling.is_plain for row in rows):
+        if all(row.params.is_plain for row in rows):
             best = best_tokens_at(
                 hidden_PD,
                 self._logits,
@@ -318,10 +318,7 @@ class RaggedBatch:
             )
         else:
             best = chosen_one_by_one(rows, hidden_PD, self._logits)
-        tokens = torch.zeros(wanted.shape, dtype=torch.int64)
-        confidence = torch.zeros(wanted.shape)
-        tokens[wanted], confidence[wanted] = best.tokens.cpu(), best.confidence.cpu()
-        return {row.ticket: Candidates(tokens[n], confidence[n]) for n, (row, _) in enumerate(opened)}
+        return {row.ticket: found for row, found in zip(rows, at_places(best, wanted), strict=True)}
 
     # What came of it.
 

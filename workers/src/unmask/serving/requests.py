@@ -17,7 +17,13 @@ from unmask.diffusion.decoding import DecodingParams, Sampling
 from unmask.errors import ModelError, UsageError
 from unmask.models.conversation import Turn, tool, tool_call, turn
 from unmask.serving.decoders import DECODERS, Decoder, listed
-from unmask.serving.model import DEFAULT_MAX_TOKENS, MAX_POST_EDIT_STEPS, ServedModel
+from unmask.serving.model import (
+    DEFAULT_MAX_TOKENS,
+    MAX_CREDIT,
+    MAX_ENTROPY,
+    MAX_POST_EDIT_STEPS,
+    ServedModel,
+)
 from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
 
@@ -248,12 +254,21 @@ class _Reader:
             self._wrong(f"diffusion.{name}", f"{decoder} has no such parameter; {remedy}")
         steps = self._model.block_length(decoder, diffusion, max_new_tokens=max_tokens)
         most_edits = MAX_POST_EDIT_STEPS
+        threshold = diffusion.threshold if diffusion.HasField("threshold") else self._model.defaults.threshold
         checks = {
             "threshold": (0 < diffusion.threshold <= 1, "above 0 and at most 1"),
             "steps_per_block": (1 <= diffusion.steps_per_block <= steps, f"1 to {steps}, the block length"),
             "edit_threshold": (0 <= diffusion.edit_threshold <= 1, "0 to 1"),
             "max_post_edit_steps": (diffusion.max_post_edit_steps <= most_edits, f"at most {most_edits}"),
             "block_length": (1 <= diffusion.block_length <= max_tokens, f"1 to {max_tokens}, max_tokens"),
+            "low_threshold": (
+                0 < diffusion.low_threshold <= threshold,
+                f"above 0 and at most {threshold:g}, the threshold",
+            ),
+            "credit_weight": (0 <= diffusion.credit_weight <= MAX_CREDIT, f"0 to {MAX_CREDIT:g}"),
+            "credit_decay": (0 <= diffusion.credit_decay <= 1, "0 to 1"),
+            "credit_exponent": (0 <= diffusion.credit_exponent <= MAX_CREDIT, f"0 to {MAX_CREDIT:g}"),
+            "entropy_bound": (0 <= diffusion.entropy_bound <= MAX_ENTROPY, f"0 to {MAX_ENTROPY:g}"),
         }
         for name, (fits, allowed) in checks.items():
             if name in given - foreign and not fits:

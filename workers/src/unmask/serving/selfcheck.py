@@ -167,6 +167,7 @@ def _check_generate(name: str, model: LanguageModel, vectors: dict[str, Tensor])
         block_length=block_length,
         steps=steps,
         threshold=float(vectors["threshold"]),
+        early_exit=False,
         eos_token_id=eos,
         mask_token_id=model.mask_token_id,
     )

@@ -14,6 +14,9 @@ class Decoder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DECODER_FIXED_STEPS: _ClassVar[Decoder]
     DECODER_JOINT_EDIT: _ClassVar[Decoder]
     DECODER_LOW_CONFIDENCE: _ClassVar[Decoder]
+    DECODER_HIERARCHICAL: _ClassVar[Decoder]
+    DECODER_CREDIT: _ClassVar[Decoder]
+    DECODER_ENTROPY_BOUNDED: _ClassVar[Decoder]
 
 class CanvasMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -32,6 +35,9 @@ DECODER_THRESHOLD: Decoder
 DECODER_FIXED_STEPS: Decoder
 DECODER_JOINT_EDIT: Decoder
 DECODER_LOW_CONFIDENCE: Decoder
+DECODER_HIERARCHICAL: Decoder
+DECODER_CREDIT: Decoder
+DECODER_ENTROPY_BOUNDED: Decoder
 CANVAS_MODE_UNSPECIFIED: CanvasMode
 CANVAS_MODE_NONE: CanvasMode
 CANVAS_MODE_DIFF: CanvasMode
@@ -125,7 +131,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[bool] = ...) -> None: ...
 
 class DiffusionParams(_message.Message):
-    __slots__ = ("decoder", "threshold", "steps_per_block", "edit_threshold", "max_post_edit_steps", "block_length", "vicinity")
+    __slots__ = ("decoder", "threshold", "steps_per_block", "edit_threshold", "max_post_edit_steps", "block_length", "vicinity", "low_threshold", "credit_weight", "credit_decay", "credit_exponent", "entropy_bound")
     DECODER_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     STEPS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +139,11 @@ class DiffusionParams(_message.Message):
     MAX_POST_EDIT_STEPS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
     VICINITY_FIELD_NUMBER: _ClassVar[int]
+    LOW_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_BOUND_FIELD_NUMBER: _ClassVar[int]
     decoder: Decoder
     threshold: float
     steps_per_block: int
@@ -140,7 +151,12 @@ class DiffusionParams(_message.Message):
     max_post_edit_steps: int
     block_length: int
     vicinity: Vicinity
-    def __init__(self, decoder: _Optional[_Union[Decoder, str]] = ..., threshold: _Optional[float] = ..., steps_per_block: _Optional[int] = ..., edit_threshold: _Optional[float] = ..., max_post_edit_steps: _Optional[int] = ..., block_length: _Optional[int] = ..., vicinity: _Optional[_Union[Vicinity, _Mapping]] = ...) -> None: ...
+    low_threshold: float
+    credit_weight: float
+    credit_decay: float
+    credit_exponent: float
+    entropy_bound: float
+    def __init__(self, decoder: _Optional[_Union[Decoder, str]] = ..., threshold: _Optional[float] = ..., steps_per_block: _Optional[int] = ..., edit_threshold: _Optional[float] = ..., max_post_edit_steps: _Optional[int] = ..., block_length: _Optional[int] = ..., vicinity: _Optional[_Union[Vicinity, _Mapping]] = ..., low_threshold: _Optional[float] = ..., credit_weight: _Optional[float] = ..., credit_decay: _Optional[float] = ..., credit_exponent: _Optional[float] = ..., entropy_bound: _Optional[float] = ...) -> None: ...
 
 class Vicinity(_message.Message):
     __slots__ = ("before", "after")

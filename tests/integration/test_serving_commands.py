@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,35 @@ def test_json_holds_tokens_and_all_three_figures(unmask: Run, address: str) -> N
     # A block is stored by the next one's first forward, so that denoising ones are all there are.
     assert answer["usage"]["tpf"] <= answer["usage"]["tpf_decode"] == answer["usage"]["tpf_denoise"]
     assert answer["tokens_per_second"] == pytest.approx(12 / answer["seconds"])
+
+
+def test_the_page_s_example_of_a_trace_tells_every_forward(
+    unmask: Run,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^unmask (generate .* --trace story.json)$", page, re.MULTILINE)
+    (snippet,) = re.findall(r"^```python\n(.*?story.json.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    streamed = unmask(*shlex.split(command), f"--server={address}")
+    assert streamed.code == 0
+    story = json.loads((tmp_path / "story.json").read_text(encoding="utf-8"))
+    assert len(story["forwards"]) == sum(
+        story["usage"][f"forwards_{kind}"] for kind in ("prefill", "denoise")
+    )
+    exec(compile(snippet, "docs/serving.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(story["forwards"])
+    assert lines[0].startswith("queued for ") and lines[-1].endswith("committed block 8")
+    whole = unmask(*shlex.split(command), "--json", f"--server={address}")
+    again = json.loads((tmp_path / "story.json").read_text(encoding="utf-8"))
+    assert "trace" not in json.loads(whole.out)
+    assert [f["filled"] for f in again["forwards"] if f["filled"]] == [
+        f["filled"] for f in story["forwards"] if f["filled"]
+    ]
 
 
 def test_each_decoder_can_be_asked_for_with_its_parameters(unmask: Run, address: str) -> None:

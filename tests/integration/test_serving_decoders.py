@@ -1,6 +1,8 @@
 """Each decoder behind a real port: decoded as without one, streamed, counted, left and gone on from."""
 
+import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +13,16 @@ import pytest
 
 from support.folders import served_folder
 from support.serving import GatedBatch, RunningServer, running_server, wait_until
-from unmask.client import BlockCommitted, CanvasUpdate, Client, Decoding, Finished, InvalidRequest, Started
+from unmask.client import (
+    BlockCommitted,
+    CanvasUpdate,
+    Client,
+    Decoding,
+    Fill,
+    Finished,
+    InvalidRequest,
+    Started,
+)
 from unmask.diffusion.batch import Generation
 from unmask.diffusion.decoding import Credit, DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import generate_full_sequence
@@ -175,6 +186,45 @@ def test_going_on_from_any_committed_block_gives_the_undisturbed_answer(
             assert [(b.block_index, b.offset, b.token_ids) for b in again] == [
                 (b.block_index, b.offset, b.token_ids) for b in blocks[kept:]
             ]
+
+
+@ALL
+def test_a_trace_replayed_is_the_answer(served: dict[str, Served], options: dict[str, Any]) -> None:
+    asked = {"token_ids": PROMPTS[2], "max_tokens": 30, "logprobs": True, **options}
+    with served[kind_of(options)].client() as client:
+        plain, answer = client.generate(**asked), client.generate(**asked, trace=True)
+        *_, finished = client.stream(**asked, trace=True)
+    trace, usage = answer.trace, answer.usage
+    assert plain.trace is None and trace is not None
+    held: dict[int, Fill] = {}
+    told: list[Fill] = []
+    for forward in trace.forwards:
+        assert not held.keys() & {fill.position for fill in forward.filled}
+        assert all(held[fill.position].token_id != fill.token_id for fill in forward.edited)
+        held |= {fill.position: fill for fill in forward.filled + forward.edited}
+        told += [held[len(told) + place] for place in range(forward.committed_tokens or 0)]
+    assert tuple(fill.token_id for fill in told) == answer.token_ids == plain.token_ids
+    assert [math.log(fill.confidence) for fill in told] == pytest.approx(answer.logprobs, abs=1e-5)
+    assert all(fill.text == f"w{fill.token_id}" for fill in told if fill.token_id not in (1, 2, 3, EOS))
+    assert any(forward.edited for forward in trace.forwards) == (options is JOINT_EDIT)
+
+    read = sum(forward.prefilled_tokens for forward in trace.forwards)
+    assert read + trace.reused_tokens == (16 if kind_of(options) == "blocks" else 0)
+    kinds = Counter(
+        "denoise" if forward.block_index is not None else "persist" if forward.persisted else "prefill"
+        for forward in trace.forwards
+    )
+    assert kinds["prefill"] == usage.forwards_prefill == sum(f.prefilled_tokens > 0 for f in trace.forwards)
+    assert (kinds["denoise"], kinds["persist"]) == (usage.forwards_denoise, usage.forwards_persist)
+    ends = [forward.end_seconds for forward in trace.forwards]
+    assert ends == sorted(ends) and ends[0] >= trace.started.queue_seconds >= 0
+    assert all(0 < forward.seconds <= forward.end_seconds for forward in trace.forwards)
+    assert {forward.rows for forward in trace.forwards} == {1}
+    assert (trace.forwards_left_out, trace.started.decoding.decoder) == (0, options["decoder"])
+    assert isinstance(finished, Finished) and finished.trace is not None
+    assert [(f.step, f.filled, f.edited) for f in finished.trace.forwards if f.step is not None] == [
+        (f.step, f.filled, f.edited) for f in trace.forwards if f.step is not None
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])

@@ -53,6 +53,18 @@ def test_a_seed_repeats_a_text_and_is_told_where_none_is_given(client: Client) -
     assert isinstance(cold, Started) and cold.seed is None
 
 
+def test_a_trace_ends_where_a_stop_ends_its_request(client: Client) -> None:
+    whole = client.generate("w5 w6", max_tokens=40).token_ids
+    stop = next(token for token in whole[6:] if token not in whole[:6])
+    answer = client.generate("w5 w6", max_tokens=40, stop_token_ids=[stop], trace=True)
+    assert answer.token_ids == whole[: whole.index(stop) + 1]
+    assert answer.trace is not None
+    assert len(answer.trace.forwards) == answer.usage.forwards_prefill + answer.usage.forwards_denoise
+    committed = sum(forward.committed_tokens or 0 for forward in answer.trace.forwards)
+    assert len(answer.token_ids) <= committed < len(answer.token_ids) + 4, "the stop's block is the last"
+    assert answer.trace.forwards[-1].committed_tokens and answer.trace.forwards_left_out == 0
+
+
 def test_a_penalty_keeps_a_text_from_repeating_itself(client: Client) -> None:
     plain = client.generate("w5 w6", max_tokens=40)
     varied = client.generate("w5 w6", max_tokens=40, repetition_penalty=50.0)

@@ -55,6 +55,7 @@ def test_every_option_reaches_its_field() -> None:
         entropy_bound=1.5,
         block_length=16,
         vicinity=(4, 0),
+        trace=True,
         committed=[7],
         request_id="r",
         model="m",
@@ -80,6 +81,7 @@ def test_every_option_reaches_its_field() -> None:
             vicinity=pb.Vicinity(before=4, after=0),
         ),
         committed_token_ids=[7],
+        trace=True,
     )
 
 

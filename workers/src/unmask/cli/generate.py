@@ -14,7 +14,7 @@ from unmask.errors import UsageError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from unmask.client import Canvas, Event, Finished, GenerateOptions, Message, Usage
+    from unmask.client import Canvas, Event, Finished, GenerateOptions, Message, Trace, Usage
 
 __all__ = ["command"]
 
@@ -83,6 +83,12 @@ __all__ = ["command"]
 @click.option("--repetition-penalty", type=float, help="Above 1, what has been said becomes less probable.")
 @click.option("--stop", multiple=True, help="Text before which the answer ends; may be given several times.")
 @click.option("--timeout", "timeout_s", type=float, default=300, show_default=True, help="Seconds to wait.")
+@click.option(
+    "--trace",
+    type=click.File("w", encoding="utf-8", lazy=False),
+    metavar="FILE",
+    help="Write what each forward did to FILE, as one JSON object.",
+)
 @click.option("--canvas", is_flag=True, help="Show positions as they are filled (on a terminal).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and usage.")
 def command(
@@ -91,6 +97,7 @@ def command(
     server: str,
     chat: bool | None,
     timeout_s: float,
+    trace: IO[str] | None,
     canvas: bool,
     as_json: bool,
     **asked: Any,
@@ -110,6 +117,8 @@ def command(
     prompt: str | None = None
     given = {name: value for name, value in asked.items() if value not in (None, ())}
     options = cast("GenerateOptions", given | {"timeout_s": timeout_s})
+    if trace is not None:
+        options["trace"] = True
     with Client(server, timeout_s=timeout_s) as client:
         if conversation is not None:
             options |= _conversation(conversation)
@@ -122,12 +131,16 @@ def command(
         if as_json:
             generation = client.generate(prompt, **options)
             seconds = time.monotonic() - started
-            click.echo(json.dumps(asdict(generation) | _speed(generation.usage, seconds), ensure_ascii=False))
+            told = asdict(generation) | _speed(generation.usage, seconds)
+            del told["trace"]
+            click.echo(json.dumps(told, ensure_ascii=False))
+            _write_trace(trace, generation.trace, generation.finish_reason, generation.usage)
             return
         live = canvas and sys.stdout.isatty()
         events = client.stream(prompt, canvas=live, **options)
         finished = _draw(events) if live else _print(events)
         click.echo(_summary(finished.usage, time.monotonic() - started), err=True)
+        _write_trace(trace, finished.trace, finished.reason, finished.usage)
 
 
 def _conversation(file: IO[str]) -> "GenerateOptions":
@@ -186,6 +199,17 @@ def _picture(canvas: "Canvas") -> "Text":
         else:
             picture.append(f" {cell.text.strip()}", style="green" if cell.confidence > 0.5 else "yellow")
     return picture
+
+
+def _write_trace(file: IO[str] | None, trace: "Trace | None", reason: str, usage: "Usage") -> None:
+    """Write a request's story, and how it ended, if it is wanted."""
+    if file is None:
+        return
+    if trace is None:
+        raise UsageError(f"--trace {file.name}: the server sent no trace; it is older than this client")
+    told = asdict(trace) | {"finish_reason": reason, "usage": asdict(usage)}
+    json.dump(told, file, ensure_ascii=False, indent=1)
+    file.write("\n")
 
 
 def _speed(usage: "Usage", seconds: float) -> dict[str, float]:

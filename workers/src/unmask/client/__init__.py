@@ -33,6 +33,8 @@ from unmask.client.events import (
     Generation,
     ModelInfo,
     Started,
+    Trace,
+    TracedForward,
     Usage,
 )
 from unmask.client.options import DecoderName, GenerateOptions, Message
@@ -65,6 +67,8 @@ __all__ = [
     "RequestError",
     "ServerFailed",
     "Started",
+    "Trace",
+    "TracedForward",
     "Unavailable",
     "UnsupportedRequest",
     "Usage",

@@ -16,6 +16,8 @@ __all__ = [
     "Generation",
     "ModelInfo",
     "Started",
+    "Trace",
+    "TracedForward",
     "Usage",
     "event_of",
     "generation_of",
@@ -127,6 +129,43 @@ class BlockCommitted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedForward:
+    """What one forward did for the request."""
+
+    end_seconds: float
+    """From the request's arrival in the engine to the forward's end."""
+    seconds: float
+    rows: int
+    """Requests that it worked for."""
+    prefilled_tokens: int
+    """Tokens of the prompt and of committed ones that it read."""
+    persisted: bool
+    """Whether it stored a committed block."""
+    block_index: int | None
+    """The block that it took a denoising step of, if it did."""
+    step: int | None
+    """Which one of the block's, from 1."""
+    filled: tuple[Fill, ...]
+    edited: tuple[Fill, ...]
+    """What replaced another token."""
+    masks_left: int | None
+    committed_tokens: int | None
+    """Tokens that were added to the answer, ones behind a stop included, if the block was committed then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """The whole story of a request."""
+
+    started: Started
+    reused_tokens: int
+    """Tokens that were in the cache already."""
+    forwards: tuple[TracedForward, ...]
+    forwards_left_out: int
+    """The last ones, where the trace would have become too long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The generation is complete."""
 
@@ -136,6 +175,8 @@ class Finished:
     usage: Usage
     stop: str | int | None = None
     """What ended it, if a stop did: a text or a token."""
+    trace: Trace | None = None
+    """If asked for."""
 
 
 Event: TypeAlias = Started | CanvasUpdate | BlockCommitted | Finished
@@ -155,6 +196,8 @@ class Generation:
     """What ended it, if a stop did: a text or a token."""
     logprobs: tuple[float, ...] = ()
     """If asked for, one for each token: of the probability with which it was accepted."""
+    trace: Trace | None = None
+    """If asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +245,7 @@ def generation_of(message: pb.GenerateResponse) -> Generation:
         usage=_usage(message.usage),
         stop=_stop(message),
         logprobs=tuple(message.logprobs),
+        trace=_trace(message.trace) if message.HasField("trace") else None,
     )
 
 
@@ -248,14 +292,10 @@ def _decoding(message: pb.DiffusionParams) -> Decoding:
 
 
 def _canvas_update(message: pb.CanvasUpdate) -> CanvasUpdate:
-    fills = zip(message.positions, message.token_ids, message.confidences, message.texts, strict=True)
     return CanvasUpdate(
         block_index=message.block_index,
         step=message.step,
-        fills=tuple(
-            Fill(position=position, token_id=token_id, confidence=confidence, text=text)
-            for position, token_id, confidence, text in fills
-        ),
+        fills=_fills(message),
         masks_left=message.masks_left,
         edited=message.edited,
         block_end=message.block_end,
@@ -279,6 +319,42 @@ def _finished(message: pb.Finished) -> Finished:
         text=message.text_delta,
         usage=_usage(message.usage),
         stop=_stop(message),
+        trace=_trace(message.trace) if message.HasField("trace") else None,
+    )
+
+
+def _trace(message: pb.Trace) -> Trace:
+    return Trace(
+        started=_started(message.started),
+        reused_tokens=message.reused_tokens,
+        forwards=tuple(map(_traced_forward, message.forwards)),
+        forwards_left_out=message.forwards_left_out,
+    )
+
+
+def _traced_forward(message: pb.TracedForward) -> TracedForward:
+    edited = frozenset(message.edited)
+    fills = _fills(message)
+    return TracedForward(
+        end_seconds=message.end_seconds,
+        seconds=message.seconds,
+        rows=message.rows,
+        prefilled_tokens=message.prefilled_tokens,
+        persisted=message.persisted,
+        block_index=message.block_index if message.HasField("block_index") else None,
+        step=message.step if message.HasField("step") else None,
+        filled=tuple(fill for fill in fills if fill.position not in edited),
+        edited=tuple(fill for fill in fills if fill.position in edited),
+        masks_left=message.masks_left if message.HasField("masks_left") else None,
+        committed_tokens=message.committed_tokens if message.HasField("committed_tokens") else None,
+    )
+
+
+def _fills(message: pb.CanvasUpdate | pb.TracedForward) -> tuple[Fill, ...]:
+    fills = zip(message.positions, message.token_ids, message.confidences, message.texts, strict=True)
+    return tuple(
+        Fill(position=position, token_id=token_id, confidence=confidence, text=text)
+        for position, token_id, confidence, text in fills
     )
 
 

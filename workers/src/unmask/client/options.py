@@ -82,6 +82,7 @@ class GenerateOptions(TypedDict, total=False):
         stop: Texts that end the generation; the answer ends before the first one found.
         stop_token_ids: Tokens that end the generation.
         logprobs: Whether to say with which probability each token was accepted.
+        trace: Whether to tell at the end what each forward did.
         committed: Token ids of blocks that a former call committed for this prompt; the answer goes on
             after them.
         cache_salt: Share stored blocks with calls of the same salt only.
@@ -115,6 +116,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     logprobs: bool
+    trace: bool
     committed: Sequence[int]
     cache_salt: str
     priority: int
@@ -174,7 +176,7 @@ def _set_params(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     _set_sampling(request.sampling, options)
     _set_diffusion(request.diffusion, options)
     given = cast("Mapping[str, Any]", options)
-    for name in ("request_id", "model", "cache_salt", "priority"):
+    for name in ("request_id", "model", "cache_salt", "priority", "trace"):
         if name in given:
             setattr(request, name, given[name])
     request.committed_token_ids.extend(options.get("committed", ()))

@@ -21,6 +21,7 @@ from unmask.serving.narration import Narration
 from unmask.serving.outbox import Failed, Item, Outbox
 from unmask.serving.refusals import Refused, quoted
 from unmask.serving.requests import Order, read_order
+from unmask.serving.tracing import TraceLog
 from unmask.telemetry import Recorder, metrics
 from unmask.v1 import generation_pb2 as pb
 
@@ -118,7 +119,8 @@ class Calls:
         with self._named(order.request_id, submitted):
             async with aclosing(self._items(submitted, ready)) as items:
                 async for item in items:
-                    yield narration.tell(item)
+                    if (event := narration.tell(item)) is not None:
+                        yield event
                     if narration.stopped:
                         self._engine.conclude(submitted, narration.usage, kept=narration.kept)
                         yield narration.stop()
@@ -188,6 +190,7 @@ def _request(order: Order, ready: asyncio.Event, *, deadline: float | None, canv
         priority=order.priority,
         deadline=deadline,
         canvas=canvas,
+        trace=TraceLog() if order.trace else None,
         outbox=Outbox(lambda: loop.call_soon_threadsafe(ready.set)),
     )
 
@@ -205,6 +208,8 @@ def gather(event: pb.GenerateStreamResponse, response: pb.GenerateResponse) -> N
             response.text += event.finished.text_delta
             response.finish_reason = event.finished.reason
             response.usage.CopyFrom(event.finished.usage)
+            if event.finished.HasField("trace"):
+                response.trace.CopyFrom(event.finished.trace)
             match event.finished.WhichOneof("stopped_by"):
                 case "stop":
                     response.stop = event.finished.stop

@@ -37,7 +37,8 @@ from unmask.diffusion.batch import (
 )
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UnmaskError, UsageError
-from unmask.serving.outbox import Admitted, Failed, Outbox
+from unmask.serving.outbox import Admitted, Failed, Outbox, TracedBlock
+from unmask.serving.tracing import Traced, TraceLog
 from unmask.telemetry import Recorder, metrics
 
 __all__ = ["Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
@@ -84,6 +85,8 @@ class Request:
     """On the monotonic clock; by then the answer has to be complete."""
     canvas: bool = False
     """Whether provisional updates go to the outbox."""
+    trace: TraceLog | None = None
+    """Takes what each forward does, which then goes to the outbox with each block."""
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     last_block: float | None = None
@@ -287,7 +290,9 @@ class Engine:
         if self._batch.active:
             started = time.monotonic()
             events = self._batch.step()
-            self._record_forward(events, time.monotonic() - started)
+            ended = time.monotonic()
+            self._record_forward(events, ended - started)
+            self._trace(events, started, ended)
             for event in events:
                 self._deliver(event)
         self._recorder.gauge(metrics.CACHE_USAGE, self._batch.cache_usage)
@@ -319,6 +324,20 @@ class Engine:
             self._recorder.count(metrics.PROMPT_TOKENS, len(request.prompt))
             request.outbox.put(Admitted(queue_seconds=queue_seconds))
 
+    def _trace(self, events: Sequence[Event], started: float, ended: float) -> None:
+        """Note what a forward did for the requests that want to know."""
+        for ticket in {event.ticket for event in events}:
+            request = self._running[ticket]
+            if request.trace is not None:
+                request.trace.note(
+                    Traced(
+                        end_seconds=ended - request.arrived,
+                        seconds=ended - started,
+                        rows=phases(events).total(),
+                        events=tuple(event for event in events if event.ticket == ticket),
+                    )
+                )
+
     def _deliver(self, event: Event) -> None:
         request = self._running[event.ticket]
         match event:
@@ -332,6 +351,8 @@ class Engine:
                     self._recorder.count(metrics.CANVAS_UPDATES_MERGED)
             case Committed():
                 self._record_block(request, event)
+                if request.trace is not None:
+                    request.outbox.put(TracedBlock(forwards=request.trace.take()))
                 request.outbox.put(event)
             case Finished():
                 self._finish(request, event)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from unmask.diffusion.batch import Committed, Filled, Finished, FinishReason, ForwardCounts
 from unmask.serving.decoders import diffusion_params
 from unmask.serving.model import ServedModel
-from unmask.serving.outbox import Admitted, Item
+from unmask.serving.outbox import Admitted, Item, TracedBlock
 from unmask.serving.requests import Order
 from unmask.serving.stopping import Piece, StoppableText
+from unmask.serving.tracing import Story
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["Narration", "finish_reason"]
@@ -41,6 +42,7 @@ class Narration:
         # The caller has what these tokens say, but for what the former server held back.
         self._stop = self._text.push(order.committed).stop
         self._usage = ForwardCounts()
+        self._story = Story(self._text_of) if order.trace else None
 
     @property
     def stopped(self) -> bool:
@@ -64,6 +66,7 @@ class Narration:
             reason=pb.FINISH_REASON_STOP,
             text_delta="",
             usage=_usage(self._order.prompt, self._usage, self.kept),
+            trace=self._trace(self._usage),
         )
         if isinstance(self._stop, int):
             finished.stop_token_id = self._stop
@@ -71,11 +74,19 @@ class Narration:
             finished.stop = self._stop or ""
         return pb.GenerateStreamResponse(finished=finished)
 
-    def tell(self, item: Item) -> pb.GenerateStreamResponse:
-        """The event that ``item`` is."""
+    def tell(self, item: Item) -> pb.GenerateStreamResponse | None:
+        """The event that ``item`` is; None for one that is told at the end."""
         match item:
             case Admitted():
-                return pb.GenerateStreamResponse(started=self._started(item))
+                started = self._started(item)
+                if self._story is not None:
+                    self._story.begin(started)
+                return pb.GenerateStreamResponse(started=started)
+            case TracedBlock():
+                if self._story is not None:
+                    for forward in item.forwards:
+                        self._story.add(forward)
+                return None
             case Filled():
                 return pb.GenerateStreamResponse(canvas_update=self._canvas_update(item))
             case Committed():
@@ -120,7 +131,7 @@ class Narration:
             positions=item.positions,
             token_ids=item.token_ids,
             confidences=item.confidences,
-            texts=[self._model.tokenizer.decode([token]) for token in item.token_ids],
+            texts=[self._text_of(token) for token in item.token_ids],
             masks_left=item.masks_left,
             edited=item.edited,
             block_end=self._block_end(item.block_index),
@@ -157,7 +168,14 @@ class Narration:
             reason=finish_reason(item.reason),
             text_delta=self._text.finish(),
             usage=_usage(self._order.prompt, item.usage, item.kept_tokens),
+            trace=self._trace(item.usage),
         )
+
+    def _trace(self, usage: ForwardCounts) -> pb.Trace | None:
+        return self._story.end(usage) if self._story is not None else None
+
+    def _text_of(self, token: int) -> str:
+        return self._model.tokenizer.decode([token])
 
 
 def _usage(prompt: Sequence[int], counts: ForwardCounts, kept: int) -> pb.Usage:

@@ -3,7 +3,7 @@
 The model thread puts, the network side takes. The model thread never waits for a client, and a slow client
 cannot make the server's memory grow beyond its own answer: what is committed is kept, at most
 ``max_new_tokens`` tokens, and canvas updates that were not read in time are merged, so that at most one
-remains per block.
+remains per block. Traces have a limit of their own.
 """
 
 import threading
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from unmask.diffusion.batch import Committed, Filled, Finished
+from unmask.serving.tracing import Traced
 
-__all__ = ["Admitted", "Failed", "Item", "Outbox"]
+__all__ = ["Admitted", "Failed", "Item", "Outbox", "TracedBlock"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,14 @@ class Failed:
     error: Exception
 
 
-Item = Admitted | Filled | Committed | Finished | Failed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedBlock:
+    """What forwards did for the request since the last block, up to the one after which the next follows."""
+
+    forwards: tuple[Traced, ...]
+
+
+Item = Admitted | Filled | TracedBlock | Committed | Finished | Failed
 
 
 class Outbox:

@@ -54,6 +54,7 @@ class Order:
     logprobs: bool = False
     cache_salt: str = ""
     priority: int = 0
+    trace: bool = False
 
 
 def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
@@ -94,6 +95,7 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
         logprobs=request.sampling.logprobs,
         cache_salt=request.cache_salt,
         priority=request.priority,
+        trace=request.trace,
     )
 
 

@@ -216,7 +216,7 @@ def running_server(
             yield running
         finally:
             if isinstance(batch, GatedBatch):
-                batch.open()  # of a test that failed, a forward still waits, and the model's thread with it
+                batch.open()  # a test that failed leaves its forward waiting, and with it the model's thread
             running.stop(0)
     finally:
         loop.call_soon_threadsafe(loop.stop)

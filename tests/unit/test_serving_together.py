@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from support import counts
 from support.folders import add_tokenizer
 from support.models import random_tokens, tiny_canvas_model, tiny_model
-from support.serving import wait_until
+from support.serving import CountingBatch, wait_until
 from unmask.attention import Attends
-from unmask.diffusion.batch import Batch, Committed, Finished
+from unmask.diffusion.batch import Batch, Committed, Event, Finished
 from unmask.diffusion.full_sequence import CanvasBatch, generate_full_sequence
 from unmask.diffusion.generation import generate
 from unmask.models.base import LanguageModel
@@ -339,6 +339,35 @@ def test_hundreds_of_users_who_come_and_go_each_get_what_they_get_alone(
     )
     record_measurement("ends", str(dict(ends)))
     assert {"left", "FINISH_REASON_LENGTH", "FINISH_REASON_STOP"} <= ends.keys(), ends
+
+
+class Overheard(CountingBatch):
+    """One that is wrong on purpose: a request skips a number when an older one beside it has two blocks."""
+
+    def step(self) -> list[Event]:
+        oldest, *others = self._rows.values()
+        if others and oldest.total == 2 * self.block_length:
+            others[0].next_token += 1
+        return super().step()
+
+
+@pytest.mark.timeout(1800)
+def test_a_crowd_that_is_not_served_well_shrinks_to_the_two_that_disturb_each_other(house: House) -> None:
+    def disturbed(crowd: list[User]) -> bool:
+        told, _ = serve(crowd, Overheard(rows=5, block_length=BLOCK), house.model)
+        alone = [
+            serve([user], CountingBatch(rows=5, block_length=BLOCK), house.model)[0][0] for user in crowd
+        ]
+        return any(
+            got.finished is not None and own.finished is not None and got.whole != own.whole
+            for got, own in zip(told, alone, strict=True)
+        )
+
+    few = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    crowd = find(crowds(6), disturbed, settings=few, random=random.Random(1))
+    assert len(crowd) == 2, crowd
+    assert max(user.new for user in crowd) == 2 * BLOCK + 1, crowd
+    assert all((user.stop, user.parameters, user.temperature) == ((), (), 0.0) for user in crowd), crowd
 
 
 class Caller:

@@ -19,7 +19,7 @@ from parent_death import bound
 from support.folders import GOLDEN, add_tokenizer, served_folder
 from unmask.cli.main import main
 from unmask.client import BlockCommitted, Client, Finished
-from unmask.models import loading
+from unmask.serving import weights
 
 READY = re.compile(r"serving tiny \(LLaDA\w+\) on (\S+:\d+), metrics on (http://\S+/metrics)")
 
@@ -303,7 +303,7 @@ def test_a_server_that_still_reads_its_weights_ends_on_sigterm(
     def read(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loading, "load", read)
+    monkeypatch.setattr(weights, "load_open", read)
     before = signal.getsignal(signal.SIGTERM)
     assert unmask("serve", str(folder), "--port=0", "--metrics-port=0").code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before

@@ -80,7 +80,7 @@ class Aborter:
         return bool(call.cancel())
 
     async def runs_out_of_time(self) -> bool:
-        call = self.stream(self.channel, timeout=self.dice.uniform(0.001, 0.05))
+        call = self.stream(self.channel, timeout=self.dice.uniform(0.001, 0.3))
         try:
             async for _ in call:
                 pass
@@ -147,12 +147,12 @@ WAYS: list[Way] = [
 
 
 async def abort(server: RunningServer, dice: random.Random, count: int) -> Counter[str]:
-    """Abort until ``count`` calls have been; how often in which way."""
+    """Abort until ``count`` calls have been, and one in each way at least; how often in which way."""
     aborted: Counter[str] = Counter()
     ways = cycle(WAYS)
 
     async def some(aborter: Aborter) -> None:
-        while aborted.total() < count:
+        while aborted.total() < count or len(+aborted) < len(WAYS):
             way = next(ways)
             aborted[way.__name__] += await way(aborter)
 

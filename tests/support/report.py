@@ -2,7 +2,8 @@
 
 A test adds a number worth keeping with the ``record_measurement`` fixture. The files are committed, so that a
 reader sees when and on which machine the full counts were last run, and what they measured. With
-``--report-goes-on`` what an earlier run has written there is added to.
+``--report-goes-on`` what an earlier run has written there is added to: a test that failed then and passes now
+is named as such.
 """
 
 import datetime
@@ -54,6 +55,8 @@ class Report:
         self.path = path
         self.measurements: list[dict[str, Any]] = list(earlier.get("measurements", ()))
         self.outcomes: Counter[str] = Counter(earlier.get("outcomes", {}))
+        self.failed: set[str] = set(earlier.get("failed", ()))
+        self.passed_again: set[str] = set(earlier.get("passed_again", ()))
         self.seconds: Counter[str] = Counter(dict(earlier.get("slowest", ())))
         self.started = time.monotonic() - earlier.get("seconds", 0)
 
@@ -61,6 +64,13 @@ class Report:
         self.seconds[report.nodeid] += report.duration
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.outcome] += 1
+        if report.when == "setup" and report.nodeid in self.failed:  # in an earlier run
+            self.failed.discard(report.nodeid)
+            self.passed_again.add(report.nodeid)
+            self.outcomes["failed"] -= 1
+        if report.outcome == "failed":
+            self.failed.add(report.nodeid)
+            self.passed_again.discard(report.nodeid)
         if report.when == "teardown":
             self.measurements += [
                 {"test": report.nodeid, "name": value[0], "value": value[1]}
@@ -82,6 +92,8 @@ class Report:
             "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
             "versions": {"python": platform.python_version(), **_versions()},
             "outcomes": {"passed": 0, "failed": 0, **self.outcomes},
+            "failed": sorted(self.failed),
+            "passed_again": sorted(self.passed_again),
             "seconds": round(time.monotonic() - self.started, 1),
             "slowest": [[name, round(seconds, 1)] for name, seconds in self.seconds.most_common(_SLOWEST)],
             "measurements": self.measurements,
@@ -99,6 +111,10 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"# Test run of {facts['date']}, {counts}\n"
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in facts["outcomes"].items())
     yield f"{outcomes} in {facts['seconds']} s.\n"
+    yield from (f"- failed: `{name}`" for name in facts["failed"])
+    yield from (
+        f"- failed at first, passed in a run that went on: `{name}`" for name in facts["passed_again"]
+    )
     yield f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB of memory"
     yield "- versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     yield "\n## Measurements\n\n| measurement | value | test |\n|---|---|---|"

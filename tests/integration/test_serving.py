@@ -198,7 +198,14 @@ def test_the_model_says_what_it_is(client: Client) -> None:
     assert (info.name, info.architecture, info.vocab_size) == ("tiny", "LLaDA2MoeModelLM", 512)
     assert (info.context_length, info.block_length, info.max_running_requests) == (CONTEXT, 8, ROWS)
     assert info.default_decoding == Decoding(decoder="threshold", threshold=0.05, steps_per_block=8)
-    assert info.decoders == ("threshold", "fixed-steps", "joint-edit")
+    assert info.decoders == (
+        "threshold",
+        "fixed-steps",
+        "joint-edit",
+        "hierarchical",
+        "credit",
+        "entropy-bounded",
+    )
     assert info.has_chat_template
     assert (info.eos_token_id, info.mask_token_id) == (510, 511)
 

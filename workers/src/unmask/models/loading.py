@@ -29,6 +29,7 @@ from unmask.models.checkpoint_files import (
 from unmask.models.config import ModelConfig
 from unmask.models.folder import CHECKSUMS, new_folder, read_json_inside
 from unmask.models.int8 import check_int8, expect_int8, int8_products
+from unmask.models.moe import mixtures_of
 from unmask.models.registry import CONFIG, family_of
 from unmask.models.slots import Slot
 from unmask.models.tensor_file import Piece, StoredTensor
@@ -38,6 +39,7 @@ __all__ = [
     "Quantization",
     "build",
     "check_finite",
+    "copy_tensor",
     "digest_of",
     "fill",
     "initial_values",
@@ -91,7 +93,7 @@ def read_values(path: str | Path) -> Iterator[tuple[Slot, Tensor]]:
     with Checkpoint(Path(path)) as checkpoint:
         for slot in matching_slots(checkpoint):
             value = torch.empty(slot.shape, dtype=torch.float32)
-            _copy(checkpoint, slot.name, value.view(-1))
+            copy_tensor(checkpoint, slot.name, value.view(-1))
             yield slot, value
 
 
@@ -124,8 +126,13 @@ def load_open(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantization: Quantization = "none",
+    experts: Literal["here", "elsewhere"] = "here",
 ) -> LanguageModel:
-    """:func:`load` of a checkpoint that is open."""
+    """:func:`load` of a checkpoint that is open.
+
+    With ``experts="elsewhere"`` the routed experts are neither read nor given memory: what is in their place
+    cannot be called, and whoever computes them (:mod:`unmask.experts`) has to be put there.
+    """
     slots = matching_slots(checkpoint)
     own = DTYPES[checkpoint.tensors[slots[-1].name].dtype]
     if quantization == "int8":
@@ -133,6 +140,10 @@ def load_open(
         expect_int8(model)
     else:
         model = _on_meta(checkpoint.config, dtype or own)
+    if experts == "elsewhere":
+        slots = [slot for slot in slots if slot.expert is None]
+        for mixture in mixtures_of(model).values():
+            mixture.add_module("experts", nn.Identity())
     fill(model.to_empty(device=device), slots, checkpoint)
     return model.eval()
 
@@ -269,10 +280,10 @@ def fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
             buffer.zero_()
         for slot in slots:
             if slot.parameter in state:
-                _copy(source, slot.name, slot.view(state).view(-1))
+                copy_tensor(source, slot.name, slot.view(state).view(-1))
             else:
                 value = torch.empty(slot.shape)
-                _copy(source, slot.name, value.view(-1))
+                copy_tensor(source, slot.name, value.view(-1))
                 products[slot.parameter].put(slot.parameter.rpartition(".")[2], slot.index, value)
         head = products.get("head.weight")
         if head is not None and not head.is_complete:  # the embedding is the output layer, too
@@ -297,8 +308,13 @@ def _pieces(source: TensorSource, name: str) -> Iterator[Tensor]:
         yield finite(content, source.tensors[name].dtype, at=at)
 
 
-def _copy(source: TensorSource, name: str, target: Tensor) -> None:
-    """Copy the tensor ``name`` to ``target``, which is flat."""
+@torch.no_grad()
+def copy_tensor(source: TensorSource, name: str, target: Tensor) -> None:
+    """Copy the tensor ``name`` to ``target``, which is flat, a piece at a time.
+
+    Raises:
+        ModelError: A number is not finite, or the file is shorter than it was.
+    """
     start = 0
     for piece in _pieces(source, name):
         target[start : start + len(piece)].copy_(piece)

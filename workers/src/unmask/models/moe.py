@@ -29,6 +29,7 @@ __all__ = [
     "Routing",
     "experts_one_by_one",
     "grouped_linear",
+    "mixtures_of",
     "softmax_experts",
     "sorted_by_expert",
 ]
@@ -160,7 +161,10 @@ class Experts(nn.Module):
         In inference mode on a CPU an expert's rows are filled up to whole tiles
         (:mod:`unmask.models.row_tiles`), so that who else is in the batch does not change a bit of a token.
         """
-        token_N, weights_N, counts_E = sorted_by_expert(routing, len(self.gate_up_proj))
+        return self.of_copies(hidden_TD, *sorted_by_expert(routing, len(self.gate_up_proj)))
+
+    def of_copies(self, hidden_TD: Tensor, token_N: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
+        """The same of copies of tokens that are sorted already, as :func:`sorted_by_expert` has them."""
         weights_N = weights_N.to(hidden_TD.dtype)
         if torch.is_inference_mode_enabled() and hidden_TD.device.type == "cpu":
             return self._in_tiles(hidden_TD, weights_N, token_N, counts_E)
@@ -294,6 +298,14 @@ class MixtureOfExperts(nn.Module):
             out_TD = out_TD + self.shared_experts(hidden_TD)
         out: Tensor = out_TD.view_as(x)
         return out
+
+
+def mixtures_of(model: nn.Module) -> dict[int, MixtureOfExperts]:
+    """The mixtures of a transformer's layers, by the number of their layer."""
+    layers = model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    found = ((number, layer.get_submodule("feed_forward")) for number, layer in enumerate(layers))
+    return {number: module for number, module in found if isinstance(module, MixtureOfExperts)}
 
 
 def softmax_experts(

@@ -38,6 +38,15 @@ class Slot:
     index: tuple[int | slice, ...] = ()
     """The part of ``parameter`` that the tensor fills; empty for all of it."""
 
+    @property
+    def expert(self) -> int | None:
+        """The number of the routed expert that it is part of; None if of none."""
+        if not self.parameter.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            return None
+        number = self.index[0]
+        assert isinstance(number, int), f"{self.name}: experts are stacked on dimension 0"
+        return number
+
     def view(self, state: "dict[str, Tensor]") -> "Tensor":
         """The part of ``state`` that the tensor fills, sharing its storage."""
         parameter = state[self.parameter]

@@ -7,6 +7,7 @@ wrong then (a disk that fails) leaves a model of both, and ends the server.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from unmask.diffusion.batch import Batch
 from unmask.errors import ModelError, UsageError
@@ -34,6 +35,7 @@ class ServedWeights:
         device: str = "cpu",
         quantization: Quantization = "none",
         root: Path | None = None,
+        experts: Literal["here", "elsewhere"] = "here",
     ) -> None:
         """Load the model in ``folder``.
 
@@ -42,6 +44,7 @@ class ServedWeights:
             device: Where to compute.
             quantization: What weights are kept in, those that come later as well.
             root: The folder that other weights may come from; by default the one that holds ``folder``.
+            experts: Elsewhere: without the routed experts, which shards have.
 
         Raises:
             ModelError, UsageError: As :func:`unmask.models.loading.load`.
@@ -50,16 +53,25 @@ class ServedWeights:
         if quantization == "int8":  # before anything is read
             check_int8(device)
         with Checkpoint(folder) as checkpoint:
-            self.network: LanguageModel = load_open(checkpoint, device=device, quantization=quantization)
-            self.revision = digest_of(checkpoint) if checkpoint.checked else None
+            self.network: LanguageModel = load_open(
+                checkpoint, device=device, quantization=quantization, experts=experts
+            )
+            sharded = experts == "elsewhere"
+            self.revision = digest_of(checkpoint) if checkpoint.checked or sharded else None
+        self._replaceable = not sharded
 
     def check(self, folder: str) -> Replacement:
         """Open the checkpoint in ``folder`` and check all of it; takes as long as to read it.
 
         Raises:
-            UsageError: It is not inside the root.
+            UsageError: It is not inside the root, or the experts are elsewhere.
             ModelError: It cannot take the place of these weights; says why.
         """
+        if not self._replaceable:
+            raise UsageError(
+                "folder: the experts of this server are in shards, which would keep the old ones; start "
+                "shards and server anew with the new model"
+            )
         path = (self._root / folder).resolve()
         if not path.is_relative_to(self._root):
             raise UsageError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from unmask.diffusion.batch import Batch, Committed, Event, Filled, Finished, ForwardCounts
+from unmask.diffusion.batch import Batch, Committed, Event, Filled, Finished, ForwardCounts, ForwardLost
 from unmask.diffusion.decoding import DecodingParams
 from unmask.serving.model import ServedModel
 from unmask.serving.server import Server, ServerOptions
@@ -30,10 +30,18 @@ class CountingBatch:
     Attributes:
         forwards: Tickets that took part in each forward, oldest first.
         fails_at: Number of the forward that raises, if any.
+        lost_at: Number of the forward that is lost with a machine, if any; the next one is not.
     """
 
-    def __init__(self, *, rows: int = 2, block_length: int = 4, fails_at: int | None = None) -> None:
-        self.rows, self.block_length, self.fails_at = rows, block_length, fails_at
+    def __init__(
+        self,
+        *,
+        rows: int = 2,
+        block_length: int = 4,
+        fails_at: int | None = None,
+        lost_at: int | None = None,
+    ) -> None:
+        self.rows, self.block_length, self.fails_at, self.lost_at = rows, block_length, fails_at, lost_at
         self.forwards: list[set[int]] = []
         self._rows: dict[int, _Row] = {}
         self._tickets = 0
@@ -73,6 +81,9 @@ class CountingBatch:
     def step(self) -> list[Event]:
         if len(self.forwards) == self.fails_at:
             raise ArithmeticError("the model came apart")
+        if len(self.forwards) == self.lost_at:
+            self.lost_at = None
+            raise ForwardLost("a shard at 10.0.0.7 is gone")
         self.forwards.append(set(self._rows))
         return [event for ticket in list(self._rows) for event in self._advance(ticket)]
 
@@ -197,7 +208,12 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    batch: Batch, model: ServedModel, *, weights: ServedWeights | None = None, **options: object
+    batch: Batch,
+    model: ServedModel,
+    *,
+    weights: ServedWeights | None = None,
+    complete: Callable[[], bool] = lambda: True,
+    **options: object,
 ) -> Iterator[RunningServer]:
     """Serve on free ports of the loopback until the block is left."""
     loop = asyncio.new_event_loop()
@@ -206,7 +222,7 @@ def running_server(
 
     async def start() -> Server:
         wanted = ServerOptions(port=0, metrics_port=0, **options)  # type: ignore[arg-type]
-        server = Server(batch, model, wanted, weights)
+        server = Server(batch, model, wanted, weights, complete=complete)
         await server.start()
         return server
 

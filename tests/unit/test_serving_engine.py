@@ -13,7 +13,7 @@ from support.serving import CountingBatch, wait_until
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.generation import BlockBatch, Committed, Filled, Finished
 from unmask.errors import UsageError
-from unmask.serving.engine import PHASES, Engine, EngineStopped, ModelFailed, QueueFull, Request
+from unmask.serving.engine import PHASES, Engine, EngineStopped, Interrupted, ModelFailed, QueueFull, Request
 from unmask.serving.outbox import Admitted, Failed, Item, Outbox
 from unmask.serving.ragged import RaggedBatch
 from unmask.telemetry import Recorder, metrics
@@ -353,6 +353,21 @@ def test_a_failed_forward_fails_every_request_and_ends_the_engine(
         assert isinstance(last, Failed) and isinstance(last.error, ModelFailed)
     with pytest.raises(EngineStopped, match="failed"):
         engine.submit(request())
+
+
+def test_a_lost_forward_ends_the_running_requests_and_takes_up_those_that_wait() -> None:
+    bench = Bench(CountingBatch(rows=2, lost_at=3))
+    one, other, waiting = request(), request((20,)), request((30,))
+    bench.submit(one, other, waiting)
+    bench.turn(4)
+    for lost in (one, other):
+        last = lost.outbox.take()[-1]
+        assert isinstance(last, Failed) and isinstance(last.error, Interrupted)
+        assert "10.0.0.7" not in str(last.error), "where shards are is nobody's business"
+    assert bench.engine.load == (0, 1)
+    bench.turn(6)
+    assert tokens(waiting.outbox.take()) == [31, 32, 33, 34, 35, 36]
+    assert bench.recorder.value(metrics.FORWARDS, kind="mixed") == 0
 
 
 def test_a_stopped_engine_lets_nobody_wait_in_vain() -> None:

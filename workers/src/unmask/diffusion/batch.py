@@ -25,6 +25,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "ForwardCounts",
+    "ForwardLost",
     "Generation",
     "NoRoom",
     "Persisted",
@@ -41,6 +42,14 @@ FinishReason: TypeAlias = Literal["eos", "length"]
 
 class NoRoom(RuntimeError):
     """A request cannot be admitted now: no row is free, or the cache has no room until another one ends."""
+
+
+class ForwardLost(RuntimeError):
+    """A forward could not be completed for a reason outside of the model, such as a lost machine.
+
+    No request is the wiser or the worse for it: what they have committed stands. They cannot stay in the
+    batch; release them, and start them again from there, here or elsewhere.
+    """
 
 
 @dataclass(slots=True)

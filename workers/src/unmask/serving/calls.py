@@ -15,7 +15,7 @@ import grpc
 
 from unmask.diffusion.batch import Finished
 from unmask.errors import UsageError
-from unmask.serving.engine import Engine, EngineStopped, ModelFailed, QueueFull, Request
+from unmask.serving.engine import Engine, EngineStopped, Interrupted, ModelFailed, QueueFull, Request
 from unmask.serving.model import ServedModel
 from unmask.serving.narration import Narration
 from unmask.serving.outbox import Failed, Item, Outbox
@@ -228,7 +228,7 @@ def _refusal(error: Exception) -> Refused:
             return Refused(grpc.StatusCode.ABORTED, str(error))
         case ModelFailed():
             return _failure()
-        case EngineStopped():
+        case EngineStopped() | Interrupted():
             return Refused(grpc.StatusCode.UNAVAILABLE, str(error))
         case TimeoutError():
             return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's time is over")

@@ -30,6 +30,7 @@ from unmask.diffusion.batch import (
     Finished,
     FinishReason,
     ForwardCounts,
+    ForwardLost,
     NoRoom,
     Persisted,
     Prefilled,
@@ -41,7 +42,7 @@ from unmask.serving.outbox import Admitted, Failed, Outbox, TracedBlock
 from unmask.serving.tracing import Traced, TraceLog
 from unmask.telemetry import Recorder, metrics
 
-__all__ = ["Engine", "EngineStopped", "ModelFailed", "QueueFull", "Request"]
+__all__ = ["Engine", "EngineStopped", "Interrupted", "ModelFailed", "QueueFull", "Request"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ class EngineStopped(Exception):
 
 class ModelFailed(EngineStopped):
     """A forward raised; the log has the traceback."""
+
+
+class Interrupted(Exception):
+    """The request's forward was lost with a machine; what it had committed stands."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -288,14 +293,34 @@ class Engine:
         if work is not None:
             work.do(self._batch)
         if self._batch.active:
-            started = time.monotonic()
-            events = self._batch.step()
-            ended = time.monotonic()
-            self._record_forward(events, ended - started)
-            self._trace(events, started, ended)
-            for event in events:
-                self._deliver(event)
+            self._forward()
         self._recorder.gauge(metrics.CACHE_USAGE, self._batch.cache_usage)
+
+    def _forward(self) -> None:
+        started = time.monotonic()
+        try:
+            events = self._batch.step()
+        except ForwardLost as error:
+            self._interrupt(error)
+            return
+        ended = time.monotonic()
+        self._record_forward(events, ended - started)
+        self._trace(events, started, ended)
+        for event in events:
+            self._deliver(event)
+
+    def _interrupt(self, error: ForwardLost) -> None:
+        """Let all running requests go; those that wait may have better luck."""
+        logger.error("a forward was lost, and with it its requests: %s", error)
+        with self._changed:
+            lost = dict(self._running)
+            self._running.clear()
+            self._gauge()
+        for ticket, request in lost.items():
+            self._batch.release(ticket)
+            request.outbox.put(
+                Failed(error=Interrupted("a part of the model cannot be had; go on elsewhere"))
+            )
 
     def _release_cancelled(self) -> None:
         for ticket in self._cancelled:

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 SERVICES = tuple(service.full_name for service in generation_pb2.DESCRIPTOR.services_by_name.values())
 _CALLS_BEYOND_QUEUE = 128
 """Calls beside those that run or wait: health, model info, and those about to be refused."""
+_LOOK_S = 0.5
+"""How often it is looked whether all of the model can be had."""
 _CONTROL_CALLS = 64
 """At a time, of those who run the server."""
 
@@ -80,6 +82,8 @@ class Server:
         model: What requests are checked against.
         options: Where to listen, and limits.
         weights: Those that ``batch`` decodes with, if they may be replaced.
+        recorder: Takes the metrics, where others write to it as well.
+        complete: Whether all of the model can be had, where parts of it are elsewhere.
     """
 
     def __init__(
@@ -88,11 +92,15 @@ class Server:
         model: ServedModel,
         options: ServerOptions,
         weights: ServedWeights | None = None,
+        recorder: Recorder | None = None,
+        complete: Callable[[], bool] = lambda: True,
     ) -> None:
         self._options = options
+        self._complete = complete
+        self._looking: asyncio.Task[None] | None = None
         self._failed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.recorder = Recorder()
+        self.recorder = recorder or Recorder()
         self.engine = Engine(
             batch,
             self.recorder,
@@ -160,10 +168,13 @@ class Server:
             await self._control.start()
         self._metrics.start()
         await self._tell(True)
+        self._looking = asyncio.create_task(self._look_for_parts())
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Take nothing new, give running calls ``drain_s`` seconds (or the options'), and end."""
         await self._health.enter_graceful_shutdown()
+        if self._looking is not None:
+            self._looking.cancel()
         self._gate.close_for_good()
         grace_s = self._options.drain_s if drain_s is None else drain_s
         await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
@@ -175,8 +186,22 @@ class Server:
 
     def _well(self) -> tuple[bool, dict[str, Any]]:
         """Whether new calls are taken, for those who ask over HTTP; ``grpc.health.v1`` says it too."""
-        status = "failed" if self._failed.is_set() else "serving" if self._gate.open else "draining"
+        if self._failed.is_set():
+            status = "failed"
+        elif not self._gate.open:
+            status = "draining"
+        else:
+            status = "serving" if self._complete() else "incomplete"
         return status == "serving", {"status": status}
+
+    async def _look_for_parts(self) -> None:
+        """Tell those who watch when a part of the model cannot be had, and when it can again."""
+        complete = True
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._complete() != complete:
+                complete = not complete
+                await self._tell(self._gate.open)
 
     def _count_unreadable(self, method: str) -> None:
         """Such a call counts as any that is refused, where calls are counted."""
@@ -185,9 +210,14 @@ class Server:
             self.recorder.count(metrics.REQUESTS, code=code, finish_reason="")
 
     async def _tell(self, serving: bool) -> None:
-        """Say to those who watch whether new calls are taken."""
-        status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        """Say to those who watch whether new calls are taken.
+
+        A process without a part of the model is alive: it is not mended by being started again.
+        """
+        complete = self._complete()
         for service in ("", *SERVICES):
+            well = serving and (complete or not service)
+            status = HealthCheckResponse.SERVING if well else HealthCheckResponse.NOT_SERVING
             await self._health.set(service, status)
 
     async def failed(self) -> None:
@@ -201,6 +231,8 @@ async def serve(
     options: ServerOptions,
     ready: Callable[[Server], None],
     weights: ServedWeights | None = None,
+    recorder: Recorder | None = None,
+    complete: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serve until SIGTERM or SIGINT; ``ready`` is called when the server answers.
 
@@ -208,7 +240,7 @@ async def serve(
         UsageError: A port cannot be bound.
         RuntimeError: The model failed; the log has the traceback.
     """
-    server = Server(batch, model, options, weights)
+    server = Server(batch, model, options, weights, recorder, complete)
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-__all__ = ["SERVING", "TRAINING", "Metric", "Recorder"]
+__all__ = ["SERVING", "SHARD", "TRAINING", "Metric", "Recorder"]
 
 _PER_FORWARD = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -164,6 +164,53 @@ TOKENS_EDITED = Metric(
     kind="counter",
     help="Generated tokens that a later forward replaced before their block was committed.",
 )
+EXPERT_FRAME_SECONDS = Metric(
+    name="unmask_expert_frame_seconds",
+    kind="histogram",
+    help="Per frame to an expert shard: queue and compute, as the shard says, and wire, which is the rest of "
+    "the time until its answer was there.",
+    labels=("phase",),
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_LATENCY),
+)
+EXPERT_FRAMES = Metric(
+    name="unmask_expert_frames_total",
+    kind="counter",
+    help="Frames sent to expert shards, by why: first, hedge (the first answer is late), or failover (a "
+    "shard was lost, refused, or gave a damaged answer).",
+    labels=("why",),
+)
+EXPERT_BYTES = Metric(
+    name="unmask_expert_bytes_total",
+    kind="counter",
+    help="Bytes of frames to and from expert shards.",
+    labels=("direction",),
+)
+EXPERT_ROWS = Metric(
+    name="unmask_expert_rows_total",
+    kind="counter",
+    help="Token rows of layers with experts (kind: tokens), and copies of them sent to shards (copies).",
+    labels=("kind",),
+)
+EXPERTS_ACTIVATED = Metric(
+    name="unmask_experts_activated",
+    kind="histogram",
+    help="Different experts that the tokens of a forward chose in one layer.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 255, 256),
+)
+EXPERT_IMBALANCE = Metric(
+    name="unmask_expert_imbalance",
+    kind="gauge",
+    help="Of the last layer that was computed: rows of the busiest part over the mean of all parts.",
+)
+EXPERT_SHARDS = Metric(
+    name="unmask_expert_shards",
+    kind="gauge",
+    help="Expert shards by state: ready, banned (passed over for a while), or lost (not connected).",
+    labels=("state",),
+)
+EXPERT_EPOCH = Metric(
+    name="unmask_expert_placement_epoch", kind="gauge", help="The placement of experts that is in use."
+)
 CANVAS_UPDATES_MERGED = Metric(
     name="unmask_canvas_updates_merged_total",
     kind="counter",
@@ -196,7 +243,38 @@ SERVING: tuple[Metric, ...] = (
     TOKENS_ACCEPTED_PER_STEP,
     TOKENS_EDITED,
     CANVAS_UPDATES_MERGED,
+    EXPERT_FRAME_SECONDS,
+    EXPERT_FRAMES,
+    EXPERT_BYTES,
+    EXPERT_ROWS,
+    EXPERTS_ACTIVATED,
+    EXPERT_IMBALANCE,
+    EXPERT_SHARDS,
+    EXPERT_EPOCH,
 )
+
+SHARD_FRAMES = Metric(
+    name="unmask_shard_frames_total",
+    kind="counter",
+    help="Frames that an expert shard answered, by what became of them: ok, malformed, stale, duplicate, "
+    "not_finite, draining or failed.",
+    labels=("status",),
+)
+SHARD_ROWS = Metric(
+    name="unmask_shard_rows_total", kind="counter", help="Token rows that an expert shard computed."
+)
+SHARD_SECONDS = Metric(
+    name="unmask_shard_seconds",
+    kind="histogram",
+    help="Per frame: time that it waited for its turn (queue), and that its experts took (compute).",
+    labels=("phase",),
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_LATENCY),
+)
+SHARD_WEIGHT_BYTES = Metric(
+    name="unmask_shard_weight_bytes", kind="gauge", help="Memory of the expert weights that a shard holds."
+)
+
+SHARD: tuple[Metric, ...] = (SHARD_FRAMES, SHARD_ROWS, SHARD_SECONDS, SHARD_WEIGHT_BYTES)
 
 
 TRAIN_STEP = Metric(name="unmask_train_step", kind="gauge", help="Steps done in the run.")

@@ -1,6 +1,6 @@
 """The reference page of the metrics, written from their table."""
 
-from unmask.telemetry.metrics import SERVING, TRAINING, Metric
+from unmask.telemetry.metrics import SERVING, SHARD, TRAINING, Metric
 
 __all__ = ["markdown"]
 
@@ -32,6 +32,15 @@ The first process of a training job exports these at `http://HOST:PORT/metrics` 
 |---|---|---|---|
 """
 
+_SHARD = """
+## Expert shards
+
+`unmask shard` exports these, and `/healthz`, which answers 503 once the shard drains.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+
 _BUCKETS = """
 ## Buckets
 
@@ -44,8 +53,9 @@ def markdown() -> str:
     """The content of ``docs/reference/metrics.md``."""
     rows = "\n".join(_row(metric) for metric in SERVING)
     training = "\n".join(_row(metric) for metric in TRAINING)
-    bounds = "\n".join(_bounds(metric) for metric in (*SERVING, *TRAINING) if metric.buckets)
-    return f"{_INTRODUCTION}{rows}\n{_TRAINING}{training}\n{_BUCKETS}{bounds}\n"
+    shard = "\n".join(_row(metric) for metric in SHARD)
+    bounds = "\n".join(_bounds(metric) for metric in (*SERVING, *TRAINING, *SHARD) if metric.buckets)
+    return f"{_INTRODUCTION}{rows}\n{_TRAINING}{training}\n{_SHARD}{shard}\n{_BUCKETS}{bounds}\n"
 
 
 def _row(metric: Metric) -> str:

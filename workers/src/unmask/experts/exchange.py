@@ -1,0 +1,437 @@
+"""One layer's rows to the shards and back: sent, waited for, sent again where that is needed, and added up.
+
+One thread, the model's, sends and receives. A layer's rows become one frame for each part (more only where a
+frame would be larger than a shard takes), in the order of the parts; their sums are added in that order,
+whoever answered first. So the result depends on where parts are cut and on nothing else: not on timing, not
+on which replica answered, not on what failed.
+
+A frame is kept until its answer is there, so that it can go to another shard as it is. What decides where and
+when is in :mod:`unmask.experts.failover`.
+
+Shape letters: T tokens, K choices per token, D hidden size.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from queue import Empty
+
+import torch
+from torch import Tensor
+
+from unmask.diffusion.batch import ForwardLost
+from unmask.experts.answering import all_finite
+from unmask.experts.failover import Pace, Standing, next_holder
+from unmask.experts.frames import FrameError, Header, Reply, Status, decode_reply, encode_request
+from unmask.experts.links import Arrived, Began, Inbox, Link, Lost, News
+from unmask.experts.placement import Bounds, HeldParts, best_epoch, holders_of
+from unmask.models.moe import Routing
+from unmask.telemetry import Recorder, metrics
+
+__all__ = ["Exchange", "Flight"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 0.05
+"""Until it is looked again whether a shard has come back."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A frame, and whom it was sent to."""
+
+    header: Header
+    frame: bytes
+    index: Tensor | None
+    """int64 (T_p,): the rows that it has; None for all of them."""
+    began: float
+    asked: dict[str, float] = field(default_factory=dict)
+    """Shards that have it and have not answered, and when it was sent."""
+    tried: set[str] = field(default_factory=set)
+    """Shards that it was ever sent to, unless they were lost and have come back."""
+    late: set[str] = field(default_factory=set)
+    """Those of ``asked`` that have had their strike."""
+    troubles: list[str] = field(default_factory=list)
+    rows: Tensor | None = None
+    """(T_p, D): the sums, once they are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """The frames of one layer that are on their way."""
+
+    pieces: tuple[_Piece, ...]
+    tokens: int
+    like: Tensor
+    """Of whose dtype and device the sums are."""
+
+
+class Exchange:
+    """Sends rows of layers to shards and adds up what comes back. One thread sends and receives.
+
+    Args:
+        links: The ways to the shards; the order says whom to ask first.
+        inbox: Where the links' news arrive.
+        rows_as: What rows are sent as; sums come back as the same.
+        recorder: Takes the metrics.
+        patience_s: How long a forward waits for a part that no shard can be asked for.
+        pace: How long to wait for an answer.
+    """
+
+    def __init__(
+        self,
+        links: Iterable[Link],
+        inbox: Inbox,
+        *,
+        rows_as: torch.dtype = torch.float32,
+        recorder: Recorder | None = None,
+        patience_s: float = 5.0,
+        pace: Pace | None = None,
+    ) -> None:
+        self._links: Mapping[str, Link] = {link.name: link for link in links}
+        self._order = tuple(self._links)
+        self._inbox = inbox
+        self._rows_as = rows_as
+        self.recorder = recorder or Recorder()
+        self._patience_s = patience_s
+        self._sequence = count(1)
+        self._open: dict[int, _Piece] = {}
+        self._pace = pace or Pace()
+        self._standing = {name: Standing() for name in self._links}
+        self._epoch: int | None = None
+        self._bounds: Bounds = ()
+        self._last_layer = -1
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._refresh, name="unmask-placements", daemon=True)
+        self._watch.start()
+
+    # Any thread.
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The ways to the shards."""
+        return tuple(self._links.values())
+
+    @property
+    def placement(self) -> tuple[int, Bounds] | None:
+        """Epoch and bounds that could be gone by now; None while parts of each are held by nobody."""
+        return best_epoch((link.held for link in self._links.values()), current=self._epoch)
+
+    def wait_complete(self, timeout_s: float) -> bool:
+        """Wait until every part is held by a shard; False if that takes longer."""
+        end = time.monotonic() + timeout_s
+        while self.placement is None:
+            if time.monotonic() > end or self._closed.wait(_LONGEST_WAIT_S):
+                return False
+        return True
+
+    @property
+    def missing(self) -> str:
+        """Which shards there are no sessions with, for messages."""
+        lost = [link.name for link in self._links.values() if not link.is_ready]
+        if lost:
+            return f"no session with {', '.join(lost)}"
+        return "all shards are connected, but of no placement all parts are held"
+
+    def close(self) -> None:
+        """End all sessions."""
+        self._closed.set()
+        for link in self._links.values():
+            link.close()
+        self._watch.join(timeout=5)
+
+    def _refresh(self) -> None:
+        """Ask once a second what shards hold, for a placement may be loaded while sessions go on."""
+        while not self._closed.wait(1.0):
+            for link in self._links.values():
+                link.refresh()
+
+    # The model thread.
+
+    def send(self, layer: int, hidden_TD: Tensor, routing: Routing) -> Flight:
+        """Send the rows of a layer on their way.
+
+        Args:
+            layer: Number in the model.
+            hidden_TD: Rows, on any device.
+            routing: Their experts, and the weights of these.
+
+        Raises:
+            ForwardLost: Parts are held by nobody.
+        """
+        if layer <= self._last_layer or self._epoch is None:  # a forward begins
+            self._choose_placement()
+        self._last_layer = layer
+        rows_TD = hidden_TD.to("cpu", self._rows_as)
+        experts_TK, weights_TK = routing.experts.cpu(), routing.weights.to("cpu", torch.float32)
+        pieces = tuple(self._pieces(layer, rows_TD, experts_TK, weights_TK))
+        for piece in pieces:
+            self._open[piece.header.sequence] = piece
+            self._ask(piece, "first")
+        self._record_rows(experts_TK, pieces)
+        return Flight(pieces, len(hidden_TD), hidden_TD)
+
+    def receive(self, flight: Flight) -> Tensor:
+        """The weighted sums of all experts of a layer's rows, (T, D); waits for them.
+
+        Raises:
+            ForwardLost: A part's sums cannot be had.
+        """
+        while any(piece.rows is None for piece in flight.pieces):
+            self._look_after(time.monotonic())
+            try:
+                self._take(self._inbox.get(timeout=self._wait_s(time.monotonic())))
+            except Empty:
+                continue
+        return _added(flight)
+
+    # What is sent.
+
+    def _choose_placement(self) -> None:
+        """Go by the latest placement that is complete.
+
+        Raises:
+            ForwardLost: There is none.
+        """
+        self._drain_inbox()
+        if not self.wait_complete(self._patience_s):
+            raise self._lost(f"experts cannot be had: {self.missing}")
+        found = self.placement
+        if found is None:
+            raise self._lost(f"experts cannot be had: {self.missing}")
+        if found[0] != self._epoch:
+            logger.info("experts of placement %s", found[0])
+            self.recorder.gauge(metrics.EXPERT_EPOCH, found[0])
+        self._epoch, self._bounds = found
+        now = time.monotonic()
+        states = [self._state(name, now) for name in self._order]
+        for state in ("ready", "banned", "lost"):
+            self.recorder.gauge(metrics.EXPERT_SHARDS, states.count(state), state=state)
+
+    def _state(self, name: str, now: float) -> str:
+        if not self._links[name].is_ready:
+            return "lost"
+        return "banned" if self._standing[name].is_banned(now) else "ready"
+
+    def _pieces(
+        self, layer: int, rows_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> Iterable[_Piece]:
+        """The frames of a layer, those of the first part first."""
+        assert self._epoch is not None
+        bounds = torch.tensor(self._bounds)
+        part_TK = torch.bucketize(experts_TK, bounds[1:], right=True)
+        most = min((link.max_tokens for link in self._links.values() if link.is_ready), default=len(rows_TD))
+        for part in range(len(self._bounds) - 1):
+            here_TK = part_TK == part
+            index = here_TK.any(dim=1).nonzero().squeeze(1)
+            slots_TK = torch.where(here_TK, experts_TK - self._bounds[part], -1).to(torch.int16)
+            for some in index.split(max(1, most)):
+                if not len(some):
+                    continue
+                whole = len(some) == len(rows_TD)
+                header = Header(
+                    epoch=self._epoch,
+                    part=part,
+                    layer=layer,
+                    sequence=next(self._sequence),
+                    tokens=len(some),
+                    hidden_size=rows_TD.shape[1],
+                    dtype=rows_TD.dtype,
+                )
+                tensors = (slots_TK, weights_TK, rows_TD)
+                frame = encode_request(
+                    header, *(tensors if whole else (tensor.index_select(0, some) for tensor in tensors))
+                )
+                yield _Piece(header, frame, None if whole else some, time.monotonic())
+
+    def _ask(self, piece: _Piece, why: str) -> bool:
+        """Send a frame to the next shard that holds its part; False if there is none."""
+        now = time.monotonic()
+        name = next_holder(
+            self._holders(piece),
+            tried=piece.tried,
+            ready=lambda name: self._links[name].is_ready,
+            banned=lambda name: self._standing[name].is_banned(now),
+        )
+        if name is None:
+            return False
+        piece.asked[name] = now
+        piece.tried.add(name)
+        self._links[name].send(piece.frame)
+        self.recorder.count(metrics.EXPERT_FRAMES, why=why)
+        self.recorder.count(metrics.EXPERT_BYTES, len(piece.frame), direction="sent")
+        return True
+
+    def _holders(self, piece: _Piece) -> Sequence[str]:
+        held: dict[str, HeldParts] = {}
+        for name, link in self._links.items():
+            parts = link.held.get(piece.header.epoch)
+            if parts is not None and parts.bounds == self._bounds:
+                held[name] = parts
+        return holders_of(piece.header.part, held, self._order)
+
+    # What comes back.
+
+    def _drain_inbox(self) -> None:
+        """Take what came between two forwards: late answers, sessions that ended or began."""
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _take(self, news: News) -> None:
+        match news:
+            case Arrived(link, message):
+                self._take_answer(link, message)
+            case Lost(link, why):
+                self._take_loss(link, why)
+            case Began(link):
+                for piece in self._open.values():
+                    piece.tried.discard(link)
+
+    def _take_answer(self, name: str, message: bytes) -> None:
+        self.recorder.count(metrics.EXPERT_BYTES, len(message), direction="received")
+        try:
+            reply = decode_reply(message)
+            piece = self._open.get(reply.header.sequence)
+            if piece is None or name not in piece.asked:
+                return  # another one was faster
+            if reply.rows is not None:
+                _check(reply, piece)
+        except FrameError as error:
+            self._distrust(name, f"a damaged answer: {error}")
+            return
+        if reply.rows is None:
+            self._take_refusal(name, piece, reply)
+            return
+        self._accept(name, piece, reply)
+
+    def _accept(self, name: str, piece: _Piece, reply: Reply) -> None:
+        now = time.monotonic()
+        seconds = now - piece.asked[name]
+        piece.rows = reply.rows
+        del self._open[piece.header.sequence]
+        self._pace.observe(seconds)
+        if name not in piece.late:
+            self._standing[name].answered()
+        for other, since in piece.asked.items():
+            slower = other != name and since <= piece.asked[name]
+            if slower and other not in piece.late:  # a hedge that came later was the faster one
+                self._standing[other].strike(now)
+        queue, compute = reply.header.queue_us / 1e6, reply.header.compute_us / 1e6
+        phases = {"queue": queue, "compute": compute, "wire": max(0.0, seconds - queue - compute)}
+        for phase, value in phases.items():
+            self.recorder.observe(metrics.EXPERT_FRAME_SECONDS, value, phase=phase)
+
+    def _take_refusal(self, name: str, piece: _Piece, reply: Reply) -> None:
+        status = reply.header.status
+        logger.warning("shard %s: %s: %s", name, status.name, reply.message)
+        del piece.asked[name]
+        piece.troubles.append(f"{name}: {reply.message}")
+        match status:
+            case Status.DRAINING:
+                self._links[name].leave()
+            case Status.STALE:
+                self._links[name].refresh()
+            case _:
+                self._standing[name].strike(time.monotonic())
+        if not piece.asked:
+            self._ask(piece, "failover")
+
+    def _take_loss(self, name: str, why: str) -> None:
+        waiting = [piece for piece in self._open.values() if name in piece.asked]
+        if waiting:
+            self._standing[name].strike(time.monotonic())
+        for piece in waiting:
+            del piece.asked[name]
+            piece.troubles.append(f"{name}: {why}")
+            if not piece.asked:
+                self._ask(piece, "failover")
+
+    def _distrust(self, name: str, why: str) -> None:
+        """Let go of a session whose bytes make no sense; its frames go elsewhere."""
+        logger.warning("shard %s: %s", name, why)
+        self._links[name].break_off()
+        self._take_loss(name, why)
+
+    # Time passes.
+
+    def _wait_s(self, now: float) -> float:
+        """Until something has to be looked after, at most."""
+        timing = self._pace.timing
+        ends = [now + _LONGEST_WAIT_S]
+        for piece in self._open.values():
+            for name, since in piece.asked.items():
+                ends.append(since + timing.hedge_s)
+                if name not in piece.late:
+                    ends.append(since + timing.give_up_s)
+        return max(0.001, min(end for end in ends if end > now) - now)
+
+    def _look_after(self, now: float) -> None:
+        """Send again what is late, pass over who is out, and end what cannot be had.
+
+        Raises:
+            ForwardLost: A part's sums cannot be had.
+        """
+        timing = self._pace.timing
+        for piece in list(self._open.values()):
+            for name, since in piece.asked.items():
+                if now - since > timing.give_up_s and name not in piece.late:
+                    piece.late.add(name)
+                    self._standing[name].strike(now)
+            if not piece.asked:
+                self._ask(piece, "failover")
+            elif now - max(piece.asked.values()) > timing.hedge_s:
+                self._ask(piece, "hedge")
+            if now - piece.began > self._patience_s:
+                told = "; ".join(dict.fromkeys(piece.troubles)) or "no answer"
+                raise self._lost(f"part {piece.header.part} of the experts cannot be had: {told}")
+
+    def _lost(self, why: str) -> ForwardLost:
+        self._open.clear()
+        self._last_layer = -1
+        return ForwardLost(why)
+
+    def _record_rows(self, experts_TK: Tensor, pieces: Sequence[_Piece]) -> None:
+        tokens = len(experts_TK)
+        copies = [tokens if piece.index is None else len(piece.index) for piece in pieces]
+        self.recorder.count(metrics.EXPERT_ROWS, tokens, kind="tokens")
+        self.recorder.count(metrics.EXPERT_ROWS, sum(copies), kind="copies")
+        self.recorder.observe(
+            metrics.EXPERTS_ACTIVATED, int((torch.bincount(experts_TK.flatten()) > 0).sum())
+        )
+        parts = len(self._bounds) - 1
+        self.recorder.gauge(metrics.EXPERT_IMBALANCE, max(copies) * parts / sum(copies))
+
+
+def _check(reply: Reply, piece: _Piece) -> None:
+    """See to it that an answer is that of the frame.
+
+    Raises:
+        FrameError: It is not.
+    """
+    got, asked, rows = reply.header, piece.header, reply.rows
+    assert rows is not None
+    if (got.epoch, got.part, got.layer) != (asked.epoch, asked.part, asked.layer):
+        raise FrameError("the answer is that of another part, layer or placement", got)
+    if (got.tokens, got.hidden_size, got.dtype) != (asked.tokens, asked.hidden_size, asked.dtype):
+        raise FrameError(
+            f"got {got.tokens} x {got.hidden_size} numbers, expected {asked.tokens} x {asked.hidden_size}",
+            got,
+        )
+    if not all_finite(rows):
+        raise FrameError("got numbers that are infinite or not numbers", got)
+
+
+def _added(flight: Flight) -> Tensor:
+    """The pieces' sums, added in their order: (T, D)."""
+    total_TD = torch.zeros(flight.tokens, flight.like.shape[1], dtype=flight.like.dtype)
+    for piece in flight.pieces:
+        assert piece.rows is not None
+        rows = piece.rows.to(total_TD.dtype)
+        if piece.index is None:
+            total_TD += rows
+        else:
+            total_TD.index_add_(0, piece.index, rows)
+    return total_TD.to(flight.like.device)

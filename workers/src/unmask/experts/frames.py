@@ -1,0 +1,361 @@
+"""Frames: what an engine and an expert shard send each other, byte by byte.
+
+A frame is the ``raw`` field of a protobuf ``ShardFrame``, so whoever has the generated code can read and
+write it; here the field's tag and length are put before it by hand, which saves two copies of the rows. (A
+length of fewer bytes is as good; such a message is copied once.) Numbers are little-endian; every section is
+filled up with zeros to a multiple of 8 bytes. ::
+
+    bytes     what
+    1 + 5     tag of the field, and its length as a varint of always five bytes
+    58        header: see ``_HEADER``
+    T x K x 2 request: which of the part's experts each choice of each token is, int16; -1: another part's
+    T x K x 4 request: the weight of each choice, float32
+    T x D x s rows: hidden states in a request, weighted sums in a reply; float32 (s = 4) or bfloat16 (s = 2)
+    n         reply that is a refusal: its message, UTF-8, in place of rows
+
+So rows begin at a multiple of 8 bytes of a message, as vector instructions like it.
+
+The checksum is a sum of 64-bit words, and the CRC-32 of the header: it tells a flipped bit, a piece that is
+missing, a frame that is another one's. It costs a fifth of what a CRC of all would. It is no protection
+against an attacker, which is what TLS is for.
+
+Shape letters: T tokens of the frame, K choices per token, D hidden size.
+"""
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from unmask.v1 import experts_pb2 as pb
+
+__all__ = [
+    "ABSENT",
+    "FrameError",
+    "Header",
+    "Reply",
+    "Request",
+    "Status",
+    "WireDtype",
+    "decode_reply",
+    "decode_request",
+    "encode_refusal",
+    "encode_reply",
+    "encode_request",
+    "header_of",
+    "wire_dtype",
+]
+
+WireDtype: TypeAlias = Literal["float32", "bfloat16"]
+"""What rows are sent as."""
+
+ABSENT = -1
+"""Stands for an expert of another part."""
+
+_TAG = b"\x0a"  # field 1, length-delimited
+_PREFIX = 6
+_MAGIC = b"UMX1"
+_HEADER = struct.Struct("<4sBBBBHHHHIIIQQII6x")
+_START = _PREFIX + _HEADER.size
+_CHECKSUM = slice(36, 44)
+"""Where it lies in the header."""
+_DTYPES: dict[int, torch.dtype] = {0: torch.float32, 1: torch.bfloat16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_REQUEST, _REPLY = 1, 2
+_WORDS = (1 << 64) - 1
+_MOST_MESSAGE_BYTES = 512
+
+assert _START == 64
+
+with warnings.catch_warnings():
+    # Received bytes are read in place and never written; torch warns of that once in a process.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.frombuffer(bytes(8), dtype=torch.int64)
+
+
+class Status(IntEnum):
+    """What became of a frame."""
+
+    OK = 0
+    MALFORMED = 1
+    """The frame contradicts itself, or the model's shape."""
+    STALE = 2
+    """No such placement, or the part is not held: ask what is."""
+    DUPLICATE = 3
+    """The session has had a frame of this number; order does not matter, for frames depend on nothing."""
+    NOT_FINITE = 4
+    """Sums came out infinite or not a number."""
+    DRAINING = 5
+    """The shard is shutting down."""
+    FAILED = 6
+    """A defect; the shard's log has it."""
+
+
+class FrameError(Exception):
+    """Bytes that are no frame, or not the one expected; says what is wrong, in one line."""
+
+    def __init__(self, message: str, header: "Header | None" = None) -> None:
+        super().__init__(message)
+        self.header = header
+        """Of the frame, where that much of it could be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The numbers of a frame."""
+
+    epoch: int
+    """Of the placement."""
+    part: int
+    layer: int
+    """Number in the model, dense layers counted."""
+    sequence: int
+    """Of the engine, over all its sessions; the reply has that of its request."""
+    tokens: int
+    """T."""
+    choices: int = 0
+    """K; 0 in a reply."""
+    hidden_size: int = 0
+    """D."""
+    micro_batch: int = 0
+    dtype: torch.dtype = torch.float32
+    status: Status = Status.OK
+    queue_us: int = 0
+    """Of a reply: from the frame's arrival to its turn."""
+    compute_us: int = 0
+    """Of a reply: from then on to its sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Rows for the experts of one part of one layer."""
+
+    header: Header
+    slots: Tensor
+    """int16 (T, K): number of the expert in its part, or :data:`ABSENT`."""
+    weights: Tensor
+    """float32 (T, K)."""
+    rows: Tensor
+    """(T, D)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the part's experts made of the rows, weighted and added up; or why there is nothing."""
+
+    header: Header
+    rows: Tensor | None
+    """(T, D)."""
+    message: str = ""
+
+
+def wire_dtype(name: WireDtype) -> torch.dtype:
+    """The number format that ``name`` stands for."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def encode_request(header: Header, slots_TK: Tensor, weights_TK: Tensor, rows_TD: Tensor) -> bytes:
+    """A request as one message.
+
+    Args:
+        header: ``tokens``, ``choices``, ``hidden_size`` and ``dtype`` are set from the tensors.
+        slots_TK: int16.
+        weights_TK: float32.
+        rows_TD: float32 or bfloat16.
+    """
+    header = replace(
+        header,
+        tokens=len(rows_TD),
+        choices=slots_TK.shape[1],
+        hidden_size=rows_TD.shape[1],
+        dtype=rows_TD.dtype,
+    )
+    return _joined(_REQUEST, header, [_bytes_of(slots_TK), _bytes_of(weights_TK), _bytes_of(rows_TD)])
+
+
+def encode_reply(header: Header, rows_TD: Tensor, *, queue_us: int = 0, compute_us: int = 0) -> bytes:
+    """The answer to the request of ``header`` as one message."""
+    header = replace(
+        header, choices=0, dtype=rows_TD.dtype, queue_us=_capped(queue_us), compute_us=_capped(compute_us)
+    )
+    return _joined(_REPLY, header, [_bytes_of(rows_TD)])
+
+
+def encode_refusal(header: Header, status: Status, message: str) -> bytes:
+    """Says that there is no answer to the request of ``header``."""
+    header = replace(header, tokens=0, choices=0, hidden_size=0, dtype=torch.float32, status=status)
+    return _joined(_REPLY, header, [memoryview(message.encode()[:_MOST_MESSAGE_BYTES])])
+
+
+def header_of(message: bytes) -> Header:
+    """The numbers of a frame, without a look at what follows them.
+
+    Raises:
+        FrameError: There are none.
+    """
+    return _read(_framed(message))[0]
+
+
+def decode_request(message: bytes) -> Request:
+    """Read a request; its tensors share the message's memory and must not be written.
+
+    Raises:
+        FrameError: It is none, or damaged.
+    """
+    message = _framed(message)
+    header, kind, checksum = _read(message)
+    if kind != _REQUEST:
+        raise FrameError(f"kind: got {kind}, a request is {_REQUEST}", header)
+    tokens, choices, hidden = header.tokens, header.choices, header.hidden_size
+    if not (tokens and choices and hidden):
+        raise FrameError(f"got {tokens} tokens x {choices} choices x {hidden} numbers, none may be 0", header)
+    sizes = [tokens * choices * 2, tokens * choices * 4, tokens * hidden * header.dtype.itemsize]
+    slots, weights, rows = _sections(message, header, sizes)
+    _check_sum(message, header, checksum)
+    return Request(
+        header,
+        torch.frombuffer(slots, dtype=torch.int16).view(tokens, choices),
+        torch.frombuffer(weights, dtype=torch.float32).view(tokens, choices),
+        torch.frombuffer(rows, dtype=header.dtype).view(tokens, hidden),
+    )
+
+
+def decode_reply(message: bytes) -> Reply:
+    """Read a reply; its rows share the message's memory and must not be written.
+
+    Raises:
+        FrameError: It is none, or damaged.
+    """
+    message = _framed(message)
+    header, kind, checksum = _read(message)
+    if kind != _REPLY:
+        raise FrameError(f"kind: got {kind}, a reply is {_REPLY}", header)
+    if header.status is not Status.OK:
+        _check_sum(message, header, checksum)
+        return Reply(header, None, message[_START:].rstrip(b"\0").decode(errors="replace"))
+    if not (header.tokens and header.hidden_size):
+        raise FrameError(f"got {header.tokens} tokens x {header.hidden_size} numbers, none may be 0", header)
+    (rows,) = _sections(message, header, [header.tokens * header.hidden_size * header.dtype.itemsize])
+    _check_sum(message, header, checksum)
+    return Reply(header, torch.frombuffer(rows, dtype=header.dtype).view(header.tokens, header.hidden_size))
+
+
+def _joined(kind: int, header: Header, sections: list[memoryview]) -> bytes:
+    """One message: the only copy that is made here."""
+    parts: list[memoryview | bytes] = []
+    total = 0
+    for section in sections:
+        total += _sum_of_words(section)
+        parts += [section, bytes(-len(section) % 8)]
+    length = _HEADER.size + sum(map(len, parts))
+    checksum = (total + _crc(_packed(kind, header, 0))) & _WORDS
+    return b"".join([_TAG, _varint(length), _packed(kind, header, checksum), *parts])
+
+
+def _packed(kind: int, header: Header, checksum: int) -> bytes:
+    return _HEADER.pack(
+        _MAGIC,
+        kind,
+        _CODES[header.dtype],
+        header.status,
+        0,
+        header.part,
+        header.layer,
+        header.micro_batch,
+        header.choices,
+        header.epoch,
+        header.tokens,
+        header.hidden_size,
+        header.sequence,
+        checksum,
+        header.queue_us,
+        header.compute_us,
+    )
+
+
+def _framed(message: bytes) -> bytes:
+    """The message with tag and length as they are written here."""
+    own = len(message) >= _PREFIX and message[:1] == _TAG
+    if own and message[1:_PREFIX] == _varint(len(message) - _PREFIX):
+        return message
+    try:
+        raw = pb.ShardFrame.FromString(message).raw
+    except DecodeError as error:
+        raise FrameError("the message is no ShardFrame") from error
+    return b"".join([_TAG, _varint(len(raw)), raw])
+
+
+def _read(message: bytes) -> tuple[Header, int, int]:
+    """Header, kind and checksum."""
+    if len(message) < _START:
+        raise FrameError(f"got {len(message)} bytes, a frame has at least {_START}")
+    magic, kind, dtype, status, flags, *numbers = _HEADER.unpack_from(message, _PREFIX)
+    part, layer, micro_batch, choices, epoch, tokens, hidden, sequence, checksum, queue, compute = numbers
+    if magic != _MAGIC:
+        raise FrameError(f"got a frame of {magic!r}, this is {_MAGIC!r}; run one version on both sides")
+    header = Header(
+        epoch=epoch,
+        part=part,
+        layer=layer,
+        sequence=sequence,
+        tokens=tokens,
+        choices=choices,
+        hidden_size=hidden,
+        micro_batch=micro_batch,
+        queue_us=queue,
+        compute_us=compute,
+    )
+    if dtype not in _DTYPES or status not in Status.__members__.values() or flags:
+        raise FrameError(f"dtype, status, flags: got {dtype}, {status}, {flags}: unknown ones", header)
+    return replace(header, dtype=_DTYPES[dtype], status=Status(status)), kind, checksum
+
+
+def _sections(message: bytes, header: Header, sizes: list[int]) -> list[memoryview]:
+    """What follows the header, cut into sections of so many bytes."""
+    view = memoryview(message)
+    found, start = [], _START
+    for size in sizes:
+        found.append(view[start : start + size])
+        start += size + -size % 8
+    if start != len(message):
+        raise FrameError(f"got {len(message)} bytes, the header's numbers make it {start}", header)
+    return found
+
+
+def _check_sum(message: bytes, header: Header, expected: int) -> None:
+    total = _sum_of_words(memoryview(message)[_START:]) + _crc(message[_PREFIX:_START])
+    if total & _WORDS != expected:
+        raise FrameError("the checksum is not that of the frame: it was damaged on its way", header)
+
+
+def _crc(packed: bytes) -> int:
+    """Of a packed header, but for its checksum."""
+    return zlib.crc32(packed[: _CHECKSUM.start] + bytes(8) + packed[_CHECKSUM.stop :])
+
+
+def _sum_of_words(section: memoryview) -> int:
+    """The sum of the section's 64-bit words, the last one filled up with zeros, modulo 2^64."""
+    whole = len(section) & ~7
+    total = int(torch.frombuffer(section[:whole], dtype=torch.int64).sum()) if whole else 0
+    return (total + int.from_bytes(section[whole:], "little")) & _WORDS
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _varint(number: int) -> bytes:
+    """Always five bytes, so that all frames begin alike; enough for 32 GiB."""
+    low = bytes((number >> shift) & 0x7F | 0x80 for shift in (0, 7, 14, 21))
+    return low + bytes([number >> 28])
+
+
+def _capped(microseconds: int) -> int:
+    return max(0, min(microseconds, (1 << 32) - 1))

@@ -31,6 +31,8 @@ COMMANDS = {
     "train": "Train: one worker process of a job.",
     "plot": "Draw the curves of a training run.",
     "serve": "Answer generation requests over gRPC.",
+    "shard": "Compute experts for servers.",
+    "experts": "Say what expert shards hold, and move experts between them.",
     "generate": "Ask a server to write.",
     "control": "Drain a server, end its calls, replace its weights.",
     "bench": "Measure a server under load.",

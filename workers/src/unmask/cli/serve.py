@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,8 +14,11 @@ from unmask.cli.local_path import LocalPath
 from unmask.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
+    from unmask.experts.exchange import Exchange
     from unmask.models.config import ModelConfig
     from unmask.serving.server import Server
+    from unmask.serving.weights import ServedWeights
+    from unmask.telemetry import Recorder
 
 __all__ = ["command"]
 
@@ -126,6 +129,26 @@ __all__ = ["command"]
     help="int8: weights and activations of eight bits, on a CPU; changes what is generated.",
 )
 @click.option(
+    "--experts",
+    metavar="HOST:PORT,...",
+    help="Expert shards of the same model (`unmask shard`), which compute the routed experts; this process "
+    "then neither reads nor holds them.",
+)
+@click.option(
+    "--experts-rows",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What token rows are sent to shards as; bfloat16 halves the bytes and changes what is generated.",
+)
+@click.option(
+    "--experts-wait-seconds",
+    type=click.FloatRange(0),
+    default=300,
+    show_default=True,
+    help="How long to wait for the shards before the server begins.",
+)
+@click.option(
     "--threads", type=click.IntRange(1), help="CPU threads for one forward pass.  [default: torch's own]"
 )
 def command(
@@ -149,9 +172,15 @@ def command(
     max_connection_age_seconds: float | None,
     device: str,
     quantization: Literal["none", "int8"],
+    experts: str | None,
+    experts_rows: Literal["float32", "bfloat16"],
+    experts_wait_seconds: float,
     threads: int | None,
 ) -> None:
     """Answer generation requests with the masked-diffusion model in DIR, over gRPC (unmask.v1.Generation).
+
+    With --experts, expert shards compute the routed experts of a mixture of experts. If one is lost, those
+    that hold the same experts take over, and no token changes.
 
     With --http-port, also over HTTP as OpenAI's clients ask: /v1/completions, /v1/chat/completions and
     /v1/models. With --control-port, `unmask control` may end calls, drain the server and replace its weights.
@@ -170,6 +199,7 @@ def command(
     from unmask.serving.model import ServedModel
     from unmask.serving.server import ServerOptions, serve
     from unmask.serving.weights import ServedWeights
+    from unmask.telemetry import Recorder
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if threads is not None:
@@ -178,7 +208,19 @@ def command(
     _refuse_autoregressive(folder, config)
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
-    weights = ServedWeights(folder, device=device, quantization=quantization, root=weights_root)
+    weights = ServedWeights(
+        folder,
+        device=device,
+        quantization=quantization,
+        root=weights_root,
+        experts="here" if experts is None else "elsewhere",
+    )
+    recorder = Recorder()
+    exchange: Exchange | None = None
+    if experts is not None:
+        exchange = click.get_current_context().with_resource(
+            _sharded(weights, experts.split(","), experts_rows, experts_wait_seconds, recorder)
+        )
     batch = described.batch(
         weights.network,
         cache_bytes=None if cache_mib is None else cache_mib << 20,
@@ -208,7 +250,35 @@ def command(
             + ("" if server.control_port is None else f", control on {control_host}:{server.control_port}")
         )
 
-    asyncio.run(serve(batch, described, options, ready, weights))
+    def complete() -> bool:
+        return exchange is None or exchange.placement is not None
+
+    asyncio.run(serve(batch, described, options, ready, weights, recorder, complete))
+
+
+@contextmanager
+def _sharded(
+    weights: "ServedWeights",
+    addresses: Sequence[str],
+    rows_as: Literal["float32", "bfloat16"],
+    wait_s: float,
+    recorder: "Recorder",
+) -> "Iterator[Exchange]":
+    """Have shards compute the experts of the model."""
+    from unmask.experts.connecting import connected
+    from unmask.experts.mixture import shard_experts
+
+    assert weights.revision is not None
+    with connected(
+        addresses, weights.network.config, revision=weights.revision, rows_as=rows_as, recorder=recorder
+    ) as exchange:
+        if not exchange.wait_complete(wait_s):
+            raise UsageError(
+                f"--experts: after {wait_s:g} s {exchange.missing}; start a shard for each part of the "
+                "model, `unmask shard --shard 0/2` and so on"
+            )
+        shard_experts(weights.network, exchange)
+        yield exchange
 
 
 @contextmanager

@@ -24,7 +24,7 @@ OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-decode bench-serve bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-shards test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-decode bench-serve bench-shards bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ test-serving: setup ## Prove what a server holds: REQUESTS=200, MESSAGES=1000000
 	@UNMASK_REQUESTS=$(REQUESTS) UNMASK_MESSAGES=$(MESSAGES) UNMASK_ABORTS=$(ABORTS) UNMASK_STREAMS=$(STREAMS) \
 	  $(PYTEST) -m serving
 
+test-shards: setup ## Prove that a lost expert shard changes no token: every layer and step, every fault
+	@UNMASK_FULL=1 $(PYTEST) -m shards
+
 # How often `make test-kills` kills.
 KILLS ?= 300
 
@@ -97,11 +100,8 @@ cluster: images setup ## Run a Kubernetes of one node in the foreground until En
 bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once to a real API server; prints JSON
 	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
-# What a server holds is counted in millions, which takes hours, and has a target of its own, test-serving.
-OF_SERVING := UNMASK_REQUESTS=50 UNMASK_MESSAGES=20000 UNMASK_ABORTS=200 UNMASK_STREAMS=1000
-
-test-full: setup-eval images ## Run every test at its full counts (a tenth of test-serving's or less); writes docs/reports/test-full.*
-	@UNMASK_FULL=1 $(OF_SERVING) $(PYTEST) --report=docs/reports/test-full $(SPREAD) -m "not ($(ON_A_NODE))"
+test-full: setup-eval images ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full $(SPREAD) -m "not ($(ON_A_NODE))"
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full --report-goes-on -m "$(ON_A_NODE)" $(OR_NONE)
 
 lint: setup ## Check format, style, types and who imports whom
@@ -138,6 +138,9 @@ bench-decode: setup ## Time decoding beside the plain and the published way; BEN
 
 bench-serve: setup ## Time a server's forwards and what its users wait for; the last line is one JSON object (minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/serving.py
+
+bench-shards: setup ## Time expert shards beside bare bytes and the whole model; the last line is one JSON object (minutes)
+	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/shards.py $(BENCH)
 
 bench-train: setup ## Time a training step against the public recipe's, for speed and memory (minutes)
 	@$(RUN) python benchmarks/training.py $(BENCH)

@@ -18,6 +18,8 @@ from unmask.serving.weights import ServedWeights
 class _Row:
     params: DecodingParams
     next_token: int
+    first_block: int
+    """The one that the first generated token is in, counted from the prompt's start."""
     tokens: list[int] = field(default_factory=list)
     """Of the current block."""
     total: int = 0
@@ -69,7 +71,8 @@ class CountingBatch:
         assert self.free_rows
         self._tickets += 1
         last = [*prompt, *committed][-1]
-        self._rows[self._tickets] = _Row(params, last + 1, total=len(committed))
+        first_block = len(prompt) // self.block_length
+        self._rows[self._tickets] = _Row(params, last + 1, first_block, total=len(committed))
         return self._tickets
 
     def release(self, ticket: int) -> None:
@@ -94,7 +97,7 @@ class CountingBatch:
         row.next_token, row.total = token + 1, row.total + 1
         row.usage.denoise += 1
         row.usage.positions += self.block_length
-        block = position // self.block_length
+        block = row.first_block + position // self.block_length
         left = self.block_length - len(row.tokens)
         yield Filled(ticket, block, len(row.tokens) - 1, (position,), (token,), (0.5,), left)
         done = row.total == row.params.max_new_tokens

@@ -445,6 +445,15 @@ def test_a_refusal_tells_of_so_many_fields_as_fit_a_status() -> None:
     assert str(refused).endswith("field19: is wrong; and 980 more")
 
 
+def test_fields_with_much_to_say_leave_room_for_fewer() -> None:
+    refused = invalid([Violation(f"sampling.stop[{n}]", "must have 1 to 256 bytes, " * 4) for n in range(30)])
+    assert len(refused.violations) == 6
+    assert str(refused).endswith("; and 24 more")
+    metadata = dict(refused.status().trailing_metadata or ())
+    assert len(str(refused)) + len(metadata["grpc-status-details-bin"]) < 3000
+    assert len(invalid([Violation("stop", "x" * 5000)]).violations) == 1, "one is always told"
+
+
 def test_chat_without_a_template_is_refused(tmp_path: Path) -> None:
     folder = served_folder(tmp_path / "tiny", chat=False)
     model = ServedModel.describe(folder, read_config(folder), name="m", rows=1, context_length=None)

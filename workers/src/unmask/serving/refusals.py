@@ -7,6 +7,7 @@ metadata. So it is short, and it repeats nothing of a request but numbers and na
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -17,7 +18,8 @@ from grpc_status import rpc_status
 __all__ = ["Refused", "Violation", "invalid", "quoted"]
 
 _MOST_VIOLATIONS = 20
-"""As many are told; whoever mends them hears of the next."""
+_MOST_TOLD_BYTES = 750
+"""As many are told; whoever mends them hears of the next. What is told goes into a status three times."""
 _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,128}")
 
 
@@ -69,8 +71,10 @@ class Refused(Exception):
 
 
 def invalid(violations: Sequence[Violation]) -> Refused:
-    """INVALID_ARGUMENT for these fields."""
-    told = violations[:_MOST_VIOLATIONS]
+    """INVALID_ARGUMENT for these fields, or as many of them as a status has room for."""
+    sizes = accumulate(len(f"{one.field}: {one.description}; ".encode()) for one in violations)
+    fitting = sum(size <= _MOST_TOLD_BYTES for size in sizes)
+    told = violations[: max(1, min(fitting, _MOST_VIOLATIONS))]
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in told)
     if len(violations) > len(told):
         message += f"; and {len(violations) - len(told)} more"

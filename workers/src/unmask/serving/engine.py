@@ -15,7 +15,6 @@ What needs the batch for itself (new weights) waits until no request runs; other
 import logging
 import threading
 import time
-from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -40,6 +39,7 @@ from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UnmaskError, UsageError
 from unmask.serving.outbox import Admitted, Failed, Outbox, TracedBlock
 from unmask.serving.tracing import Traced, TraceLog
+from unmask.serving.waiting import WaitingLine
 from unmask.telemetry import Recorder, metrics
 
 __all__ = ["Engine", "EngineStopped", "Interrupted", "ModelFailed", "QueueFull", "Request"]
@@ -156,8 +156,7 @@ class Engine:
         self._on_failure = on_failure
         self._changed = threading.Condition()
         # All below is guarded by _changed.
-        self._waiting: list[Request] = []
-        """In the order in which they will be taken up."""
+        self._waiting: WaitingLine[Request] = WaitingLine()
         self._running: dict[int, Request] = {}
         self._cancelled: set[int] = set()
         self._works: deque[_Work] = deque()
@@ -186,7 +185,7 @@ class Engine:
             self._check_room(request)
             outcome = request.outcome()
             if outcome is None:
-                insort(self._waiting, request, key=lambda one: -one.priority)
+                self._waiting.join(request)
                 self._gauge()
                 self._changed.notify()
                 return
@@ -196,11 +195,9 @@ class Engine:
     def cancel(self, request: Request) -> bool:
         """Let a request go, and say whether it was there; nothing happens if it has ended."""
         with self._changed:
-            waited = request in self._waiting
+            waited = self._waiting.leave(request)
             runs = not waited and request.ticket in self._running
-            if waited:
-                self._waiting.remove(request)
-            elif runs and request.ticket is not None:
+            if runs and request.ticket is not None:
                 self._cancelled.add(request.ticket)
             self._gauge()
             self._changed.notify()
@@ -330,7 +327,7 @@ class Engine:
 
     def _admit_waiting(self) -> None:
         while self._waiting and self._batch.free_rows:
-            request = self._waiting[0]
+            request = self._waiting.first
             try:
                 request.ticket = self._batch.admit(
                     request.prompt, request.params, request.committed, cache_salt=request.cache_salt
@@ -339,9 +336,9 @@ class Engine:
                 return
             except UsageError as error:
                 request.outbox.put(Failed(error=error))
-                del self._waiting[0]
+                self._waiting.leave(request)
                 continue
-            del self._waiting[0]
+            self._waiting.leave(request)
             self._running[request.ticket] = request
             request.admitted = time.monotonic()
             queue_seconds = request.admitted - request.arrived
@@ -426,12 +423,11 @@ class Engine:
         if len(self._waiting) >= room:
             why = f"full: it holds at most {self._max_queue_requests} requests"
             self._reject("requests", why, retry_after)
-        waiting_tokens = sum(waiting.tokens for waiting in self._waiting)
-        if self._waiting and waiting_tokens + request.tokens > self._max_queue_tokens:
+        if self._waiting and self._waiting.tokens + request.tokens > self._max_queue_tokens:
             self._reject("tokens", f"full: it holds at most {self._max_queue_tokens} tokens", retry_after)
         if request.deadline is None or self._service_seconds is None:
             return
-        ahead = sum(waiting.priority >= request.priority for waiting in self._waiting)
+        ahead = self._waiting.ahead_of(request.priority)
         rows_wanted = ahead + 1 + len(self._running) - self._batch.rows
         wait, left = rows_wanted * next_row_s, request.deadline - time.monotonic()
         if wait > left:

@@ -7,6 +7,7 @@ memory first; what is committed is read by people and packaged into the wheel, a
 ``workers/src/unmask/v1/*_pb2*``               ``protos/`` (protoc, in a temporary folder)
 ``deploy/crds/``, ``docs/reference/``          the custom resources in ``unmask_api``
 ``docs/reference/metrics.md``                  ``unmask.telemetry``
+``docs/reference/operator-metrics.md``         ``unmask_operator.control.metrics``
 ``docs/reference/cli.md``                      the commands of ``unmask.cli``
 ``deploy/helm/*/``: values.schema.json,        each chart's values.yaml; ``unmask_api`` and
 README.md; definitions, permissions            ``unmask_operator.rbac``
@@ -23,6 +24,7 @@ import cli_reference
 import unmask_operator.generate
 from unmask.cli.main import cli
 from unmask.telemetry import reference as metrics_reference
+from unmask_operator.control import reference as operator_metrics_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file here that matches and is no longer made is out of date too.
@@ -44,6 +46,7 @@ def generated() -> dict[str, str]:
         **unmask_operator.generate.files(),
         **charts.files(),
         "docs/reference/metrics.md": metrics_reference.markdown(),
+        "docs/reference/operator-metrics.md": operator_metrics_reference.markdown(),
         "docs/reference/cli.md": cli_reference.markdown(cli, "unmask"),
     }
 

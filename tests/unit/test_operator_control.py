@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from support import attempts_reconciler, fault_rig
 from support.api_server import ApiServer, DirectTransport
@@ -27,7 +28,7 @@ from unmask_operator.control.executor import contains
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.lease import Elector
 from unmask_operator.control.manager import Manager
-from unmask_operator.control.metrics import Metrics
+from unmask_operator.control.metrics import FAMILIES, Metrics
 from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
@@ -527,6 +528,21 @@ def test_too_many_requests_are_answered_by_waiting() -> None:
 
 
 # Health
+
+
+def test_the_metrics_are_those_of_their_table() -> None:
+    one = world()
+    with one.by_people() as people:
+        fault_rig.CHAPTERS["made"](one, people)
+    one.settle("made")
+    found = {}
+    for family in text_string_to_metric_families(one.operator.manager.metrics.exposition().decode()):
+        if family.name.endswith("_created"):  # when a counter was begun
+            continue
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[name] = (family.type, labels, family.documentation)
+    assert found == {name: (known.kind, set(known.labels), known.help) for name, known in FAMILIES.items()}
 
 
 def test_health_is_served_within_limits() -> None:

@@ -206,39 +206,21 @@ class Manager:
         return True
 
     def _readings(self) -> Sequence[Reading]:
-        leading = float(self.elector.leading())
-        readings: list[Reading] = [
-            ("unmask_operator_is_leader", "Whether this process acts.", {}, leading),
-        ]
+        readings: list[Reading] = [("unmask_operator_is_leader", {}, float(self.elector.leading()))]
         for kind, cache in list(self.caches.items()):
             label = {"kind": kind}
             readings += [
-                (
-                    "unmask_operator_watch_age_seconds",
-                    "Since the watch last told something.",
-                    label,
-                    cache.age(),
-                ),
-                ("unmask_operator_watch_failures_total", "Broken watches and lists.", label, cache.failures),
-                ("unmask_operator_lists_total", "Times all objects were listed.", label, cache.lists),
+                ("unmask_operator_watch_age_seconds", label, cache.age()),
+                ("unmask_operator_watch_failures_total", label, cache.failures),
+                ("unmask_operator_lists_total", label, cache.lists),
             ]
         for controller in self.controllers:
             kind = controller.reconciler.kind
             label, queue = {"kind": kind}, controller.queue
             readings += [
-                (
-                    "unmask_operator_workqueue_depth",
-                    "Resources that wait to be looked at.",
-                    label,
-                    len(queue),
-                ),
-                ("unmask_operator_workqueue_adds_total", "Asked to be looked at.", label, queue.adds),
-                (
-                    "unmask_operator_workqueue_retries_total",
-                    "Come back after a failure.",
-                    label,
-                    queue.retried,
-                ),
+                ("unmask_operator_workqueue_depth", label, len(queue)),
+                ("unmask_operator_workqueue_adds_total", label, queue.adds),
+                ("unmask_operator_workqueue_retries_total", label, queue.retried),
                 *states(kind, self.caches[kind].all()),
             ]
         return readings

@@ -2,17 +2,51 @@
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-__all__ = ["Metrics", "Reading"]
+__all__ = ["FAMILIES", "SECONDS", "Family", "Metrics", "Reading"]
 
-_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
 
-Reading = tuple[str, str, dict[str, str], float]
-"""Name of a gauge (a counter, where it ends in ``_total``), its help, labels and value."""
+class Family(NamedTuple):
+    """What a metric is."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+
+
+FAMILIES = {
+    "unmask_operator_is_leader": Family("gauge", (), "Whether this process acts."),
+    "unmask_operator_resources": Family(
+        "gauge", ("kind", "state"), "Custom resources by the state in their status."
+    ),
+    "unmask_operator_reconcile_total": Family(
+        "counter", ("kind", "result"), "Passes over one custom resource."
+    ),
+    "unmask_operator_reconcile_seconds": Family(
+        "histogram", ("kind",), "Time that a pass over one custom resource took."
+    ),
+    "unmask_operator_writes_total": Family(
+        "counter", ("verb", "kind"), "Writes that the API server accepted, events and the lease aside."
+    ),
+    "unmask_operator_watch_age_seconds": Family("gauge", ("kind",), "Since the watch last told something."),
+    "unmask_operator_watch_failures_total": Family("counter", ("kind",), "Broken watches and lists."),
+    "unmask_operator_lists_total": Family("counter", ("kind",), "Times all objects were listed."),
+    "unmask_operator_workqueue_depth": Family("gauge", ("kind",), "Resources that wait to be looked at."),
+    "unmask_operator_workqueue_adds_total": Family("counter", ("kind",), "Asked to be looked at."),
+    "unmask_operator_workqueue_retries_total": Family("counter", ("kind",), "Come back after a failure."),
+}
+"""Every metric, by its name."""
+
+SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
+"""Upper bounds of the histogram's buckets."""
+
+Reading = tuple[str, dict[str, str], float]
+"""Name of a gauge or counter that is read when somebody asks, labels and value."""
 
 
 class Metrics:
@@ -21,26 +55,16 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._readings: list[Callable[[], Sequence[Reading]]] = []
-        self._reconciled = Counter(
-            "unmask_operator_reconcile_total",
-            "Passes over one custom resource.",
-            ("kind", "result"),
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "unmask_operator_reconcile_seconds",
-            "Time that a pass over one custom resource took.",
-            ("kind",),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._writes = Counter(
-            "unmask_operator_writes_total",
-            "Writes that the API server accepted, events and the lease aside.",
-            ("verb", "kind"),
-            registry=self._registry,
-        )
+        self._reconciled = self._counter("unmask_operator_reconcile_total")
+        self._writes = self._counter("unmask_operator_writes_total")
+        name = "unmask_operator_reconcile_seconds"
+        family = FAMILIES[name]
+        self._seconds = Histogram(name, family.help, family.labels, buckets=SECONDS, registry=self._registry)
         self._registry.register(self)
+
+    def _counter(self, name: str) -> Counter:
+        family = FAMILIES[name]
+        return Counter(name, family.help, family.labels, registry=self._registry)
 
     def reconciled(self, kind: str, result: str, seconds: float) -> None:
         """Count a pass."""
@@ -59,11 +83,12 @@ class Metrics:
         """Yield the gauges as they are now."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for readings in self._readings:
-            for name, text, labels, value in readings():
+            for name, labels, value in readings():
+                known = FAMILIES[name]
                 if name not in families:
-                    family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                    families[name] = family(name, text, labels=tuple(labels))
-                families[name].add_metric(tuple(labels.values()), value)
+                    family = CounterMetricFamily if known.kind == "counter" else GaugeMetricFamily
+                    families[name] = family(name, known.help, labels=known.labels)
+                families[name].add_metric([labels[one] for one in known.labels], value)
         yield from families.values()
 
     def exposition(self) -> bytes:
@@ -78,8 +103,7 @@ def states(kind: str, resources: Iterable[dict[str, object]]) -> list[Reading]:
         status = resource.get("status")
         state = status.get("state") if isinstance(status, dict) else None
         tally[str(state or "New")] += 1
-    text = "Custom resources by the state in their status."
     return [
-        ("unmask_operator_resources", text, {"kind": kind, "state": state}, float(count))
+        ("unmask_operator_resources", {"kind": kind, "state": state}, float(count))
         for state, count in sorted(tally.items())
     ]

@@ -3,7 +3,9 @@
 ``python -m real_cluster.images`` builds the operator's and the worker's image with buildah, on a base that
 debootstrap makes, into the folder of the programs. What did not change is not built again: a layer is known
 by what it is made from. A containerd then unpacks the images, and a node begins with a copy of that by links:
-gigabytes are written once, not once per node. Only the standard library is used.
+gigabytes are written once, not once per node. What newer trees have superseded is removed
+(:mod:`real_cluster.retention`), and what a build leaves behind that fails or is killed. Only the standard
+library is used.
 """
 
 from __future__ import annotations
@@ -14,20 +16,33 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from real_cluster import programs
+from parent_death import bound
+from real_cluster import programs, retention
 from real_cluster.programs import Missing
 
-__all__ = ["NAMES", "build", "is_built", "link_unpacked", "reference", "write_pause_image"]
+__all__ = [
+    "NAMES",
+    "build",
+    "chain_ids",
+    "import_images",
+    "keep",
+    "link_unpacked",
+    "mounts_below",
+    "reference",
+    "write_pause_image",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("operator", "worker")
@@ -37,8 +52,10 @@ _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "operator/src", "workers/s
 _TOOLS = {"buildah": "/usr/bin/buildah", "debootstrap": "/usr/sbin/debootstrap"}
 # The files in which containerd notes what it has: it writes to these, and only adds others.
 _NOTES = ("io.containerd.metadata.v1.bolt/meta.db", "io.containerd.snapshotter.v1.overlayfs/metadata.db")
-_MOST = 20
-"""Images that are kept unpacked: those of some checkouts, or of one as it changes."""
+# The stage of either Containerfile before the last one. It has a name, too: so all that a build may use again
+# is part of something that has one, and the rest can go.
+_STAGE = "wheel"
+_held: list[int] = []
 _PAUSE = """\
 #include <signal.h>
 #include <unistd.h>
@@ -56,47 +73,34 @@ def reference(name: str) -> str:
     return f"localhost/unmask-{name}:{_recipe(name)[:12]}"
 
 
-def is_built() -> bool:
-    """Return whether a node that starts now would have the images of this checkout."""
-    return {reference(name) for name in NAMES} <= _unpacked()
+def keep() -> bool:
+    """Return whether a node would have the images of this checkout; they stay until this process ends."""
+    home, wanted = _home(), {reference(name) for name in NAMES}
+    if not wanted <= retention.noted(home).keys():
+        return False
+    _held.extend(retention.hold(home, wanted))
+    return wanted <= retention.noted(home).keys()  # they may have gone just before they were held
 
 
 def build() -> None:
-    """Build the images of this checkout, and unpack them.
+    """Build the images of this checkout and unpack them, unless they are there; remove what is superseded.
 
     Raises:
         Missing: This machine lacks something.
     """
     home = _home()
     home.mkdir(parents=True, exist_ok=True)
+    tags = {name: reference(name) for name in NAMES}
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if is_built():
+        _clear()  # what one left that was killed
+        if set(tags.values()) <= retention.noted(home).keys():
+            _note_use(tags.values())
             return
-        programs.add_system_packages(_TOOLS)
-        if len(_unpacked()) > _MOST:  # begin anew, or old ones would stay for ever
-            _buildah("rmi", "--all", "--force")
-            for note in ("unpacked.json", "layers.json"):
-                (home / note).unlink(missing_ok=True)
-            shutil.rmtree(home / "containerd")
-        base = _base()
-        tags = {name: reference(name) for name in NAMES}
-        for name, tag in tags.items():
-            with _step(f"building the image of the {name}"):
-                _buildah(
-                    "bud",
-                    "--isolation=chroot",
-                    "--layers",
-                    "--pull-never",
-                    "--format=oci",
-                    f"--build-arg=BASE={base}",
-                    *_index_settings(),
-                    f"--file={ROOT / 'deploy' / 'images' / name / 'Containerfile'}",
-                    f"--tag={tag}",
-                    str(ROOT),
-                )
-        with _step("unpacking the images"):
-            _unpack(list(tags.values()))
+        try:
+            _make(tags)
+        finally:
+            _clear()
 
 
 def link_unpacked(root: Path) -> None:
@@ -150,6 +154,40 @@ def import_images(socket: Path, archives: Sequence[Path]) -> None:
 
 def _home() -> Path:
     return programs.folder() / "images"
+
+
+def _make(tags: Mapping[str, str]) -> None:
+    programs.add_system_packages(_TOOLS)
+    base = _base()
+    for name, tag in tags.items():
+        with _step(f"building the image of the {name}"):
+            for wanted in ([f"--target={_STAGE}", f"--tag={_stage_of(tag)}"], [f"--tag={tag}"]):
+                _buildah(
+                    "bud",
+                    "--isolation=chroot",
+                    "--layers",
+                    "--pull-never",
+                    "--format=oci",
+                    f"--build-arg=BASE={base}",
+                    *_index_settings(),
+                    f"--file={ROOT / 'deploy' / 'images' / name / 'Containerfile'}",
+                    *wanted,
+                    str(ROOT),
+                )
+    with _unpacker() as socket:
+        with _step("unpacking the images"):
+            _forget_all_but(retention.noted(_home()).keys(), socket)
+            _unpack(tags.values(), socket)
+        with _step("removing what is superseded"):
+            kept = _retain(tags.values())
+            _forget_all_but(kept, socket)
+            _untag_all_but({base, *kept, *map(_stage_of, kept)})
+
+
+def _stage_of(tag: str) -> str:
+    """Return the name of the stage before the image of that name."""
+    name, _, recipe = tag.rpartition(":")
+    return f"{name}-{_STAGE}:{recipe}"
 
 
 def _recipe(name: str) -> str:
@@ -225,52 +263,71 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _buildah(*arguments: str) -> str:
-    return _run(*_command(*arguments))
+    return _run(*_command(*arguments), **_scratch())
+
+
+def _scratch() -> dict[str, str]:
+    """Return the variable by which programs keep their scratch files, gigabytes, where they are cleared."""
+    folder = _home() / "tmp"
+    folder.mkdir(exist_ok=True)
+    return {"TMPDIR": str(folder)}
 
 
 # --- unpacking ----------------------------------------------------------------------------------------
 
 
-def _unpacked() -> set[str]:
-    note = _home() / "unpacked.json"
-    return set(json.loads(note.read_text())) if note.is_file() else set()
+def chain_ids(layers: Iterable[str]) -> list[str]:
+    """Return by what containerd knows each layer where it is unpacked: it, and all those that it lies on.
+
+    From the digests of an image's layers, ``sha256:...``, the lowest first: the ChainID of the OCI image
+    specification.
+    """
+    chains: list[str] = []
+    for layer in layers:
+        both = f"{chains[-1]} {layer}" if chains else ""
+        chains.append(f"sha256:{hashlib.sha256(both.encode()).hexdigest()}" if both else layer)
+    return chains
 
 
-def _unpack(tags: Sequence[str]) -> None:
-    """Have a containerd unpack images beside what it has; a node that starts meanwhile waits."""
-    home = _home()
-    before, layers = _unpacked(), _layers()
-    for note in ("unpacked.json", "layers.json"):
-        (home / note).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as scratch:
-        with _containerd(Path(scratch), home / "containerd") as socket:
-            for tag in tags:
-                archive = Path(scratch, "image.tar")
-                layers |= _write_archive(tag, archive, without=layers)
-                _import(socket, archive, "--local", "--discard-unpacked-layers")
-                archive.unlink()
-    (home / "layers.json").write_text(json.dumps(sorted(layers)))
-    (home / "unpacked.json").write_text(json.dumps(sorted({*before, *tags})))
+def _unpack(tags: Collection[str], socket: Path) -> None:
+    """Have containerd unpack images beside what it has; a node that starts meanwhile waits."""
+    known = retention.noted(_home()).keys() & _tagged()
+    there = {chain for tag in known for chain in chain_ids(_layers(tag))}
+    archive = socket.parent / "image.tar"
+    for tag in tags:
+        _write_archive(tag, archive, unpacked=there)
+        _import(socket, archive, "--local", "--discard-unpacked-layers")
+        archive.unlink()
+        there.update(chain_ids(_layers(tag)))
+    _note_use(tags)
 
 
-def _layers() -> set[str]:
-    """Return the digests of the layers that are unpacked: containerd asks for nothing of such a layer."""
-    note = _home() / "layers.json"
-    return set(json.loads(note.read_text())) if note.is_file() else set()
+def _layers(tag: str) -> list[str]:
+    """Return the digests of an image's layers, the lowest first."""
+    described = json.loads(_buildah("inspect", "--type=image", tag))
+    return [str(one) for one in described["OCIv1"]["rootfs"]["diff_ids"]]
 
 
-def _write_archive(tag: str, path: Path, *, without: Collection[str]) -> set[str]:
-    """Write an image as an OCI archive, less the layers ``without``; return the digests of all its layers.
+def _tagged() -> set[str]:
+    """Return the names of the images that buildah has."""
+    told = _buildah("images", "--noheading", "--format={{.Name}}:{{.Tag}}")
+    return {one for one in told.split() if not one.startswith("<none>")}
+
+
+def _write_archive(tag: str, path: Path, *, unpacked: Collection[str]) -> None:
+    """Write an image as an OCI archive, less the layers whose chains are ``unpacked``: nobody asks for those.
 
     What buildah writes has all layers, gigabytes of them, so it is read as it comes and nothing but what is
     wanted is kept.
     """
+    layers = _layers(tag)
+    wanted = {one for one, chain in zip(layers, chain_ids(layers), strict=True) if chain not in unpacked}
     sizes: dict[str, int] = {}
     documents: dict[str, bytes] = {}
-    pushing = _command("push", "--quiet", tag, f"docker-archive:/dev/stdout:{tag}")
+    pushing = bound(_command("push", "--quiet", tag, f"docker-archive:/dev/stdout:{tag}"))
     with (
         tarfile.open(path, "w") as made,
-        subprocess.Popen(pushing, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        subprocess.Popen(pushing, stdout=subprocess.PIPE, env=os.environ | _scratch()) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as given,
     ):
         for entry in given:
@@ -284,11 +341,10 @@ def _write_archive(tag: str, path: Path, *, without: Collection[str]) -> set[str
             elif kind == "tar" and "/" not in name:
                 digest = f"sha256:{name}"
                 sizes[digest] = entry.size
-                if digest not in without:
+                if digest in wanted:
                     _add(made, f"blobs/sha256/{name}", entry.size, content)
         (described,) = json.loads(documents["manifest.json"])
         config = documents[described["Config"]]
-        layers = json.loads(config)["rootfs"]["diff_ids"]
         manifest = {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -304,7 +360,6 @@ def _write_archive(tag: str, path: Path, *, without: Collection[str]) -> set[str
         for name, document in (("index.json", index), ("oci-layout", {"imageLayoutVersion": "1.0.0"})):
             data = json.dumps(document).encode()
             _add(made, name, len(data), io.BytesIO(data))
-    return set(layers)
 
 
 def _blob(archive: tarfile.TarFile, data: bytes, kind: object) -> dict[str, Any]:
@@ -321,6 +376,16 @@ def _add(archive: tarfile.TarFile, name: str, size: int, content: IO[bytes]) -> 
 
 
 @contextlib.contextmanager
+def _unpacker() -> Iterator[Path]:
+    """Run the containerd whose images nodes begin with; yield its socket, which is in a scratch folder."""
+    with (
+        tempfile.TemporaryDirectory(dir=_home()) as scratch,
+        _containerd(Path(scratch), _home() / "containerd") as socket,
+    ):
+        yield socket
+
+
+@contextlib.contextmanager
 def _containerd(scratch: Path, root: Path) -> Iterator[Path]:
     socket = scratch / "containerd.sock"
     config = scratch / "containerd.toml"
@@ -331,7 +396,7 @@ def _containerd(scratch: Path, root: Path) -> Iterator[Path]:
     )
     with (_home() / "containerd.log").open("wb") as log:
         command = [str(programs.folder() / "containerd"), f"--config={config}"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(bound(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         version = [str(programs.folder() / "ctr"), "--address", str(socket), "version"]
         end = time.monotonic() + 120
@@ -346,15 +411,77 @@ def _containerd(scratch: Path, root: Path) -> Iterator[Path]:
 
 
 def _import(socket: Path, archive: Path, *options: str) -> None:
-    command = [str(programs.folder() / "ctr"), "--address", str(socket), "--namespace", "k8s.io"]
-    _run(*command, "images", "import", *options, str(archive))
+    _ctr(socket, "images", "import", *options, str(archive))
+
+
+def _ctr(socket: Path, *arguments: str) -> str:
+    program = str(programs.folder() / "ctr")
+    return _run(program, "--address", str(socket), "--namespace", "k8s.io", *arguments)
+
+
+# --- removing -----------------------------------------------------------------------------------------
+
+
+def _note_use(tags: Iterable[str]) -> None:
+    retention.note(_home(), retention.noted(_home()) | dict.fromkeys(tags, time.time()))
+
+
+def _retain(current: Collection[str]) -> set[str]:
+    """Decide which images stay, and note those alone: nobody begins to use one that is about to go."""
+    home = _home()
+    used = retention.noted(home)
+    with retention.unheld(home, used.keys() - set(current)) as free:
+        held = used.keys() - free
+        gone = retention.superseded(used, current=current, held=held)
+        retention.note(home, {one: when for one, when in used.items() if one not in gone})
+        retention.forget(home, gone)
+    (home / "layers.json").unlink(missing_ok=True)  # of an older version, which would believe it
+    return used.keys() - gone
+
+
+def _forget_all_but(kept: Collection[str], socket: Path) -> None:
+    """Remove all other images from containerd, and wait until their room is free."""
+    if others := sorted(set(_ctr(socket, "images", "list", "--quiet").split()) - set(kept)):
+        _ctr(socket, "images", "remove", "--sync", *others)
+
+
+def _untag_all_but(kept: Collection[str]) -> None:
+    """Remove all other images from buildah's storage, and every layer that none of ``kept`` is made of."""
+    if others := sorted(_tagged() - set(kept)):
+        _buildah("rmi", *others)
+    _buildah("rmi", "--prune")
+
+
+def _clear() -> None:
+    """Remove what a build leaves behind that fails or is killed: mounts, containers, scratch files."""
+    home = _home()
+    _unmount_all_below(home)
+    for scratch in home.glob("tmp*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(home / "run", ignore_errors=True)  # where buildah notes what it has mounted
+    if (home / "storage").is_dir() and shutil.which("buildah"):
+        _buildah("rm", "--all")
+        _unmount_all_below(home)
+
+
+def mounts_below(table: str, folder: str) -> list[str]:
+    """Return what is mounted below ``folder`` by a table like ``/proc/self/mounts``, the uppermost first."""
+    places = [line.split()[1] for line in table.splitlines()]
+    places = [re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), one) for one in places]
+    return [one for one in reversed(places) if one.startswith(f"{folder}/")]
+
+
+def _unmount_all_below(folder: Path) -> None:
+    if places := mounts_below(Path("/proc/self/mounts").read_text(), str(folder.resolve())):
+        _run("umount", "--lazy", *places)  # a process that was killed may still be ending in there
 
 
 # --- effects ------------------------------------------------------------------------------------------
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(*command: str, **variables: str) -> str:
+    """Run a program, which ends with this process; return what it prints."""
+    done = subprocess.run(bound(command), capture_output=True, text=True, env=os.environ | variables)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
         raise Missing(f"{command[0]} failed:\n{last}")
@@ -375,6 +502,7 @@ def _step(what: str) -> Iterator[None]:
 
 def main() -> int:
     """Build the images; the same words and exit codes as for the programs."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clear what was begun
     return programs.attempt(build, "tests on a real node", node=True)
 
 

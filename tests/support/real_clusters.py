@@ -65,13 +65,16 @@ class Cluster:
 
 
 def obstacle(kind: Kind, *, with_images: bool = False) -> str | None:
-    """Return why this machine cannot have such a cluster (with this checkout's images), or ``None``."""
+    """Return why this machine cannot have such a cluster (with this checkout's images), or ``None``.
+
+    The images then stay until this process ends, whatever other checkouts build.
+    """
     if why := programs.obstacle(node=kind == "node"):
         return why
     lacking = ", ".join(one.name for one in programs.missing(programs.SETS[kind]))
     if lacking:
         return f"{lacking} not built; `make cluster-programs` does it"
-    if with_images and not images.is_built():
+    if with_images and not images.keep():
         return "the images are not built; `make images` does it"
     return None
 

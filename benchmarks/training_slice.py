@@ -31,11 +31,11 @@ from unmask.models.loading import build
 from unmask.models.moe import Experts, Routing, experts_one_by_one
 from unmask.models.published import PUBLISHED
 from unmask.models.registry import parse_config
+from unmask.models.shape import shape_of
 from unmask.training.distributed import World
 from unmask.training.learner import Learner
 from unmask.training.observation import StepWatch
 from unmask.training.sizing.flops import flops_of
-from unmask.training.sizing.shape import shape_of
 from unmask.training.steps import gradient_step, micro_batches
 from unmask_api.train_job import Balance, Optimizer, TrainSpec
 

@@ -8,9 +8,9 @@ from support.manifests import changed, train_job
 from support.models import TINY
 from support.ranks import join, start
 from unmask.models.registry import parse_config
+from unmask.models.shape import shape_of
 from unmask.training.sizing.estimate import plan_of
 from unmask.training.sizing.memory import states_of
-from unmask.training.sizing.shape import shape_of
 from unmask_api.train_job import DiffusionTrainJob
 
 CONFIG = {key: value for key, value in TINY.items() if key != "initializer_range"}

@@ -10,8 +10,8 @@ import pytest
 from support.ranks import join, start_ranks, train_to_the_end
 from support.training import training_job
 from unmask.models.registry import parse_config
+from unmask.models.shape import shape_of
 from unmask.training.sizing.flops import flops_of
-from unmask.training.sizing.shape import shape_of
 from unmask.training.sizing.work import Work
 from unmask_api.train_job import DiffusionTrainJob
 

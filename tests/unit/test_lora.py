@@ -12,6 +12,7 @@ from unmask.errors import ModelError, UsageError
 from unmask.models import loading
 from unmask.models.loading import build, weights_digest
 from unmask.models.lora import adapted_layers, attach, held
+from unmask.models.shape import adapters_of, shape_of
 from unmask.training.adapters import AdaptedWeights
 from unmask.training.arrangement import first_weights
 from unmask.training.checkpoints import CheckpointStore
@@ -20,7 +21,6 @@ from unmask.training.learner import Learner
 from unmask.training.manifest import TrainingState
 from unmask.training.merging import RunCheckpoint
 from unmask.training.sizing.memory import states_of
-from unmask.training.sizing.shape import adapters_of, shape_of
 from unmask.training.steps import gradient_step, objective_sum
 from unmask_api.train_job import LoRA
 

@@ -23,6 +23,7 @@ from unmask.models.loading import build
 from unmask.models.lora import attach
 from unmask.models.published import PUBLISHED, published_config
 from unmask.models.registry import parse_config
+from unmask.models.shape import adapters_of, shape_of
 from unmask.training.learner import Learner
 from unmask.training.sizing.devices import device_named
 from unmask.training.sizing.estimate import (
@@ -36,7 +37,6 @@ from unmask.training.sizing.estimate import (
 from unmask.training.sizing.flops import flops_of
 from unmask.training.sizing.memory import activations_of_layer, memory_of, piece, states_of
 from unmask.training.sizing.remedies import remedy_for
-from unmask.training.sizing.shape import adapters_of, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask.training.steps import objective_sum
 from unmask_api.train_job import Balance, DiffusionTrainJob, LoRA, Stage

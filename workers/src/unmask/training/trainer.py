@@ -27,6 +27,7 @@ from unmask.models.config import ModelConfig
 from unmask.models.loading import read_values
 from unmask.models.merging import merge
 from unmask.models.registry import parse_config
+from unmask.models.shape import ModelShape, adapters_of, shape_of
 from unmask.models.slots import Slot
 from unmask.training.arrangement import Reference, blank_weights, first_weights, reference_of
 from unmask.training.background import BackgroundWriter
@@ -45,7 +46,6 @@ from unmask.training.plan import StagePlan, stage_after
 from unmask.training.preparation import Preparation, PreparedStage
 from unmask.training.run_folder import RunFolder
 from unmask.training.sizing.flops import flops_of
-from unmask.training.sizing.shape import ModelShape, adapters_of, shape_of
 from unmask.training.stability import Past, Verdict, judge, remember
 from unmask.training.steps import Preference, Totals, gradient_step, micro_batches, model_inputs
 from unmask.training.stream import Purpose, philox_key

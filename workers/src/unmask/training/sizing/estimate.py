@@ -8,12 +8,12 @@ from unmask.diffusion.schedule import BlockSchedule
 from unmask.models.config import ModelConfig
 from unmask.models.conversion import converted_config
 from unmask.models.inspection import parameter_counts
+from unmask.models.shape import ModelShape, adapters_of, shape_of
 from unmask.training.plan import check_fit, with_context
 from unmask.training.sharding.plan import ShardingPlan, check_experts, sharding_plan
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.flops import Flops, flops_of
 from unmask.training.sizing.memory import Memory, memory_of, states_of
-from unmask.training.sizing.shape import ModelShape, adapters_of, shape_of
 from unmask.training.sizing.work import Documents, Work, work_of_row
 from unmask_api.train_job import Parallelism, Stage, TrainSpec
 

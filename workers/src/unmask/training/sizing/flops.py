@@ -10,7 +10,7 @@ one does. Norms, activations, softmax and the optimiser are left out.
 
 from dataclasses import dataclass
 
-from unmask.training.sizing.shape import ModelShape
+from unmask.models.shape import ModelShape
 from unmask.training.sizing.work import Work
 
 __all__ = ["Flops", "flops_of"]

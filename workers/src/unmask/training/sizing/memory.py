@@ -18,8 +18,8 @@ per token, E experts, V vocabulary; b bytes of a number in the forward.
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from unmask.models.shape import LayerShape, ModelShape, Stored, adapters_of
 from unmask.training.sharding.plan import ShardingPlan
-from unmask.training.sizing.shape import LayerShape, ModelShape, Stored, adapters_of
 from unmask_api.train_job import LoRA
 
 __all__ = ["CHUNK_BYTES", "Memory", "Precision", "activations_of_layer", "memory_of", "piece", "states_of"]

@@ -11,9 +11,9 @@ from itertools import product
 
 from unmask.errors import UsageError
 from unmask.models.config import ModelConfig
+from unmask.models.shape import ModelShape, shape_of
 from unmask.training.sizing.devices import Device
 from unmask.training.sizing.estimate import Assumptions, JobEstimate, estimate, plan_of, stage_memory
-from unmask.training.sizing.shape import ModelShape, shape_of
 from unmask_api.train_job import Parallelism, TrainSpec
 
 __all__ = ["Remedy", "remedy_for"]

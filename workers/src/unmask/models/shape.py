@@ -14,7 +14,7 @@ from unmask.models.config import ModelConfig
 from unmask.models.slots import Slot
 from unmask_api.train_job import LoRA
 
-__all__ = ["LayerShape", "ModelShape", "Stored", "shape_of"]
+__all__ = ["LayerShape", "ModelShape", "Stored", "adapters_of", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,9 @@ class LayerShape:
     num_experts: int
     chosen: int
     """Experts per token."""
+    groups: int
+    """Of experts, of which a token has some to choose from; 1: it chooses from all."""
+    chosen_groups: int
     biased: bool
     """Whether the router has a bias, which is no weight."""
     query_key_norm: bool
@@ -134,6 +137,8 @@ def shape_of(config: ModelConfig) -> ModelShape:
     layers = groupby(inner, key=lambda slot: slot.parameter.split(".")[1])
     # What all families with experts call them; dense families have neither key.
     extra = config.to_json_dict()
+    grouped = "n_group" in type(config).model_fields  # a key that the family does not read means nothing
+    groups = (extra["n_group"], extra["topk_group"]) if grouped else (1, 1)
     return ModelShape(
         vocabulary=config.vocab_size,
         hidden=config.hidden_size,
@@ -141,7 +146,12 @@ def shape_of(config: ModelConfig) -> ModelShape:
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         layers=tuple(
-            _layer(list(group), extra.get("num_experts", 0), extra.get("num_experts_per_tok", 0))
+            _layer(
+                list(group),
+                num_experts=extra.get("num_experts", 0),
+                chosen=extra.get("num_experts_per_tok", 0),
+                groups=groups,
+            )
             for _, group in layers
         ),
         embedding=sizes["embedding.weight"],
@@ -153,7 +163,7 @@ def shape_of(config: ModelConfig) -> ModelShape:
     )
 
 
-def _layer(slots: list[Slot], num_experts: int, chosen: int) -> LayerShape:
+def _layer(slots: list[Slot], *, num_experts: int, chosen: int, groups: tuple[int, int]) -> LayerShape:
     parts = [(slot.parameter.split(".", 2)[2], slot) for slot in slots]
     experts = [slot for name, slot in parts if ".experts." in name]
     dense = [
@@ -171,6 +181,8 @@ def _layer(slots: list[Slot], num_experts: int, chosen: int) -> LayerShape:
         expert_width=experts[0].shape[0] if experts else 0,
         num_experts=num_experts if experts else 0,
         chosen=chosen if experts else 0,
+        groups=groups[0] if experts else 1,
+        chosen_groups=groups[1] if experts else 1,
         biased=any(_is_bias(name) for name, _ in parts),
         stacks=_stacks(experts[0], num_experts) if experts else (),
         query_key_norm=any("query_norm" in name for name, _ in parts),

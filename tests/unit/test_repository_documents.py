@@ -56,7 +56,9 @@ def _unmask_complaint(arguments: list[str]) -> str | None:
         return None
     with click.Context(cli) as context:
         command = cli.get_command(context, arguments[0])
-        if isinstance(command, click.Group):
+        if isinstance(command, click.Group) and not (
+            command.invoke_without_command and arguments[1].startswith("-")
+        ):
             command = command.get_command(context, arguments[1])
     if command is None:
         return f"no such subcommand: {' '.join(arguments[:2])}"

@@ -1,4 +1,7 @@
-"""``unmask plan -f FILE``: what a training job takes, and whether it fits, before it is started."""
+"""``unmask plan -f FILE``: what a training job takes, and whether it fits, before it is started.
+
+``unmask plan serve`` is in :mod:`unmask.cli.plan_serving`.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from unmask.cli import plan_serving
+from unmask.cli.named_model import config_named
 from unmask.cli.validate import read_job
 from unmask.errors import UsageError
 
@@ -20,8 +26,10 @@ __all__ = ["command"]
 _GIB = 2**30
 
 
-@click.command("plan", short_help="Say what a training job takes, and whether it fits.")
-@click.option("-f", "--file", "path", required=True, type=click.Path(path_type=Path), help="The manifest.")
+@click.group(
+    "plan", invoke_without_command=True, short_help="Say what a training job takes, and whether it fits."
+)
+@click.option("-f", "--file", "path", type=click.Path(path_type=Path), help="The manifest of the job.")
 @click.option(
     "--config",
     "model",
@@ -59,8 +67,10 @@ _GIB = 2**30
     help="Assumed tokens of it that are given, where a stage learns from answers.  [default: 0]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+@click.pass_context
 def command(
-    path: Path,
+    context: click.Context,
+    path: Path | None,
     model: str | None,
     gpu: str | None,
     memory: float | None,
@@ -71,13 +81,18 @@ def command(
     prompt_tokens: int,
     as_json: bool,
 ) -> None:
-    """Say what a training job takes, and whether it fits.
+    """Say what a training job takes, and whether it fits; or how experts in shards are served.
 
     For each stage: parameters, tokens, useful arithmetic, memory of a GPU part by part, and hours. Neither
     weights nor data are read. A job that does not fit is refused with exit code 64 and the smallest change
     that fits. Hours and fitting rest on assumptions, which are printed and can be replaced; the arithmetic
     and the memory of weights, gradients and optimiser do not.
     """
+    if context.invoked_subcommand is not None:
+        _expect_nothing_given(context)
+        return
+    if path is None:
+        raise click.MissingParameter(ctx=context, param=_parameter(context, "path"))
     from unmask.training.sizing.devices import MFU, RESERVE_GIB, device_named
     from unmask.training.sizing.estimate import Assumptions, estimate, stage_configs
     from unmask.training.sizing.remedies import remedy_for
@@ -106,21 +121,36 @@ def command(
         raise UsageError(f"{path}: {_refusal(found)}; {remedy or _NOTHING_FITS}")
 
 
+command.add_command(plan_serving.command)
+
+
+def _parameter(context: click.Context, name: str) -> click.Parameter:
+    return next(parameter for parameter in context.command.params if parameter.name == name)
+
+
+def _expect_nothing_given(context: click.Context) -> None:
+    """See to it that a job's options do not stand before a subcommand, where they would mean nothing.
+
+    Raises:
+        UsageError: One does.
+    """
+    for name in context.params:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = _parameter(context, name).opts[-1]
+            raise UsageError(
+                f"{option} is of a job here; behind `{context.invoked_subcommand}` stand the options of that"
+            )
+
+
 _NOTHING_FITS = "no other parallelism that was tried fits: take GPUs with more memory, or a smaller model"
 
 
 def _config(job: "DiffusionTrainJob", model: str | None) -> "ModelConfig":
     """The model that the job starts from: what is given, else what the manifest names."""
-    from unmask.models.published import published_config
     from unmask.models.registry import parse_config, read_config
 
     if model is not None:
-        if model.endswith(".json"):
-            return read_config(Path(model).parent, Path(model).name)
-        try:
-            return published_config(model)
-        except UsageError as error:
-            raise UsageError(f"--config: {error}") from None
+        return config_named(model)
     init = job.spec.model.init
     if init.config is not None:
         return parse_config(init.config, source="spec.model.init.config")

@@ -10,5 +10,5 @@ experts. The way of a token's row through here::
     shard       takes frames, answers with sums
     holding     the experts that a shard has, and what they make of rows
 
-``placement`` and ``failover`` hold decisions alone.
+``placement`` and ``failover`` hold decisions alone. ``planning`` computes beforehand what all of it takes.
 """

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from unmask.errors import UsageError
 
-__all__ = ["DEVICES", "MFU", "RESERVE_GIB", "Device", "device_named"]
+__all__ = ["DEVICES", "MEMORY_BYTES_PER_SECOND", "MFU", "RESERVE_GIB", "Device", "device_named"]
 
 MFU = 0.35
 """Share of a GPU's peak that training is assumed to reach. An assumption: measure yours."""
@@ -44,6 +44,17 @@ DEVICES = MappingProxyType(
     }
 )
 """NVIDIA's data sheets of A100, L40S, H100 SXM and H200 SXM: dense figures."""
+
+MEMORY_BYTES_PER_SECOND = MappingProxyType(
+    {
+        "a100-40g": 1.555e12,
+        "a100-80g": 2.039e12,
+        "l40s-48g": 0.864e12,
+        "h100-80g": 3.35e12,
+        "h200-141g": 4.8e12,
+    }
+)
+"""Peak of reading their memory, after the same sheets."""
 
 
 def device_named(

@@ -4,7 +4,9 @@
   against a stream of as many bare bytes over gRPC, in the same run, by turns;
 * ``step``: a denoise step of 8 requests of model M (``model_m.json``) whose experts are in 2 shards of one
   thread each, over gRPC, against the whole model in one process, on the same processors, by turns;
-* ``parts``: where the time of such a step goes.
+* ``parts``: where the time of such a step goes;
+* what :mod:`unmask.experts.planning` predicts for the step, from what this machine takes to read, to multiply
+  and to send frames (``shard_constants.py``) and from the step of the whole model.
 
 Several processes work here, so the clock is the wall's: run it on a machine that does nothing else. Ratios
 are of medians. Prints what it measures; the last line is one JSON object of ratios.
@@ -23,12 +25,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import grpc
+import shard_constants
 import torch
 
 from unmask.diffusion.batch import Filled
@@ -41,18 +45,24 @@ from unmask.experts.holding import Holding, shape_of_experts
 from unmask.experts.links import shard_channel
 from unmask.experts.mixture import shard_experts
 from unmask.experts.placement import even_bounds, held_by
+from unmask.experts.planning.constants import Constants, Transport
+from unmask.experts.planning.forward import calibrated, predicted_ratio, sharded, unsharded
+from unmask.experts.planning.setting import Setting, Work
 from unmask.experts.shard import Shard, ShardOptions
 from unmask.models.base import LanguageModel
 from unmask.models.checkpoint_files import Checkpoint
+from unmask.models.config import ModelConfig
 from unmask.models.loading import build, digest_of, load, load_open, save
 from unmask.models.moe import Routing
 from unmask.models.registry import parse_config
+from unmask.models.shape import shape_of
 from unmask.serving.ragged import RaggedBatch
 from unmask.telemetry import Recorder, metrics
 
 HERE = Path(__file__).parent
 ROWS, WIDTH, CHOICES = 256, 2048, 8
 BLOCK, BATCH, CONTEXT = 32, 8, 128
+WARMUP = 5
 _CONTEXT = multiprocessing.get_context("spawn")
 _BARE = "/bench.Bare/Stream"
 
@@ -66,6 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=200, help="Frames of each side; a tenth as many steps."
     )
+    parser.add_argument("--constants", type=Path, help="Where to write what `unmask plan serve` takes.")
     options = parser.parse_args()
     processors = len(os.sched_getaffinity(0))
     print(f"{platform.machine()}, {processors} processors, torch {torch.__version__}", flush=True)
@@ -74,7 +85,7 @@ def main() -> None:
         if options.only != "step":
             found |= _frames(Path(folder), options.repeats)
         if options.only != "frame":
-            found |= _steps(Path(folder), max(3, options.repeats // 20), processors)
+            found |= _steps(Path(folder), max(3, options.repeats // 20), processors, options.constants)
     print(json.dumps(found))
 
 
@@ -147,8 +158,8 @@ def _sharding(folder: Path, number: int, shards: int, ready: Connection) -> None
 # A frame there and back
 
 
-def _frames(folder: Path, repeats: int) -> dict[str, float]:
-    """Milliseconds of a frame's way and of bare bytes, and their ratio."""
+def _wide(folder: Path) -> ModelConfig:
+    """A model whose rows are wide and whose experts are next to nothing, in the folder ``wide``."""
     config = parse_config(
         {
             **json.loads((HERE / "model_s.json").read_text()),
@@ -166,9 +177,38 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
             "pad_token_id": 62,
         }
     )
-    save(build(config), folder / "wide")
-    rows = torch.randn(ROWS, WIDTH)
-    routing = Routing(torch.arange(CHOICES).expand(ROWS, CHOICES).contiguous(), torch.ones(ROWS, CHOICES))
+    if not (folder / "wide").exists():
+        save(build(config), folder / "wide")
+    return config
+
+
+def _rows(count: int) -> tuple[torch.Tensor, Routing]:
+    """Rows, each of which goes to all experts."""
+    experts = torch.arange(CHOICES).expand(count, CHOICES).contiguous()
+    return torch.randn(count, WIDTH), Routing(experts, torch.ones(count, CHOICES))
+
+
+def _transport(folder: Path, repeats: int) -> Transport:
+    """What frames of float32 rows take."""
+    config = _wide(folder)
+    with (
+        _process(_echoing, folder / "wide") as port,
+        connected([f"127.0.0.1:{port}"], config, revision=_revision(folder / "wide")) as exchange,
+    ):
+        assert exchange.wait_complete(60), exchange.missing
+        given = {count: _rows(count) for count in shard_constants.FRAMES}
+        return shard_constants.transport(
+            lambda count: exchange.receive(exchange.send(1, *given[count])),
+            choices=CHOICES,
+            hidden=WIDTH,
+            repeats=repeats,
+        )
+
+
+def _frames(folder: Path, repeats: int) -> dict[str, float]:
+    """Milliseconds of a frame's way and of bare bytes, and their ratio."""
+    config = _wide(folder)
+    rows, routing = _rows(ROWS)
     with (
         _process(_echoing, folder / "wide") as port,
         _process(_bare) as bare_port,
@@ -212,11 +252,11 @@ def _bare_stream(port: int) -> Iterator[Callable[[bytes], bytes]]:
 def _by_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The median of each side's wall seconds, after a few that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 5):
+    for turn in range(WARMUP + repeats):
         for name, run in sides.items():
             began = time.perf_counter()
             run()
-            if turn >= 5:
+            if turn >= WARMUP:
                 taken[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in taken.items()}
 
@@ -229,7 +269,7 @@ def _revision(folder: Path) -> str:
 # A step of a model
 
 
-def _steps(folder: Path, repeats: int, processors: int) -> dict[str, float]:
+def _steps(folder: Path, repeats: int, processors: int, written: Path | None) -> dict[str, float]:
     """A step with shards over one without, and where its time goes."""
     config = parse_config(json.loads((HERE / "model_m.json").read_text()))
     path = folder / "medium"
@@ -276,11 +316,50 @@ def _steps(folder: Path, repeats: int, processors: int) -> dict[str, float]:
     for phase, earlier in before.items():
         mean = (_total(recorder, phase) - earlier) / frames
         print(f"    a frame's {phase}: {1000 * mean:.2f} ms in the mean")
+    measured = seconds["sharded"] / seconds["whole"]
+    setting = _planned(folder, config, seconds["whole"], repeats, processors)
+    predicted = predicted_ratio(setting, 2)
+    print(f"  2 shards over the whole model: {measured:.2f} measured, {predicted:.2f} predicted, of which")
+    _tell_parts(setting)
+    if written is not None:
+        written.write_text(setting.constants.model_dump_json(exclude_unset=True, indent=2) + "\n")
     return {
-        "step_over_whole": round(seconds["sharded"] / seconds["whole"], 3),
+        "step_over_whole": round(measured, 3),
+        "step_over_whole_predicted": round(predicted, 3),
         "share_sending": round(watch.sending / steps / total, 3),
         "share_waiting": round(watch.waiting / steps / total, 3),
     }
+
+
+def _tell_parts(setting: Setting) -> None:
+    """What is predicted, part by part."""
+    for name, forward in (("whole model", unsharded(setting)), ("2 shards", sharded(setting, 2))):
+        parts = ", ".join(f"{part.name} {1000 * part.seconds:.1f}" for part in forward.parts if part.seconds)
+        print(f"    {name}: {1000 * forward.seconds:.1f} ms: {parts}")
+
+
+def _planned(folder: Path, config: ModelConfig, whole_s: float, repeats: int, processors: int) -> Setting:
+    """The steps as they were measured, with constants of this machine and nothing of a step with shards."""
+    shape = shape_of(config)
+    constants = Constants(
+        measured=f"make bench-shards, {processors} processors ({platform.machine()}), {date.today()}",
+        engine=shard_constants.machine(shape, threads=processors, tokens=BATCH * BLOCK),
+        shard=shard_constants.machine(shape, threads=1, tokens=BATCH * BLOCK, part=0.5),
+        transports={"grpc": _transport(folder, 5 * repeats)},
+        network=None,
+        shards_at_once=processors,
+        overlap=False,
+    )
+    # A step fills one position of each block; one was filled before the first turn.
+    masked = statistics.mean((BLOCK - (turn + 1) % BLOCK) / BLOCK for turn in range(WARMUP, WARMUP + repeats))
+    setting = Setting(
+        shape=shape,
+        work=Work(batch=BATCH, block_length=BLOCK, context=CONTEXT, tpf=1.0, masked=masked),
+        constants=constants,
+        weights_as="float32",
+        rows_as="float32",
+    )
+    return calibrated(setting, whole_s)
 
 
 def _total(recorder: Recorder, phase: str) -> float:

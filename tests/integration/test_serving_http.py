@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -279,6 +281,49 @@ def test_probabilities_of_tokens_are_those_of_grpc(
     assert all(bytes(token.bytes).decode() == token.token for token in content)
 
 
+def untimed(trace: dict[str, Any]) -> dict[str, Any]:
+    """A trace but for what differs from call to call: its name and its times."""
+    started = trace["started"] | {"request_id": "", "queue_seconds": 0.0}
+    forwards = [forward | {"end_seconds": 0.0, "seconds": 0.0} for forward in trace["forwards"]]
+    return trace | {"started": started, "forwards": forwards}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+def test_a_trace_is_the_one_that_grpc_tells(
+    client: openai.OpenAI, server: RunningServer, chat: bool, stream: bool
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "w5"}]} if chat else {"prompt": "w5 w6"}
+    diffusion = {"decoder": "joint-edit", "threshold": 0.05, "edit_threshold": 0.01}
+    with Client(server.address) as grpc_client:
+        told = grpc_client.generate(**asked, max_tokens=10, trace=True, **diffusion).trace  # type: ignore[arg-type]
+    assert told is not None and any(forward.edited for forward in told.forwards)
+    create: Any = client.chat.completions.create if chat else client.completions.create
+    extra = {"diffusion": diffusion, "trace": True}
+    given = create(model="tiny", max_tokens=10, stream=stream, extra_body=extra, **asked)
+    choices = [choice for answer in (given if stream else [given]) for choice in answer.choices]
+    assert [choice.finish_reason for choice in choices if "trace" in choice.model_extra] == ["length"]
+    trace = choices[-1].model_extra["trace"]
+    assert trace.keys() == asdict(told).keys() and trace["started"]["request_id"]
+    assert untimed(trace) == untimed(json.loads(json.dumps(asdict(told))))
+    assert 0 < trace["forwards"][0]["seconds"] <= trace["forwards"][-1]["end_seconds"]
+
+
+def test_each_of_several_answers_has_a_trace_of_its_own_and_none_without_asking(
+    client: openai.OpenAI,
+) -> None:
+    ask = {"model": "tiny", "prompt": "w5 w6", "max_tokens": 8, "temperature": 1.2, "seed": 5, "n": 2}
+    traced = client.completions.create(**ask, extra_body={"trace": True})  # type: ignore[call-overload]
+    plain = client.completions.create(**ask)  # type: ignore[call-overload]
+    assert [choice.text for choice in traced.choices] == [choice.text for choice in plain.choices]
+    traces = [choice.model_extra["trace"] for choice in traced.choices]
+    assert [trace["started"]["seed"] for trace in traces] == [5, 6]
+    for choice, trace in zip(traced.choices, traces, strict=True):
+        filled = {fill["position"]: fill["text"] for step in trace["forwards"] for fill in step["filled"]}
+        assert " ".join(filled[place] for place in range(8)) == choice.text
+    assert not any("trace" in choice.model_extra for choice in plain.choices)
+
+
 def test_how_to_decode_is_said_under_diffusion(client: openai.OpenAI) -> None:
     def forwards(**diffusion: object) -> int:
         given = client.completions.create(
@@ -303,6 +348,7 @@ def test_how_to_decode_is_said_under_diffusion(client: openai.OpenAI) -> None:
         ({"n": 17, "temperature": 1}, "n", "less than or equal to 16"),
         ({"extra_body": {"priority": 101}}, "priority", "-100 to 100"),
         ({"extra_body": {"cache_salt": "a" * 129}}, "cache_salt", "at most 128 bytes"),
+        ({"extra_body": {"trace": "yes"}}, "trace", "valid boolean"),
         ({"top_p": 1.5}, "sampling.top_p", "at most 1"),
         ({"presence_penalty": 0.1}, "presence_penalty", "0"),
         ({"stop": ["w7", ""]}, "sampling.stop[1]", "1 to 256 bytes"),

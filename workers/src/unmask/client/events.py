@@ -22,6 +22,7 @@ __all__ = [
     "event_of",
     "generation_of",
     "model_info_of",
+    "trace_of",
 ]
 
 FinishReason: TypeAlias = Literal["end_of_text", "length", "stop", "unknown"]
@@ -245,7 +246,7 @@ def generation_of(message: pb.GenerateResponse) -> Generation:
         usage=_usage(message.usage),
         stop=_stop(message),
         logprobs=tuple(message.logprobs),
-        trace=_trace(message.trace) if message.HasField("trace") else None,
+        trace=trace_of(message.trace) if message.HasField("trace") else None,
     )
 
 
@@ -265,6 +266,16 @@ def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:
         decoders=tuple(_DECODER_NAMES[number] for number in message.decoders if number in _DECODER_NAMES),
         default_decoding=_decoding(message.default_diffusion),
         revision=message.revision if message.HasField("revision") else None,
+    )
+
+
+def trace_of(message: pb.Trace) -> Trace:
+    """A request's whole story."""
+    return Trace(
+        started=_started(message.started),
+        reused_tokens=message.reused_tokens,
+        forwards=tuple(map(_traced_forward, message.forwards)),
+        forwards_left_out=message.forwards_left_out,
     )
 
 
@@ -319,16 +330,7 @@ def _finished(message: pb.Finished) -> Finished:
         text=message.text_delta,
         usage=_usage(message.usage),
         stop=_stop(message),
-        trace=_trace(message.trace) if message.HasField("trace") else None,
-    )
-
-
-def _trace(message: pb.Trace) -> Trace:
-    return Trace(
-        started=_started(message.started),
-        reused_tokens=message.reused_tokens,
-        forwards=tuple(map(_traced_forward, message.forwards)),
-        forwards_left_out=message.forwards_left_out,
+        trace=trace_of(message.trace) if message.HasField("trace") else None,
     )
 
 

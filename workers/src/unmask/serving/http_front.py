@@ -181,7 +181,8 @@ class HttpFront:
 
         await self._carry_out(wanted, take)
         headers = {"x-request-id": responses[0].request_id}
-        return web.json_response(answer.whole(responses), headers=headers)
+        [text] = await _written(lambda: [answer.whole(responses)], aside=body.trace)
+        return web.json_response(text=text, headers=headers)
 
     async def _stream(
         self, request: web.Request, body: CompletionRequest | ChatRequest, answer: Answer
@@ -200,8 +201,9 @@ class HttpFront:
             if not response.prepared:
                 response.headers["x-request-id"] = event.started.request_id
                 await response.prepare(request)
-            for piece in answer.pieces(event, index=index):
-                await response.write(_event(json.dumps(piece)))
+            traced = event.HasField("finished") and body.trace
+            for piece in await _written(lambda: answer.pieces(event, index=index), aside=traced):
+                await response.write(_event(piece))
             if event.HasField("finished"):
                 usages[index] = event.finished.usage
 
@@ -268,6 +270,20 @@ class _Closing(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
+
+
+async def _written(make: Callable[[], Sequence[Any]], *, aside: bool) -> list[str]:
+    """What is made, as JSON.
+
+    Args:
+        make: Makes it.
+        aside: Whether in a thread: a trace may be megabytes, and the loop has other clients to serve.
+    """
+
+    def written() -> list[str]:
+        return [json.dumps(one) for one in make()]
+
+    return await asyncio.to_thread(written) if aside else written()
 
 
 def _event(data: str) -> bytes:

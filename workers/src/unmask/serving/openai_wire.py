@@ -9,13 +9,15 @@ passed over, but for values that ask for nothing (``presence_penalty: 0``). How 
 * without ``temperature`` the most probable tokens are taken, where OpenAI's default is 1;
 * a call of a tool comes back as text, in the form that the model was taught.
 
-An answer's ``usage`` has what OpenAI's has, and under ``unmask`` forwards and tokens per forward.
+An answer's ``usage`` has what OpenAI's has, and under ``unmask`` forwards and tokens per forward. Each choice
+of a request with ``trace`` has one, in the form in which our client has it and writes it to files.
 """
 
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -23,6 +25,7 @@ import grpc
 from google.protobuf.json_format import ParseDict, ParseError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unmask.client.events import trace_of
 from unmask.diffusion.batch import ForwardCounts
 from unmask.serving.decoders import DECODERS
 from unmask.serving.refusals import Refused, Violation, invalid, quoted
@@ -140,6 +143,7 @@ class _Request(_Strict, ABC):
     diffusion: Json | None = None
     cache_salt: str | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    trace: bool = False
     user: str | None = None
     """Passed over: it changes no answer of OpenAI's either."""
     # What asks for nothing.
@@ -171,6 +175,8 @@ class _Request(_Strict, ABC):
             request.cache_salt = self.cache_salt
         if self.priority is not None:
             request.priority = self.priority
+        if self.trace:
+            request.trace = True
         return request
 
     @abstractmethod
@@ -365,6 +371,7 @@ class Answer(ABC):
                 "logprobs": self._told(index, response.token_ids, response.logprobs),
                 "finish_reason": _REASONS[response.finish_reason],
             }
+            | _traced(response)
             for index, response in enumerate(responses)
         ]
         usage = usage_of([response.usage for response in responses])
@@ -383,7 +390,10 @@ class Answer(ABC):
                     return []
                 return [self._chunk(index, block.text_delta, logprobs=logprobs)]
             case "finished":
-                return [self._chunk(index, event.finished.text_delta, _REASONS[event.finished.reason])]
+                finished = event.finished
+                last = self._chunk(index, finished.text_delta, _REASONS[finished.reason])
+                last["choices"][0] |= _traced(finished)
+                return [last]
         return []
 
     def last(self, usages: Sequence[pb.Usage]) -> Json:
@@ -482,6 +492,11 @@ class ChatAnswer(Answer):
             for token, logprob in zip(tokens, logprobs, strict=True)
         ]
         return {"content": content, "refusal": None}
+
+
+def _traced(ended: pb.GenerateResponse | pb.Finished) -> Json:
+    """The story of an answer that has ended, if it was asked for."""
+    return {"trace": asdict(trace_of(ended.trace))} if ended.HasField("trace") else {}
 
 
 def http_status(code: grpc.StatusCode) -> int:

@@ -254,6 +254,10 @@ def _cut(path: Path) -> None:
     (path / "model.safetensors").write_bytes(content[:-100])
 
 
+def _in_a_circle(path: Path) -> None:
+    (path.parent / "circle").symlink_to("circle")
+
+
 def _not_finite(path: Path) -> None:
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-4:] = b"\xff\xff\xff\x7f"
@@ -268,10 +272,28 @@ def _not_finite(path: Path) -> None:
         (_not_finite, "spoilt", "infinite or not a number"),
         (lambda path: None, "../../etc", "must be inside"),
         (lambda path: None, "/etc", "must be inside"),
-        (lambda path: None, "missing", "no such"),
+        (lambda path: None, "missing", "'missing', and there is no such folder"),
+        (lambda path: None, "no such\nfolder", "a text of 14 characters, and there is no such folder"),
+        (lambda path: None, "spoilt/config.json", "no such folder"),
+        (_in_a_circle, "circle", "cannot be the name of one|no such folder"),
+        (lambda path: None, "zero\0byte", "got a text of 9 characters"),
+        (lambda path: None, "a" * 5000, "a text of 5000 characters, which cannot be the name of one"),
         (lambda path: None, "", "name a model folder"),
     ],
-    ids=["another shape", "cut", "not finite", "above", "outside", "missing", "empty"],
+    ids=[
+        "another shape",
+        "cut",
+        "not finite",
+        "above",
+        "outside",
+        "missing",
+        "two lines",
+        "a file",
+        "a circle",
+        "a zero byte",
+        "long",
+        "empty",
+    ],
 )
 def test_weights_that_do_not_fit_change_nothing(
     replaceable: tuple[GatedBatch, RunningServer], folder: Path, spoil, name: str, says: str
@@ -297,8 +319,9 @@ def test_a_disk_that_fails_in_the_middle_ends_the_server(
     batch, server = replaceable
     batch.open()
     with Client(server.address) as client, control_of(server) as control:
-        with pytest.raises(RequestError):
+        with pytest.raises(RequestError, match="its log says why") as failed:
             control.update_weights("other")
+        assert failed.value.code == "INTERNAL"
         server.wait_failed()
         with pytest.raises(Unavailable, match="the model has failed"):
             client.generate("w5")

@@ -1,18 +1,30 @@
 """Requests made to do harm: what a client that is broken, or wants to break a server, sends.
 
-All begin as good requests whose texts hold :data:`MARKER`, which no answer that refuses one may repeat.
+All begin as good requests whose texts hold :data:`MARKER`, which no answer that refuses one may repeat. Which
+fields there are, the descriptors of the wire and the models of the HTTP front say: one that comes is tried.
 """
 
 import json
 import random
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from support.mutations import mutated
+from unmask.serving.decoders import DECODERS, Decoder
+from unmask.serving.openai_wire import ChatRequest, CompletionRequest
+from unmask.v1 import control_pb2
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["MARKER", "body", "head", "message", "stream_message"]
+__all__ = ["CONTROL", "MARKER", "body", "control", "fields_of", "head", "message", "stream_message"]
+
+Path: TypeAlias = tuple[FieldDescriptor, ...]
+"""Of a value in a message: the fields on the way there, its own the last."""
 
 MARKER = "zqx7 vwk9"
 """Not a name, for there is a space in it: names may be repeated."""
@@ -20,14 +32,83 @@ _TEXT = f"{MARKER} w5 w6 {MARKER}"
 _BIG = 1 << 17
 _FLOATS = [float("nan"), float("inf"), float("-inf"), -0.0, 5e-324, -1.0, 1e308, 1.0000001]
 _INTEGERS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 511, 512, 10**6]
-_DIFFUSION = [
-    "decoder",
-    "threshold",
-    "steps_per_block",
-    "edit_threshold",
-    "max_post_edit_steps",
-    "block_length",
-]
+_BORDERS = [*_INTEGERS, -1, 100, 101, -100, -101, -(2**31), 2**32, 2**63 - 1, 2**64 - 1]
+_TEXTS = ["", "\0", "\u202e" + MARKER, "\U0010ffff", "\n\n", MARKER * 50, "<mask> <eos>", "{{ 7 * 7 }}"]
+_RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
+_ORDINARY: dict[str, float] = {
+    "threshold": 0.5,
+    "steps_per_block": 2,
+    "edit_threshold": 0.6,
+    "max_post_edit_steps": 2,
+    "low_threshold": 0.2,
+    "credit_weight": 1.5,
+    "credit_decay": 0.5,
+    "credit_exponent": 1.0,
+    "entropy_bound": 2.0,
+}
+"""Values that the parameters of decoders may have."""
+_SERVICE = control_pb2.DESCRIPTOR.services_by_name["Control"]
+CONTROL: dict[str, Descriptor] = {
+    f"/{_SERVICE.full_name}/{method.name}": method.input_type for method in _SERVICE.methods
+}
+"""The methods of those who run a server, and what each takes."""
+_FOLDERS = [
+    "other", "tiny", "cut", "empty", "circle", "missing", "other/config.json", "other/.", "tiny/../other",
+    "../" * 40 + "etc/passwd", "/proc/self/mem", "/dev/zero", ".", "..", "~", "$HOME", "%2e%2e/other",
+    "\\\\host\\a", "other\0", MARKER, f"other/{MARKER}", f"{MARKER}/../other", "a" * 300, "a/" * 3000,
+    "\n" + MARKER, "\u202e",
+]  # fmt: skip
+"""What may be said for a folder of weights; those without a path are some that a test may have made."""
+
+
+@cache
+def fields_of(descriptor: Descriptor) -> list[Path]:
+    """The ways to all values that a message can hold, those of messages inside included."""
+    paths: list[Path] = []
+    for field in descriptor.fields:
+        inside = fields_of(field.message_type) if field.message_type else [()]
+        paths += [(field, *path) for path in inside]
+    return paths
+
+
+def _values(field: FieldDescriptor) -> Sequence[Any]:
+    """What a field can hold, at the borders of its type and of what is meant by it, and beyond these."""
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
+            return _FLOATS
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return [False, True]
+        case FieldDescriptor.CPPTYPE_ENUM:
+            assert field.enum_type
+            return [*field.enum_type.values_by_number, -1, 99, 2**31 - 1]
+        case FieldDescriptor.CPPTYPE_STRING:
+            return _TEXTS
+    least, most = _RANGES[field.cpp_type]
+    return [number for number in _BORDERS if least <= number <= most]
+
+
+def _put(message: Message, path: Path, dice: random.Random) -> None:
+    """Give the value at ``path`` something that it can hold."""
+    *way, field = path
+    for step in way:
+        inside = getattr(message, step.name)
+        message = inside.add() if step.is_repeated else inside
+    value = dice.choice(_values(field))
+    if field.is_repeated:
+        getattr(message, field.name).extend([value] * dice.choice([1, 1, 17, 70]))
+    else:
+        setattr(message, field.name, value)
+
+
+def _any_field(message: Message, dice: random.Random) -> None:
+    """Any value that the message can hold, however deep inside."""
+    if paths := fields_of(message.DESCRIPTOR):
+        _put(message, dice.choice(paths), dice)
 
 
 def _good(dice: random.Random) -> pb.GenerateRequest:
@@ -51,13 +132,25 @@ def _good(dice: random.Random) -> pb.GenerateRequest:
     if dice.random() < 0.3:
         request.sampling.stop.extend(["w9", MARKER])
         request.sampling.stop_token_ids.append(9)
-    if dice.random() < 0.3:
+    if dice.random() < 0.15:
         request.diffusion.threshold, request.diffusion.steps_per_block = 0.5, 2
+    elif dice.random() < 0.2:
+        _choose(dice.choice(DECODERS), request.diffusion, dice)
+    if dice.random() < 0.1:
+        request.priority, request.cache_salt, request.trace = dice.randint(-100, 100), MARKER, True
     if dice.random() < 0.2:
         request.committed_token_ids.extend([7, 8])
     if dice.random() < 0.2:
         request.request_id = "r1"
     return request
+
+
+def _choose(decoder: Decoder, diffusion: pb.DiffusionParams, dice: random.Random) -> None:
+    """A decoder, and some of its parameters."""
+    diffusion.decoder = decoder.wire
+    for name in decoder.parameters:
+        if name in _ORDINARY and dice.random() < 0.5:
+            setattr(diffusion, name, _ORDINARY[name])
 
 
 def _varint(value: int) -> bytes:
@@ -78,9 +171,9 @@ def _sized(number: int, content: bytes) -> bytes:
     return _field(number, 2, _varint(len(content)) + content)
 
 
-def _damaged(dice: random.Random) -> bytes:
+def _damaged(good: Message, dice: random.Random) -> bytes:
     """Bytes of a good request, changed a few times."""
-    content = _good(dice).SerializeToString() or b"\n"
+    content = good.SerializeToString() or b"\n"
     for _ in range(dice.choice([1, 1, 2, 5])):
         content = mutated(content, dice) or b"\n"
     return content
@@ -90,9 +183,11 @@ def _noise(dice: random.Random) -> bytes:
     return dice.randbytes(dice.choice([0, 1, 2, 7, 30, 200]))
 
 
-def _strange_field(dice: random.Random) -> bytes:
+def _strange_field(good: Message, dice: random.Random) -> bytes:
     """A good request, and behind it a field whose type, length or value it cannot have."""
-    number = dice.choice([1, 2, 3, 4, 5, 6, 7, 8, 9, 18999, (1 << 29) - 1, 0])
+    fields = good.DESCRIPTOR.fields
+    number = dice.choice([*(field.number for field in fields), 18999, (1 << 29) - 1, 0])
+    holding = [field for field in fields if field.message_type]
     strange = dice.choice(
         [
             lambda: _field(number, dice.randrange(8), dice.randbytes(9)),
@@ -103,14 +198,26 @@ def _strange_field(dice: random.Random) -> bytes:
             lambda: _sized(number, MARKER.encode() * dice.choice([1, 100])),
             lambda: _nested(number, dice.choice([3, 99, 101, 2000])),
             lambda: _field(number, 3, b"") * dice.choice([1, 50, 5000]),
-            lambda: _sized(6, _field(dice.choice([2, 4, 6]), 1, struct.pack("<d", dice.choice(_FLOATS)))),
-            lambda: _sized(7, _field(dice.choice([2, 4]), 1, struct.pack("<d", dice.choice(_FLOATS)))),
-            lambda: _sized(7, _field(1, 0, _varint(dice.choice([-1, 3, 4, 99, 2**31, 2**40])))),
-            lambda: _sized(8, b"".join(_varint(dice.choice([-1, 512, *_INTEGERS])) for _ in range(5))),
-            lambda: _sized(4, _sized(1, _varint(dice.choice(_INTEGERS)) * dice.choice([1, 70]))),
+            lambda: _sized(number, b"".join(_varint(dice.choice([-1, 512, *_INTEGERS])) for _ in range(5))),
+            *[lambda: _strange_inside(dice.choice(holding), dice)] * (4 if holding else 0),
         ]
     )()
-    return _good(dice).SerializeToString() + strange
+    return good.SerializeToString() + strange
+
+
+def _strange_inside(outer: FieldDescriptor, dice: random.Random) -> bytes:
+    """A message inside, of which one field has any type and value."""
+    assert outer.message_type
+    number = dice.choice(outer.message_type.fields).number
+    inside = dice.choice(
+        [
+            lambda: _field(number, 1, struct.pack("<d", dice.choice(_FLOATS))),
+            lambda: _field(number, 0, _varint(dice.choice([-1, 3, 4, 99, 2**31, 2**40]))),
+            lambda: _sized(number, _varint(dice.choice(_INTEGERS)) * dice.choice([1, 70])),
+            lambda: _sized(number, dice.choice([b"\xff\xfe", MARKER.encode()])),
+        ]
+    )()
+    return _sized(outer.number, inside)
 
 
 def _nested(number: int, depth: int) -> bytes:
@@ -120,28 +227,21 @@ def _nested(number: int, depth: int) -> bytes:
     return content
 
 
-def _strange_values(dice: random.Random) -> bytes:
-    """A request that can be read, and whose values cannot be meant."""
-    request = _good(dice)
-    for _ in range(dice.choice([1, 1, 3])):
-        dice.choice(_STRANGE)(request, dice)
-    return request.SerializeToString()
-
-
 def _any_sampling(request: pb.GenerateRequest, dice: random.Random) -> None:
-    name = dice.choice(["temperature", "top_p", "repetition_penalty"])
-    setattr(request.sampling, name, dice.choice(_FLOATS))
+    _put(request.sampling, dice.choice(fields_of(pb.SamplingParams.DESCRIPTOR)), dice)
 
 
 def _any_diffusion(request: pb.GenerateRequest, dice: random.Random) -> None:
-    name = dice.choice(_DIFFUSION)
-    values = _FLOATS if "threshold" in name else [0, 1, 2, 2**31 - 1]
-    setattr(request.diffusion, name, dice.choice(values))
+    _put(request.diffusion, dice.choice(fields_of(pb.DiffusionParams.DESCRIPTOR)), dice)
 
 
-def _any_vicinity(request: pb.GenerateRequest, dice: random.Random) -> None:
-    request.diffusion.decoder = pb.DECODER_LOW_CONFIDENCE
-    request.diffusion.vicinity.before = dice.choice(_INTEGERS)
+def _any_parameter(request: pb.GenerateRequest, dice: random.Random) -> None:
+    """One that the decoder has, so that it is refused for its value if it is."""
+    decoder = dice.choice(DECODERS)
+    request.diffusion.Clear()
+    request.diffusion.decoder = decoder.wire
+    paths = [path for path in fields_of(pb.DiffusionParams.DESCRIPTOR) if path[0].name in decoder.parameters]
+    _put(request.diffusion, dice.choice(paths), dice)
 
 
 def _any_tools(request: pb.GenerateRequest, dice: random.Random) -> None:
@@ -155,8 +255,7 @@ def _any_tools(request: pb.GenerateRequest, dice: random.Random) -> None:
 
 
 def _any_text(request: pb.GenerateRequest, dice: random.Random) -> None:
-    texts = ["", "\0", "\u202e" + MARKER, "\U0010ffff", "\n\n", MARKER * 50, "<mask> <eos>", "{{ 7 * 7 }}"]
-    text = dice.choice(texts)
+    text = dice.choice(_TEXTS)
     name = dice.choice(["text", "model", "request_id", "role", "stop"])
     if name == "role":
         request.chat.messages.add(role=text, content=text)
@@ -179,10 +278,12 @@ def _large(request: pb.GenerateRequest, dice: random.Random) -> None:
         setattr(request, dice.choice(["text", "model", "request_id"]), MARKER * (_BIG // len(MARKER)))
 
 
-_STRANGE: list[Callable[[pb.GenerateRequest, random.Random], None]] = [
+_STRANGE: list[Callable[[Any, random.Random], None]] = [
+    _any_field,
+    _any_field,
     _any_sampling,
     _any_diffusion,
-    _any_vicinity,
+    _any_parameter,
     _any_tools,
     _any_text,
     _any_length,
@@ -190,10 +291,31 @@ _STRANGE: list[Callable[[pb.GenerateRequest, random.Random], None]] = [
 ]
 
 
+def _spoilt(
+    good: Message, dice: random.Random, strange: Sequence[Callable[[Any, random.Random], None]]
+) -> bytes:
+    """The bytes of a message, or of what is to pass for one.
+
+    Args:
+        good: What could be meant.
+        dice: Says what becomes of it.
+        strange: Changes after which it can be read, and cannot be meant.
+    """
+    if dice.random() < 0.1:
+        return _noise(dice)
+    match dice.randrange(4):
+        case 0:
+            return _damaged(good, dice)
+        case 1:
+            return _strange_field(good, dice)
+    for _ in range(dice.choice([1, 1, 3])):
+        dice.choice(strange)(good, dice)
+    return good.SerializeToString()
+
+
 def message(dice: random.Random) -> bytes:
     """The bytes of a ``GenerateRequest``, or of what is to pass for one."""
-    kinds = [_damaged, _strange_field, _strange_values, _strange_values]
-    return (_noise if dice.random() < 0.1 else dice.choice(kinds))(dice)
+    return _spoilt(_good(dice), dice, _STRANGE)
 
 
 def stream_message(dice: random.Random) -> bytes:
@@ -202,7 +324,37 @@ def stream_message(dice: random.Random) -> bytes:
     return _sized(1, message(dice)) + (canvas if dice.random() < 0.5 else b"")
 
 
+# To those who run the server
+
+
+def _any_folder(request: Any, dice: random.Random) -> None:
+    if isinstance(request, control_pb2.UpdateWeightsRequest):
+        request.folder = dice.choice(_FOLDERS)
+
+
+def _too_many_names(request: Any, dice: random.Random) -> None:
+    if isinstance(request, control_pb2.AbortRequest) and dice.random() < 0.1:
+        request.request_ids.extend(["r"] * 20_000)
+
+
+def control(method: str, dice: random.Random) -> bytes:
+    """The bytes of a request for one of the methods of :data:`CONTROL`."""
+    request = GetMessageClass(CONTROL[method])()
+    if isinstance(request, control_pb2.AbortRequest):
+        if dice.random() < 0.5:
+            request.all = True
+        else:
+            request.request_ids.extend(["r1", MARKER])
+    if isinstance(request, control_pb2.UpdateWeightsRequest):
+        request.folder = "other"
+    return _spoilt(request, dice, [_any_field, _any_folder, _any_folder, _too_many_names])
+
+
 # Over HTTP
+
+_DIFFUSION = [*pb.DiffusionParams.DESCRIPTOR.fields_by_name]
+_BODY = [*dict.fromkeys((*CompletionRequest.model_fields, *ChatRequest.model_fields))]
+"""All fields of both endpoints."""
 
 
 def _good_body(dice: random.Random) -> dict[str, Any]:
@@ -223,8 +375,14 @@ def _good_body(dice: random.Random) -> dict[str, Any]:
         asked["tools"] = [{"type": "function", "function": {"name": "look", "description": MARKER}}]
     if dice.random() < 0.5:
         asked |= {"temperature": 0.7, "top_p": 0.9, "seed": 3, "stop": ["w9", MARKER]}
-    if dice.random() < 0.5:
+    if dice.random() < 0.3:
         asked["diffusion"] = {"decoder": "threshold", "threshold": 0.5, "steps_per_block": 2}
+    elif dice.random() < 0.3:
+        decoder = dice.choice(DECODERS)
+        values = {name: value for name, value in _ORDINARY.items() if name in decoder.parameters}
+        asked["diffusion"] = {"decoder": decoder.name, **values}
+    if dice.random() < 0.2:
+        asked |= {"priority": dice.randint(-100, 100), "cache_salt": MARKER, "trace": True}
     return asked
 
 
@@ -265,9 +423,9 @@ def body(dice: random.Random) -> tuple[str, bytes]:
     if kind == 0:
         return path, _noise(dice)
     if kind in (1, 2):
-        place = asked["diffusion"] if "diffusion" in asked and dice.random() < 0.4 else asked
-        strange = ["n", "logit_bias", "user", "echo", MARKER, "a" * 300]
-        name = dice.choice([*place, *place, *_DIFFUSION, *strange])
+        inside = "diffusion" in asked and dice.random() < 0.4
+        place, names = (asked["diffusion"], _DIFFUSION) if inside else (asked, _BODY)
+        name = dice.choice([*place, *place, *names, MARKER, "a" * 300])
         place[name] = "@@"
         return path, json.dumps(asked).replace('"@@"', _strange_json(dice)).encode()
     content = json.dumps(asked).encode()

@@ -1,18 +1,21 @@
 """Messages made to do harm, read in this process: refused in few words, or carried out to their end.
 
 Functions read the bytes of a request before it may wait for anything, one of the wire and one of the HTTP
-front. They are given half of the messages each of two kinds of models; some more go through sockets in
-``tests/integration/test_serving_hostile``.
+front. They are given half of the messages each of two kinds of models, four of the wire for one of HTTP; some
+more go through sockets in ``tests/integration/test_serving_hostile``.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from support import counts, hostile
 from support.folders import served_folder
@@ -26,6 +29,7 @@ from unmask.serving.openai_wire import ChatRequest, CompletionRequest, error_of,
 from unmask.serving.outbox import Outbox
 from unmask.serving.refusals import Refused
 from unmask.serving.requests import Order, check_canvas, read_order
+from unmask.serving.tracing import TraceLog
 from unmask.telemetry import Recorder
 from unmask.v1 import generation_pb2 as pb
 
@@ -57,7 +61,9 @@ class Served:
             or len(order.committed) >= order.params.max_new_tokens
         ):
             return
-        self.batch.release(self.batch.admit(order.prompt, order.params, order.committed))
+        self.batch.release(
+            self.batch.admit(order.prompt, order.params, order.committed, cache_salt=order.cache_salt)
+        )
 
     def carry_out(self, order: Order) -> None:
         """Decode a request to its end, and tell it."""
@@ -66,13 +72,17 @@ class Served:
             prompt=order.prompt,
             committed=order.committed,
             params=order.params,
+            cache_salt=order.cache_salt,
+            priority=order.priority,
             canvas=True,
+            trace=TraceLog() if order.trace else None,
             outbox=Outbox(lambda: None),
         )
         self.engine.submit(request)
         for _ in range(10_000):
             for item in request.outbox.take():
-                assert narration.tell(item).ByteSize() > 0
+                event = narration.tell(item)
+                assert event is None or event.ByteSize() > 0
                 if narration.stopped:
                     self.engine.cancel(request)
                     self.engine.turn()
@@ -128,6 +138,47 @@ def outcomes(
         except Exception as error:
             raise AssertionError(f"message {number}, {content[:2000]!r}: {error!r}") from error
     return found
+
+
+def values_in(message: Message, way: str = "") -> Iterator[str]:
+    """The names of all that is set in a message, with those of the messages that it is in."""
+    for field, value in message.ListFields():
+        name = f"{way}{field.name}"
+        if field.message_type is None:
+            yield name
+        else:
+            for inside in value if field.is_repeated else [value]:
+                yield from values_in(inside, f"{name}.")
+
+
+REQUESTS: dict[str, tuple[Descriptor, Callable[[random.Random], bytes]]] = {
+    "Generate": (pb.GenerateRequest.DESCRIPTOR, hostile.message),
+    "GenerateStream": (pb.GenerateStreamRequest.DESCRIPTOR, hostile.stream_message),
+    **{
+        method.rpartition("/")[2]: (descriptor, partial(hostile.control, method))
+        for method, descriptor in hostile.CONTROL.items()
+    },
+}
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_no_field_of_a_request_is_left_in_peace(method: str) -> None:
+    descriptor, drawn = REQUESTS[method]
+    dice, found = random.Random(1), set[str]()
+    for _ in range(4000):
+        try:
+            found.update(values_in(GetMessageClass(descriptor).FromString(drawn(dice))))
+        except DecodeError:
+            continue
+    assert found == {".".join(field.name for field in path) for path in hostile.fields_of(descriptor)}
+
+
+def test_nor_is_one_of_a_body() -> None:
+    dice = random.Random(2)
+    bodies = [hostile.body(dice)[1] for _ in range(4000)]
+    names = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+    names.update(pb.DiffusionParams.DESCRIPTOR.fields_by_name)
+    assert {name for name in names if not any(b'"%s":' % name.encode() in body for body in bodies)} == set()
 
 
 @pytest.mark.timeout(1800)

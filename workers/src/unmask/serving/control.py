@@ -12,7 +12,7 @@ from grpc.aio import ServicerContext
 from unmask.errors import UnmaskError
 from unmask.serving.calls import Calls
 from unmask.serving.engine import Engine, EngineStopped, ModelFailed
-from unmask.serving.refusals import Refused, Violation, invalid
+from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.serving.weights import ServedWeights
 from unmask.v1 import control_pb2 as pb
 from unmask.v1.control_pb2_grpc import ControlServicer
@@ -134,12 +134,12 @@ class ControlService(ControlServicer):
 
     async def _update(self, folder: str, weights: ServedWeights) -> str:
         async with self._one_update:
-            logger.info("checking the weights in %s", folder)
+            logger.info("checking the weights in %s", quoted(folder))
             with await asyncio.to_thread(weights.check, folder) as new:
                 logger.info("checked; they take the others' place when no request runs")
                 done = self._engine.alone(lambda batch: weights.replace(new, batch))
                 await asyncio.wrap_future(done)
-            logger.info("computing with the weights in %s, revision %s", folder, new.revision)
+            logger.info("computing with the weights in %s, revision %s", quoted(folder), new.revision)
             return new.revision
 
     def _updated(self, update: "asyncio.Task[str]") -> None:
@@ -158,7 +158,13 @@ async def _answered(context: Context) -> AsyncIterator[None]:
     except UnmaskError as error:
         await context.abort_with_status(Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)).status())
     except ModelFailed:
-        failed = Refused(grpc.StatusCode.INTERNAL, "the server has failed; its log says why")
-        await context.abort_with_status(failed.status())
+        await context.abort_with_status(_failure().status())
     except EngineStopped as error:
         await context.abort_with_status(Refused(grpc.StatusCode.UNAVAILABLE, str(error)).status())
+    except Exception as error:  # gRPC would tell the caller its text, and call it UNKNOWN
+        logger.error("a call of Control failed", exc_info=error)
+        await context.abort_with_status(_failure().status())
+
+
+def _failure() -> Refused:
+    return Refused(grpc.StatusCode.INTERNAL, "the server has failed; its log says why")

@@ -16,6 +16,7 @@ from unmask.models.checkpoint_files import Checkpoint
 from unmask.models.int8 import check_int8
 from unmask.models.loading import Quantization, digest_of, load_open
 from unmask.models.replacement import Replacement
+from unmask.serving.refusals import quoted
 
 __all__ = ["ServedWeights"]
 
@@ -64,7 +65,7 @@ class ServedWeights:
         """Open the checkpoint in ``folder`` and check all of it; takes as long as to read it.
 
         Raises:
-            UsageError: It is not inside the root, or the experts are elsewhere.
+            UsageError: It is no folder, or not inside the root, or the experts are elsewhere.
             ModelError: It cannot take the place of these weights; says why.
         """
         if not self._replaceable:
@@ -72,13 +73,25 @@ class ServedWeights:
                 "folder: the experts of this server are in shards, which would keep the old ones; start "
                 "shards and server anew with the new model"
             )
-        path = (self._root / folder).resolve()
-        if not path.is_relative_to(self._root):
+        return Replacement(self._inside(folder), self.network.config)
+
+    def _inside(self, folder: str) -> Path:
+        """Where ``folder`` is, links followed."""
+        told = f"folder: got {quoted(folder)}"
+        try:
+            path = (self._root / folder).resolve()
+            inside = path.is_relative_to(self._root)
+            there = inside and path.is_dir()
+        except (OSError, RuntimeError, ValueError):  # too long, links in a circle, a zero byte
+            raise UsageError(f"{told}, which cannot be the name of one; name a model folder") from None
+        if not inside:
             raise UsageError(
-                f"folder: got {folder!r}, must be inside {self._root}; put the model there, or start the "
-                "server with another --weights-root"
+                f"{told}, must be inside {self._root}; put the model there, or start the server with another "
+                "--weights-root"
             )
-        return Replacement(path, self.network.config)
+        if not there:
+            raise UsageError(f"{told}, and there is no such folder in {self._root}; copy the model there")
+        return path
 
     def replace(self, new: Replacement, batch: Batch) -> None:
         """Compute with ``new`` from now on. To be called between two forwards, with no request active.

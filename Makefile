@@ -136,8 +136,8 @@ ablations: setup ## Train the quickstart without each of its parts, over SEEDS s
 bench-decode: setup ## Time decoding beside the plain and the published way; BENCH="--only p7" for a part (12 minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/decode.py $(BENCH)
 
-bench-serve: setup ## Time a server's forwards and what its users wait for; the last line is one JSON object (minutes)
-	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/serving.py
+bench-serve: setup ## Time a server's forwards and what its users wait for; BENCH="--only users" for a part (minutes)
+	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/serving.py $(BENCH)
 
 bench-shards: setup ## Time expert shards beside bare bytes and the whole model; the last line is one JSON object (minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/shards.py $(BENCH)

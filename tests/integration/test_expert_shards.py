@@ -270,6 +270,7 @@ class Faulty(Shard):
         return spoiled[way % len(spoiled)]
 
 
+@pytest.mark.slow
 def test_without_a_replica_a_lost_shard_ends_the_forward_and_the_next_one_waits_for_it(folder: Path) -> None:
     with (
         shard_processes(folder, 2) as alone,
@@ -348,6 +349,7 @@ def _alone(network: LanguageModel, model: ServedModel, prompt: list[int]) -> lis
     return generate(network, [prompt], params, rows=1)[0].token_ids
 
 
+@pytest.mark.slow
 def test_requests_that_lose_their_experts_end_as_unavailable_and_the_server_goes_on(served: Path) -> None:
     with (
         shard_processes(served, 2) as shards,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from support import charts, counts, real_clusters
+from support import charts, counts, networks, real_clusters
 
 pytest_plugins = ["support.report"]
 
@@ -61,6 +61,7 @@ def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Ite
         ("real_node", lambda: real_clusters.obstacle("node")),
         ("real_images", lambda: real_clusters.obstacle("node", with_images=True)),
         ("helm", charts.obstacle),
+        ("own_network", networks.obstacle),
     ):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if not needing or (reason := why()) is None:

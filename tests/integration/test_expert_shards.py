@@ -20,7 +20,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from support import counts
 from support.folders import served_folder
 from support.serving import running_server, wait_until
-from support.shard_processes import CAN_PARTITION, ShardProcess, shard_processes
+from support.shard_processes import ShardProcess, shard_processes
 from support.shards import golden_folder, in_process, running_shards
 from unmask.attention import AttentionMetadata
 from unmask.client import Client, Unavailable
@@ -194,7 +194,7 @@ def test_a_shard_that_fails_at_any_place_changes_no_token(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAN_PARTITION, reason="needs root, and the programs ip and nsenter")
+@pytest.mark.own_network
 def test_a_shard_that_cannot_be_reached_at_any_place_changes_no_token(folder: Path) -> None:
     with (
         shard_processes(folder, 2, replication=2, own_networks=True) as shards,

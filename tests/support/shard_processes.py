@@ -3,7 +3,6 @@
 import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -22,9 +21,6 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["support.shard_processes"])  # torch is imported once for all of them
 _READY_S = 60
 _CLONE_NEWNET = 0x40000000
-
-CAN_PARTITION = os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("nsenter") is not None
-"""Whether shards can have a network of their own here."""
 
 
 class ShardProcess:

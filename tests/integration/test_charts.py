@@ -252,6 +252,7 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
         "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
         "device": "cuda:1", "quantization": "int8", "threads": 2,
+        "experts": None, "experts_rows": "float32", "experts_wait_seconds": 300.0,
     }  # fmt: skip
 
 

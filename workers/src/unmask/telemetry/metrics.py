@@ -164,6 +164,11 @@ TOKENS_EDITED = Metric(
     kind="counter",
     help="Generated tokens that a later forward replaced before their block was committed.",
 )
+CANVAS_UPDATES_MERGED = Metric(
+    name="unmask_canvas_updates_merged_total",
+    kind="counter",
+    help="Canvas updates merged into a later one, or dropped, because their client reads more slowly.",
+)
 EXPERT_FRAME_SECONDS = Metric(
     name="unmask_expert_frame_seconds",
     kind="histogram",
@@ -210,11 +215,6 @@ EXPERT_SHARDS = Metric(
 )
 EXPERT_EPOCH = Metric(
     name="unmask_expert_placement_epoch", kind="gauge", help="The placement of experts that is in use."
-)
-CANVAS_UPDATES_MERGED = Metric(
-    name="unmask_canvas_updates_merged_total",
-    kind="counter",
-    help="Canvas updates merged into a later one, or dropped, because their client reads more slowly.",
 )
 
 SERVING: tuple[Metric, ...] = (

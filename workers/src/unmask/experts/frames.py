@@ -1,7 +1,7 @@
 """Frames: what an engine and an expert shard send each other, byte by byte.
 
 A frame is the ``raw`` field of a protobuf ``ShardFrame``, so whoever has the generated code can read and
-write it; here the field's tag and length are put before it by hand, which saves two copies of the rows. (A
+write it; here the field's tag and length are put before it by hand, which saves parsing and copying the rows. (A
 length of fewer bytes is as good; such a message is copied once.) Numbers are little-endian; every section is
 filled up with zeros to a multiple of 8 bytes. ::
 
@@ -16,7 +16,7 @@ filled up with zeros to a multiple of 8 bytes. ::
 So rows begin at a multiple of 8 bytes of a message, as vector instructions like it.
 
 The checksum is a sum of 64-bit words, and the CRC-32 of the header: it tells a flipped bit, a piece that is
-missing, a frame that is another one's. It costs a fifth of what a CRC of all would. It is no protection
+missing, a frame that is another one's. A CRC of all bytes would cost more. It is no protection
 against an attacker, which is what TLS is for.
 
 Shape letters: T tokens of the frame, K choices per token, D hidden size.

@@ -1,7 +1,7 @@
 """Frames: what an engine and an expert shard send each other, byte by byte.
 
 A frame is the ``raw`` field of a protobuf ``ShardFrame``, so whoever has the generated code can read and
-write it; here the field's tag and length are put before it by hand, which saves parsing and copying the rows. (A
+write it; here the field's tag and length are put before it by hand, which saves parsing and copying rows. (A
 length of fewer bytes is as good; such a message is copied once.) Numbers are little-endian; every section is
 filled up with zeros to a multiple of 8 bytes. ::
 

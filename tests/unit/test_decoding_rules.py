@@ -2,7 +2,7 @@
 
 import math
 import random
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -43,9 +43,15 @@ def params(**changes):
     return DecodingParams(**{**defaults, **changes})
 
 
-@pytest.fixture(scope="module")
+@cache
+def model_of(dtype):
+    """One for all examples: to make it takes as long as to decode a block."""
+    return tiny_model(dtype=dtype)
+
+
+@pytest.fixture
 def exact():
-    return tiny_model(dtype=torch.float64)
+    return model_of(torch.float64)
 
 
 # The rules, written out
@@ -226,7 +232,7 @@ SAMPLINGS = [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=3), Sampling(
 @given(seed=st.integers(0, 10**6))
 def test_rows_of_all_rules_share_forwards_and_change_nothing_for_each_other(seed):
     chance = random.Random(seed)
-    model = tiny_model(dtype=torch.float32)
+    model = model_of(torch.float32)
     kinds = [*RULES.values(), {"threshold": 0.3}, {"threshold": 0.2, "edit_threshold": 0.2}]
 
     def order():
@@ -285,7 +291,7 @@ END_RULES = {**RULES, "threshold": {"threshold": 0.3}, "quota": {"threshold": 2.
     sampling=st.sampled_from(SAMPLINGS),
 )
 def test_no_forward_is_spent_behind_the_end_and_no_token_changes(rule, prompt, new, end, sampling):
-    model, tokens = tiny_model(dtype=torch.float64), random_tokens(prompt, seed=prompt)
+    model, tokens = model_of(torch.float64), random_tokens(prompt, seed=prompt)
     chosen = partial(params, **rule, max_new_tokens=new, sampling=sampling)
     whole = generate_uncached(model, tokens, chosen(early_exit=False)).token_ids
     eos = whole[min(end, new - 1)]

@@ -20,7 +20,13 @@ async def main(folder: Path, rows: int, queue: int) -> None:
     """Serve until standard input ends; its first line lets the forwards through."""
     model = ServedModel.describe(folder, read_config(folder), name=None, rows=rows, context_length=64)
     batch = GatedBatch(CountingBatch(rows=rows))
-    options = ServerOptions(port=0, metrics_port=0, max_queue_requests=queue, max_queue_tokens=100 * queue)
+    options = ServerOptions(
+        port=0,
+        metrics_port=0,
+        max_queue_requests=queue,
+        max_queue_tokens=100 * queue,
+        max_request_s=1800,  # the first of very many waits until the last has come
+    )
     server = Server(batch, model, options)
     await server.start()
     sys.stdout.write(json.dumps({"port": server.port, "metrics": server.metrics_port}) + "\n")

@@ -243,9 +243,9 @@ def running_server(
         loop.close()
 
 
-def wait_until(true: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
-    """Return as soon as ``true()``; a test fails that waits in vain."""
+def wait_until(true: Callable[[], bool], *, timeout_s: float = 30.0, every_s: float = 0.002) -> None:
+    """Return as soon as ``true()``, asked so often; a test fails that waits in vain."""
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
+        time.sleep(every_s)

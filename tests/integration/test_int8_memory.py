@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from support.models import TINY
 from unmask.models.loading import build, save
 from unmask.models.registry import parse_config
@@ -46,6 +47,7 @@ def taken_to_load(folder: Path, quantization: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow  # two processes load a model
 def test_a_model_in_int8_is_never_there_in_float32_as_a_whole(
     tmp_path: Path, record_measurement: Callable[[str, float | str], None]
 ) -> None:
@@ -59,4 +61,4 @@ def test_a_model_in_int8_is_never_there_in_float32_as_a_whole(
     record_measurement("memory to load in float32, of the weights' size", as_it_is / size)
     record_measurement("memory to load in int8, of the float32 weights' size", int8 / size)
     assert as_it_is > 0.9 * size, "or the other number would show nothing"
-    assert int8 < 0.45 * size
+    assert int8 < 0.6 * size, "a model in float32 and its copy in int8 take 1.25 of it"

@@ -143,13 +143,14 @@ def test_pods_that_the_cluster_does_not_admit_are_reported_with_its_words(operat
 def test_pods_that_fit_nowhere_say_what_is_missing(operated: Operated) -> None:
     place = operated.place()
     place.submit(resources={"limits": {"nvidia.com/gpu": 8}})
-    assert "Insufficient nvidia.com/gpu" in place.until_condition("Scheduled", "False", "Unschedulable")
+    message = _told_within_five_seconds(place, "Scheduled", "Unschedulable", "Insufficient nvidia.com/gpu")
+    assert "Insufficient nvidia.com/gpu" in message
 
 
 def test_a_claim_that_is_missing_is_named(operated: Operated) -> None:
     place = operated.place()
     place.submit(checkpoint__uri="pvc://runs/tiny")
-    message = place.until_condition("Scheduled", "False", "Unschedulable")
+    message = _told_within_five_seconds(place, "Scheduled", "Unschedulable", "persistentvolumeclaim")
     assert 'persistentvolumeclaim "runs" not found' in message
 
 
@@ -158,7 +159,7 @@ def test_an_image_that_cannot_be_pulled_is_named(operated: Operated) -> None:
     why = {"reason": "ErrImagePull", "message": "registry.example/none:1: not found"}
     operated.nodes.waiting = lambda pod: why if pod["metadata"]["namespace"] == place.name else None
     place.submit(image="registry.example/none:1")
-    message = place.until_condition("Running", "False", "ImageUnavailable")
+    message = _told_within_five_seconds(place, "Running", "ImageUnavailable", "ErrImagePull")
     assert "registry.example/none:1: not found" in message
 
 
@@ -167,8 +168,8 @@ def test_a_secret_that_is_missing_is_named_as_environment_and_as_volume(operated
     why = {"reason": "CreateContainerConfigError", "message": 'secret "s3" not found'}
     operated.nodes.waiting = lambda pod: why if pod["metadata"]["namespace"] == place.name else None
     place.submit(credentials=["s3"])
-    message = place.until_condition("Running", "False", "CreateContainerConfigError")
-    assert 'secret "s3" not found' in message
+    reason = "CreateContainerConfigError"
+    assert 'secret "s3" not found' in _told_within_five_seconds(place, "Running", reason, reason)
     other = operated.place()
     operated.nodes.waiting = lambda pod: (
         {"reason": "ContainerCreating"} if pod["metadata"]["namespace"] == other.name else None
@@ -176,7 +177,8 @@ def test_a_secret_that_is_missing_is_named_as_environment_and_as_volume(operated
     other.submit(volumes=[{"name": "key", "secret": {"secretName": "key"}}])
     (pod,) = until(lambda: list(other.pods().values()), "the pod is made")
     _mount_failed(other, pod, 'MountVolume.SetUp failed for volume "key" : secret "key" not found')
-    assert 'secret "key" not found' in other.until_condition("Running", "False", "VolumeUnavailable")
+    message = _told_within_five_seconds(other, "Running", "VolumeUnavailable", "FailedMount")
+    assert 'secret "key" not found' in message
 
 
 def test_a_child_that_the_api_server_refuses_is_named_and_tried_ever_more_slowly(operated: Operated) -> None:
@@ -317,14 +319,18 @@ def _again(place: Any, kind: str, body: Json) -> Json:
     return found
 
 
-def _told_within_five_seconds(place: Any, kind: str, reason: str, event: str) -> str:
-    """Wait for the cluster's event and for the condition; return the message of the latter."""
+def _told_within_five_seconds(place: Any, kind: str, reason: str, reported: str) -> str:
+    """Wait for the cluster's report, the reason of an event or words of a pod's status, and then for the
+    condition; return the message of the latter."""
 
     def told() -> bool:
-        path = f"/api/v1/namespaces/{place.name}/events"
-        return bool(place.api._json("GET", path, {"fieldSelector": f"reason={event}"})["items"])
+        events = place.api._json("GET", f"/api/v1/namespaces/{place.name}/events")["items"]
+        pods = place.objects("Pod")
+        return any(one["reason"] == reported for one in events) or any(
+            reported in json.dumps(pod["status"]) for pod in pods
+        )
 
-    until(told, f"the cluster says {event}")
+    until(told, f"the cluster says {reported}")
     begun = time.monotonic()
     message: str = place.until_condition(kind, "False", reason)
     assert time.monotonic() - begun < 5.0

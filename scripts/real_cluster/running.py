@@ -4,7 +4,8 @@
 loopback; with ``node`` a whole cluster of one node, in namespaces of its own: pods, Services, DNS work, and
 of all that only the API server can be reached from outside. On standard output comes one line of JSON when it
 serves: the path of an administrator's ``kubeconfig``. Any number of them may run at once. All that belongs to
-one, its containers included, ends with this process; its folder is removed.
+one, its containers included, ends with this process; its folder is removed. Of a node the line also names the
+file of its ``network`` namespace, for whoever has something to say to pods.
 
 ``node --images FILE...`` loads image archives; ``--flag`` adds one to the API server's.
 """
@@ -46,10 +47,10 @@ def main() -> int:
     options = parser.parse_args()
     with _stop() as stopped, _folder() as folder:
         start = _node if options.kind == "node" else _api
-        with start(folder, options, stopped) as config:
-            if config is None:
+        with start(folder, options, stopped) as told:
+            if told is None:
                 return 130
-            print(json.dumps({"kubeconfig": str(config)}), flush=True)
+            print(json.dumps(told), flush=True)
             select.select([sys.stdin, stopped], [], [])
     return 0
 
@@ -84,7 +85,7 @@ def _folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _api(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[Path | None]:
+def _api(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[dict[str, str] | None]:
     plane = Plane.on_loopback(folder, flags=options.flag)
     with ControlPlane(plane) as serving:
         end = time.monotonic() + START_SECONDS
@@ -95,14 +96,14 @@ def _api(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[Pa
                 yield None
                 return
         serving.start_controllers()
-        yield plane.pki / "admin.kubeconfig"
+        yield {"kubeconfig": str(plane.pki / "admin.kubeconfig")}
 
 
 # --- a node -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[Path | None]:
+def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[dict[str, str] | None]:
     with (
         _cgroup() as cgroup,
         socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
@@ -141,7 +142,7 @@ def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[P
             config = pki / "outside.kubeconfig"
             server = f"https://127.0.0.1:{listener.getsockname()[1]}"
             config.write_text(kubeconfig(pki, server, certificate_of(pki, "admin")))
-            yield config
+            yield {"kubeconfig": str(config), "network": f"/proc/{first.pid}/ns/net"}
         finally:
             # The first process of the namespaces is gone when all the others are.
             children = Path(f"/proc/{first.pid}/task/{first.pid}/children")

@@ -24,9 +24,11 @@ from parent_death import bound
 from real_cluster import images, programs
 from support import real_clusters
 from support.charts import PAGE, Prompt, page_commands
+from support.object_stores import BUCKET, store_server
 from support.quickstart import EXAMPLE, load_module
 from support.real_clusters import Cluster
 from unmask.client import Client
+from unmask.training.fetching import fetch
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_images]
 
@@ -302,6 +304,64 @@ def test_a_lost_pod_a_new_operator_and_a_pause_change_no_weight(place: Place, un
     records = (place.volumes / "run" / name / "metrics.jsonl").read_text().splitlines()
     steps = [one["step"] for one in map(json.loads, records) if one["kind"] == "step"]
     assert steps == list(range(1, STEPS + 1))
+
+
+def stored_job(name: str) -> Any:
+    """Return a job of one pod whose run is in the object store of the test, with the keys of a Secret."""
+    job = train_job(name)
+    spec = job["spec"]
+    spec["stages"] = [spec["stages"][0] | {"steps": 80}]
+    spec["parallelism"] |= {"nodes": 1}
+    spec["credentials"] = [name]
+    spec["checkpoint"] = {"uri": f"s3://{BUCKET}/{name}", "everySteps": 10, "keepLast": 2}
+    del spec["evaluation"]
+    return job
+
+
+def test_a_job_goes_on_from_a_checkpoint_in_an_object_store(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, cluster = "stored", place.cluster
+    with cluster.listen() as listener, store_server(also=listener) as server:
+        host, port = listener.getsockname()
+        keys = server.environment | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": TRAINING}}
+        cluster.kubectl("create", "-f", "-", given=secret | {"stringData": keys})
+        for variable, value in server.environment.items():
+            monkeypatch.setenv(variable, value)
+        store = server.store(name)
+
+        def committed() -> set[int]:
+            manifests = [one for one in store.sizes("checkpoints") if one.endswith("/manifest.json")]
+            return {int(one.split("/")[-2].rpartition("-")[2]) for one in manifests}
+
+        cluster.kubectl("apply", "-f", "-", given=stored_job(name))
+        cluster.until(committed, "a checkpoint in the store", 600)
+        pause = {"spec": {"suspend": True}}
+        cluster.kubectl("patch", "dtj", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(pause))
+        place.until_state(name, "Suspended")
+        saved = max(committed())
+        assert saved < 80
+
+        # The next pod has a machine of its own, as far as the run can tell: its scratch folder is empty.
+        pause["spec"]["suspend"] = False
+        cluster.kubectl("patch", "dtj", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(pause))
+        status = place.until_state(name, "Succeeded")["status"]
+        assert [one["reason"] for one in status["history"]] == ["Suspended", "Completed"]
+        assert status["checkpoint"]["latestStep"] == 80 and max(committed()) == 80
+        assert status["checkpoint"]["latestUri"] == f"s3://{BUCKET}/{name}/checkpoints/step-00000080"
+        records = store.read("metrics.jsonl").decode().splitlines()
+        steps = [one["step"] for one in map(json.loads, records) if one["kind"] == "step"]
+        assert steps == list(range(1, 81))
+        said = cluster.kubectl("logs", "-n", TRAINING, "-l", f"unmask.dev/job={name}", "--tail=-1")
+        assert f"going on from s3://{BUCKET}/{name}/checkpoints/step-{saved:08d}" in said, said
+
+        # What the last checkpoint holds is what its manifest says, and so is the model.
+        for folder in ("checkpoints/step-00000080", "model"):
+            found = fetch(f"s3://{BUCKET}/{name}/{folder}", tmp_path / folder)
+            assert found.verified > 0
+        assert (tmp_path / "model" / "model.safetensors").stat().st_size > 0
+        cluster.kubectl("delete", "dtj/stored", "secret/stored", "-n", TRAINING, "--wait")
 
 
 def test_the_operator_s_own_test_passes(place: Place) -> None:

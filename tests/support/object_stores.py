@@ -5,11 +5,12 @@ first process there.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -59,8 +60,11 @@ class StoreServer:
 
 
 @contextmanager
-def store_server(port: int = 0) -> Iterator[StoreServer]:
-    """Run a server with one empty bucket, one request at a time as far as anybody can tell."""
+def store_server(port: int = 0, *, also: socket.socket | None = None) -> Iterator[StoreServer]:
+    """Run a server with one empty bucket, one request at a time as far as anybody can tell.
+
+    It answers on loopback, and to whoever connects to the socket ``also``.
+    """
     from moto.core import DEFAULT_ACCOUNT_ID
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from moto.s3.models import s3_backends
@@ -86,16 +90,23 @@ def store_server(port: int = 0) -> Iterator[StoreServer]:
             server.requests.append((method, path))
             return [b"".join(application(environ, start_response))]
 
-    http = make_server("127.0.0.1", port, answer, threaded=True, request_handler=Quiet)
-    server.port = http.server_port
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    @contextmanager
+    def listening(host: str, port: int, file: int | None = None) -> Iterator[int]:
+        http = make_server(host, port, answer, threaded=True, request_handler=Quiet, fd=file)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield http.socket.getsockname()[1]  # what is given a socket knows no `server_port`
+        finally:
+            http.shutdown()
+            http.server_close()
+            thread.join()
+
+    with ExitStack() as stack:
+        server.port = stack.enter_context(listening("127.0.0.1", port))
+        if also is not None:
+            stack.enter_context(listening(*also.getsockname(), also.fileno()))
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
 def start_machines(

@@ -1,8 +1,11 @@
 """Real clusters for tests (``scripts/real_cluster``): of an API server and its controllers, or of a node."""
 
+import concurrent.futures
 import contextlib
+import ctypes
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,11 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from real_cluster import images, programs
+from real_cluster.inside import ADDRESS
 
 __all__ = ["Cluster", "obstacle", "running"]
 
 Kind = Literal["api", "node"]
 _SCRIPTS = Path(programs.__file__).parents[1]
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,21 @@ class Cluster:
 
     kubeconfig: Path
     """The administrator's."""
+    network: Path | None = None
+    """The network namespace of the node, if there is one."""
+
+    def listen(self) -> socket.socket:
+        """Return a socket of this process to which pods can connect, at the node's address."""
+        # A thread enters the namespace alone, and what it makes there stays there.
+        with concurrent.futures.ThreadPoolExecutor(1) as apart:
+            return apart.submit(self._listen).result()
+
+    def _listen(self) -> socket.socket:
+        assert self.network is not None, "there is no node"
+        with self.network.open("rb") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"cannot enter {self.network}")
+        return socket.create_server((ADDRESS, 0), backlog=64)
 
     def kubectl(self, *arguments: str, given: object = None) -> str:
         """Return what kubectl prints; ``given`` is an object, or a list of them, for ``-f -``."""
@@ -92,7 +112,9 @@ def running(kind: Kind, *, images: Sequence[Path] = (), flags: Sequence[str] = (
         try:
             line = process.stdout.readline()
             assert line, f"the cluster did not start, exit code {process.wait()}"
-            yield Cluster(Path(json.loads(line)["kubeconfig"]))
+            told = json.loads(line)
+            network = told.get("network")
+            yield Cluster(Path(told["kubeconfig"]), Path(network) if network else None)
         finally:
             process.stdin.close()
             process.wait(timeout=120)

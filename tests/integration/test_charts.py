@@ -538,6 +538,17 @@ def test_what_the_page_installs_renders_with_what_it_sets(line: str) -> None:
     assert one(objects, "Deployment")["metadata"]["name"] in PAGE.read_text(encoding="utf-8")
 
 
+def test_what_the_page_builds_and_pushes_is_what_it_installs() -> None:
+    lines = [shlex.split(line) for line in page_commands(PAGE, "## The images")]
+    built = [line[line.index("--tag") + 1] for line in lines if line[1] == "build"]
+    assert [line[2] for line in lines if line[1] == "push"] == built
+    registry = {"registry": "registry.example"}
+    operator = container(render(OPERATOR, {"image": registry, "workerImage": registry}))
+    (worker,) = [one for one in operator["args"] if one.startswith("--image=")]
+    assert built == [operator["image"], worker.removeprefix("--image=")]
+    assert container(render(INFERENCE, MODEL | {"image": registry}))["image"] == built[1]
+
+
 def test_the_values_that_the_page_shows_ask_for_an_accelerator() -> None:
     (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     engine = container(render(INFERENCE, yaml.safe_load(block)))

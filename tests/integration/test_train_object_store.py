@@ -11,20 +11,25 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from support import counts
+from support.charts import page_commands
 from support.object_stores import BUCKET, impatient, log_of, start_machines, store_server, wait_for
 from support.ranks import join, train_to_the_end
 from support.training import metrics, training_job
 from unmask.training.manifest import CheckpointManifest
+from unmask.training.mirror import GRACE_S
+from unmask.training.object_store import ObjectStore
 from unmask_api.model import JobModel
 from unmask_api.places import working_folder
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator.launch.supervisor import progress
 from unmask_operator.training.source import look_up
 
+PAGE = Path(__file__).parents[2] / "docs/how-to/use-object-stores.md"
 SHARED = {"shard": "Full", "microBatchRows": 2}
 
 
@@ -342,17 +347,35 @@ def test_the_command_line_runs_plots_and_fetches(folder, server, quiet, tmp_path
             timeout=600,
         )
 
+    run = "runs/first"  # as on the page
     manifest = tmp_path / "job.yaml"
-    manifest.write_text(json.dumps(job_in(folder, uri("command")).to_json_dict()))
+    manifest.write_text(json.dumps(job_in(folder, uri(run)).to_json_dict()))
     done = unmask("run", "-f", manifest)
     assert done.returncode == 0, done.stderr
-    assert f"is complete: the model is in {uri('command/model')}" in done.stdout
-    assert_same(server, "command", quiet(1))
-    refused = unmask("plot", uri("command"))
+    assert f"is complete: the model is in {uri(run + '/model')}" in done.stdout
+    stored = assert_same(server, run, quiet(1))
+    refused = unmask("plot", uri(run))
     assert refused.returncode == 64
-    assert f"copy it first (unmask fetch {uri('command')} DIR)" in refused.stderr
-    fetched = unmask("fetch", uri("command/model"), tmp_path / "model")
-    assert fetched.returncode == 0, fetched.stderr
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
-        quiet(1) / "model" / "model.safetensors"
-    ).read_bytes()
+    assert f"copy it first (unmask fetch {uri(run)} DIR)" in refused.stderr
+    lines = [line for line in page_commands(PAGE) if line.startswith("unmask")]
+    assert len(lines) == 3
+    for line in lines:
+        _, command, source, target = line.replace("step-00000500", "step-00000012").split()
+        fetched = unmask(command, source, tmp_path / target)
+        assert fetched.returncode == 0, fetched.stderr
+        below = source.removeprefix(uri(run)).strip("/")
+        for name in ("model/model.safetensors", "checkpoints/step-00000012/manifest.json"):
+            if name.startswith(below):
+                there = tmp_path / target / name.removeprefix(below).strip("/")
+                assert there.read_bytes() == stored[name], line
+
+
+def test_a_store_is_asked_as_often_and_for_as_long_as_the_page_says(server):
+    waits = []
+    server.spoil = lambda method, path: True
+    with pytest.raises(OSError, match="tried 5 times"):
+        ObjectStore(f"s3://{BUCKET}/waits", wait=waits.append).read("nothing")
+    assert (len(waits), sum(waits)) == (4, 7.5)
+    assert GRACE_S == 15 * 60
+    told = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert "is tried five times within eight seconds" in told and "a quarter of an hour after" in told

@@ -101,10 +101,11 @@ MATRIX: dict[str, tuple[str, Json]] = {
 """What the charts are rendered with: name -> chart and values."""
 
 
-def page_commands(page: Path, heading: str) -> list[str]:
-    """Return the command lines below one heading of a page, in its order."""
-    section = page.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
-    section = re.split(r"^#+ ", section, maxsplit=1, flags=re.MULTILINE)[0]
+def page_commands(page: Path, heading: str | None = None) -> list[str]:
+    """Return the command lines of a page, or those below one of its headings, in its order."""
+    section = page.read_text(encoding="utf-8")
+    if heading is not None:
+        section = re.split(r"^#+ ", section.partition(f"\n{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     blocks = re.findall(r"^```sh\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 

@@ -5,7 +5,8 @@ loopback; with ``node`` a whole cluster of one node, in namespaces of its own: p
 of all that only the API server can be reached from outside. On standard output comes one line of JSON when it
 serves: the path of an administrator's ``kubeconfig``. Any number of them may run at once. All that belongs to
 one, its containers included, ends with this process; its folder is removed. Of a node the line also names the
-file of its ``network`` namespace, for whoever has something to say to pods.
+file of its ``network`` namespace, for whoever has something to say to pods, and two files for Helm that say
+which images of this checkout the charts take: ``operator_values`` and ``engine_values``.
 
 ``node --images FILE...`` loads image archives; ``--flag`` adds one to the API server's.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from parent_death import bound
 from real_cluster.control_plane import ControlPlane, Plane, certificate_of, kubeconfig
+from real_cluster.images import reference
 from real_cluster.programs import folder as programs
 
 __all__ = ["main"]
@@ -142,7 +144,12 @@ def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[d
             config = pki / "outside.kubeconfig"
             server = f"https://127.0.0.1:{listener.getsockname()[1]}"
             config.write_text(kubeconfig(pki, server, certificate_of(pki, "admin")))
-            yield {"kubeconfig": str(config), "network": f"/proc/{first.pid}/ns/net"}
+            yield {
+                "kubeconfig": str(config),
+                "network": f"/proc/{first.pid}/ns/net",
+                "operator_values": _values(folder / "operator.yaml", image="operator", workerImage="worker"),
+                "engine_values": _values(folder / "engine.yaml", image="worker"),
+            }
         finally:
             # The first process of the namespaces is gone when all the others are.
             children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
@@ -153,6 +160,16 @@ def _node(folder: Path, options: argparse.Namespace, stopped: int) -> Iterator[d
             first.kill()
             first.wait()
             os.close(ready)
+
+
+def _values(path: Path, **images: str) -> str:
+    """Write the values of a chart that name its ``images``, and return where they are."""
+    values = {}
+    for value, name in images.items():
+        repository, _, tag = reference(name).rpartition(":")
+        values[value] = {"repository": repository, "tag": tag}
+    path.write_text(json.dumps(values))  # which is YAML, too
+    return str(path)
 
 
 @contextlib.contextmanager

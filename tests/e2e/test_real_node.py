@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from parent_death import bound
-from real_cluster import images, programs
+from real_cluster import programs
 from support import real_clusters
 from support.charts import PAGE, Prompt, page_commands
 from support.object_stores import BUCKET, store_server
@@ -34,7 +34,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_images]
 
 ROOT = Path(__file__).parents[2]
 SYSTEM, TRAINING = "unmask-system", "training"
-USER = 10001
+LOOK = ROOT / "docs/how-to/test-on-a-real-cluster.md"
+STORES = LOOK.with_name("use-object-stores.md")
+FOLDERS = "/srv/unmask"
+"""Where the first page has the volumes."""
 STEPS = 255
 
 
@@ -117,48 +120,23 @@ def train_job(name: str) -> Any:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     volumes = tmp_path_factory.mktemp("volumes")
     with real_clusters.running("node") as cluster:
-        for name in (SYSTEM, TRAINING):
-            levels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn")}
-            metadata = {"name": name, "labels": levels}
-            cluster.kubectl(
-                "create", "-f", "-", given={"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
-            )
-        for name in ("data", "run"):
-            (volumes / name).mkdir()
-            os.chown(volumes / name, USER, USER)  # a storage class would see to that
-            cluster.kubectl("create", "-f", "-", given=claim(name, volumes / name))
-        load_module("prepare").prepare(volumes / "data")
-        chosen = [*image("image", "operator"), *image("workerImage", "worker"), "--set=lease.seconds=5"]
-        chart = str(ROOT / "deploy/helm/unmask-operator")
-        helm(cluster, "install", "unmask-operator", chart, "--namespace", SYSTEM, *chosen)
-        yield Place(cluster, volumes, Prompt(cluster.kubeconfig, tmp_path_factory.mktemp("helm")))
-
-
-def claim(name: str, folder: Path) -> list[Any]:
-    """Return a claim, and the volume for it: a folder of the node."""
-    size = {"storage": "1Gi"}
-    volume = {
-        "capacity": size,
-        "accessModes": ["ReadWriteMany"],
-        "hostPath": {"path": str(folder)},
-        "storageClassName": "",
-        "claimRef": {"namespace": TRAINING, "name": name},
-    }
-    wanted = {
-        "accessModes": ["ReadWriteMany"],
-        "resources": {"requests": size},
-        "storageClassName": "",
-        "volumeName": name,
-    }
-    return [
-        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": volume},
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": name, "namespace": TRAINING},
-            "spec": wanted,
-        },
-    ]
+        prompt = Prompt(cluster.kubeconfig, tmp_path_factory.mktemp("helm"))
+        restricted = [f"pod-security.kubernetes.io/{mode}=restricted" for mode in ("enforce", "warn")]
+        cluster.kubectl("create", "namespace", SYSTEM)
+        cluster.kubectl("label", "namespace", SYSTEM, *restricted)
+        claims = (EXAMPLE / "volumes.yaml").read_text().replace(FOLDERS, str(volumes))
+        for line in page_commands(LOOK, "## A cluster to look at"):
+            line = line.replace(FOLDERS, str(volumes))
+            if line.startswith("kubectl apply"):
+                cluster.kubectl("apply", "-f", "-", given=list(yaml.safe_load_all(claims)))
+            elif line.startswith("helm install"):
+                line = line.replace('"$OPERATOR_VALUES"', str(cluster.operator_values))
+                prompt.run(f"{line} --set lease.seconds=5")
+            elif not line.startswith(("make", "export")):
+                prompt.run(line)
+            if line.startswith("kubectl create namespace"):
+                cluster.kubectl("label", "namespace", TRAINING, *restricted)
+        yield Place(cluster, volumes, prompt)
 
 
 def helm(cluster: Cluster, *arguments: str) -> None:
@@ -174,12 +152,6 @@ def shown(*starts: str) -> Iterator[str]:
     for start in starts:
         (line,) = [line for line in lines if line.startswith(start)]
         yield line
-
-
-def image(value: str, name: str) -> list[str]:
-    """Return helm's options for an image of this checkout."""
-    repository, _, tag = images.reference(name).rpartition(":")
-    return [f"--set-string={value}.repository={repository}", f"--set-string={value}.tag={tag}"]
 
 
 def kill(pod: str) -> None:
@@ -312,7 +284,7 @@ def stored_job(name: str) -> Any:
     spec = job["spec"]
     spec["stages"] = [spec["stages"][0] | {"steps": 80}]
     spec["parallelism"] |= {"nodes": 1}
-    spec["credentials"] = [name]
+    spec["credentials"] = ["s3-key"]
     spec["checkpoint"] = {"uri": f"s3://{BUCKET}/{name}", "everySteps": 10, "keepLast": 2}
     del spec["evaluation"]
     return job
@@ -325,8 +297,10 @@ def test_a_job_goes_on_from_a_checkpoint_in_an_object_store(
     with cluster.listen() as listener, store_server(also=listener) as server:
         host, port = listener.getsockname()
         keys = server.environment | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": TRAINING}}
-        cluster.kubectl("create", "-f", "-", given=secret | {"stringData": keys})
+        variables = tmp_path / "s3.env"
+        variables.write_text("".join(f"{variable}={value}\n" for variable, value in keys.items()))
+        (line,) = [line for line in page_commands(STORES) if line.startswith("kubectl")]
+        place.prompt.run(line.replace("s3.env", str(variables)))
         for variable, value in server.environment.items():
             monkeypatch.setenv(variable, value)
         store = server.store(name)
@@ -361,7 +335,7 @@ def test_a_job_goes_on_from_a_checkpoint_in_an_object_store(
             found = fetch(f"s3://{BUCKET}/{name}/{folder}", tmp_path / folder)
             assert found.verified > 0
         assert (tmp_path / "model" / "model.safetensors").stat().st_size > 0
-        cluster.kubectl("delete", "dtj/stored", "secret/stored", "-n", TRAINING, "--wait")
+        cluster.kubectl("delete", "dtj/stored", "secret/s3-key", "-n", TRAINING, "--wait")
 
 
 def test_the_operator_s_own_test_passes(place: Place) -> None:
@@ -376,7 +350,7 @@ def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLE)
     demo, cluster = load_module("demo"), place.cluster
-    chosen = ["--set=model.uri=pvc://run/quiet/model", *image("image", "worker")]
+    chosen = ["--set=model.uri=pvc://run/quiet/model", f"--values={cluster.engine_values}"]
     chart = str(ROOT / "deploy/helm/unmask-inference")
     helm(cluster, "install", "words", chart, "--namespace", TRAINING, *chosen)
     ready, test, forward, ask, upgrade, remove = shown(

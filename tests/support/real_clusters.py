@@ -32,6 +32,10 @@ class Cluster:
     """The administrator's."""
     network: Path | None = None
     """The network namespace of the node, if there is one."""
+    operator_values: Path | None = None
+    """Values of the operator's chart that name this checkout's images, where there is a node."""
+    engine_values: Path | None = None
+    """The same for the engine's."""
 
     def listen(self) -> socket.socket:
         """Return a socket of this process to which pods can connect, at the node's address."""
@@ -112,9 +116,7 @@ def running(kind: Kind, *, images: Sequence[Path] = (), flags: Sequence[str] = (
         try:
             line = process.stdout.readline()
             assert line, f"the cluster did not start, exit code {process.wait()}"
-            told = json.loads(line)
-            network = told.get("network")
-            yield Cluster(Path(told["kubeconfig"]), Path(network) if network else None)
+            yield Cluster(**{name: Path(path) for name, path in json.loads(line).items()})
         finally:
             process.stdin.close()
             process.wait(timeout=120)

@@ -85,7 +85,7 @@ charts: setup ## Lint and test the Helm charts, and package them into dist/
 	@CI=true $(PYTEST) tests/unit/test_repository_charts.py tests/integration/test_charts.py
 	@$(RUN) python scripts/charts.py
 
-cluster-programs: ## Build a real Kubernetes for the tests that want one (20 minutes; nothing to do if it is there)
+cluster-programs: ## Build a real Kubernetes for the tests that want one (long, once; nothing to do if it is there)
 	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.programs node
 
 test-cluster: setup-eval images ## Train on a real Kubernetes node, of this machine: kills, pauses, restarts of the operator

@@ -314,6 +314,8 @@ def test_a_job_goes_on_from_a_checkpoint_in_an_object_store(
         pause = {"spec": {"suspend": True}}
         cluster.kubectl("patch", "dtj", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(pause))
         place.until_state(name, "Suspended")
+        chosen = ["-n", TRAINING, "-l", f"unmask.dev/job={name}"]
+        cluster.until(lambda: not cluster.items("pods,jobs", *chosen), "the first pod has saved, and ended")
         saved = max(committed())
         assert saved < 80
 
@@ -327,7 +329,7 @@ def test_a_job_goes_on_from_a_checkpoint_in_an_object_store(
         records = store.read("metrics.jsonl").decode().splitlines()
         steps = [one["step"] for one in map(json.loads, records) if one["kind"] == "step"]
         assert steps == list(range(1, 81))
-        said = cluster.kubectl("logs", "-n", TRAINING, "-l", f"unmask.dev/job={name}", "--tail=-1")
+        said = cluster.kubectl("logs", *chosen, "--tail=-1")
         assert f"going on from s3://{BUCKET}/{name}/checkpoints/step-{saved:08d}" in said, said
 
         # What the last checkpoint holds is what its manifest says, and so is the model.

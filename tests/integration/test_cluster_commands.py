@@ -222,8 +222,9 @@ def test_a_failed_job_is_described_with_its_cause_and_the_next_step(stage: Stage
     assert "in the way: tiny-a1-1 used more memory than its limit\n" in out
     assert out.splitlines()[-1] == (
         "next step: raise resources.limits.memory, or lower parallelism.microBatchRows (unmask plan says what"
-        " a job takes); read its log (unmask logs tiny --node 1) for more; then delete the job and submit it"
-        " again (unmask cancel --delete tiny): it goes on from the checkpoint of step 20"
+        " a job takes); read its log (unmask logs tiny --namespace ml --node 1) for more; then delete the job"
+        " and submit it again (unmask cancel --delete tiny --namespace ml): it goes on from the checkpoint of"
+        " step 20"
     )
 
 
@@ -313,7 +314,7 @@ NOW = datetime.datetime(2026, 11, 27, 10, 5, tzinfo=datetime.UTC).timestamp()
             job("Restarting", ("Restarting", "Hung", "no progress")),
             "wait: the next attempt follows by itself",
         ),
-        (job("Running"), "follow it: unmask logs --follow tiny"),
+        (job("Running"), "follow it: unmask logs --follow tiny --namespace ml"),
         (job("Failed", failure={"reason": "DataError", "message": "", "attempt": 0}), "correct the data"),
         (
             job("Failed", failure={"reason": "Odd", "message": "", "exitCode": 64, "attempt": 0}),

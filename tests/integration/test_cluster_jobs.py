@@ -517,7 +517,9 @@ def test_a_log_that_cannot_be_there_is_explained(stage: Stage) -> None:
     with pytest.raises(NotFound, match="job tiny is Submitted: there is no pod of node 0 yet"):
         list(jobs.logs("tiny"))
     stage.pod("tiny", state={"waiting": {"reason": "ErrImagePull"}}, phase="Pending")
-    with pytest.raises(NotFound, match="pod tiny-a0-0-xyz00 has not started yet; unmask describe tiny says"):
+    with pytest.raises(
+        NotFound, match="pod tiny-a0-0-xyz00 has not started yet; unmask describe tiny --namespace ml says"
+    ):
         list(jobs.logs("tiny"))
     with pytest.raises(NotFound, match="has none of that name"):
         jobs.logs("another")

@@ -432,7 +432,7 @@ def test_an_attempt_that_does_not_say_where_it_hangs_is_ended_all_the_same() -> 
 
 def test_a_complete_job_keeps_its_last_words_and_its_time() -> None:
     cluster = failing()
-    cluster.report(30)
+    cluster.report(30, stage="pretrain")
     cluster.settle()
     cluster.now += 60
     words = {"reason": "Completed", "exitCode": 0, "message": "tiny is complete", "step": 32}
@@ -443,6 +443,7 @@ def test_a_complete_job_keeps_its_last_words_and_its_time() -> None:
     assert cluster.condition("Succeeded") == ("True", "Completed")
     assert cluster.message("Complete") == "tiny is complete"
     assert cluster.status["progress"]["percentage"] == 100
+    assert cluster.status["progress"]["stage"] == "answers"
     assert cluster.status["completionTime"] == stamp(cluster.now)
     assert cluster.status["state"] == "Succeeded"
     assert len(cluster.children["Job"]) == 1, "its pods keep their logs"

@@ -143,7 +143,7 @@ def next_step(job: TrainJob, pods: Sequence[JsonObject] = (), *, now: float) -> 
         case JobState.RESTARTING:
             return f"wait: the next attempt follows by itself, and goes on {_from_where(job)}"
         case JobState.RUNNING:
-            return f"follow it: unmask logs --follow {job.name}"
+            return f"follow it: unmask logs --follow {job.name} --namespace {job.namespace}"
         case JobState.DELETING:
             return "wait: its pods are ending"
     return f"read it: kubectl get dtj {job.name} --namespace {job.namespace} --output yaml"
@@ -158,10 +158,11 @@ def _after_failure(job: TrainJob) -> str:
         _MEND.get(by_code.get(ExitCode(code), "")) if code in set(ExitCode) else None
     )
     node = _node_of(failure.pod) if failure and failure.pod else 0
-    look = f"read its log (unmask logs {job.name}{f' --node {node}' if node else ''})"
+    named = f"{job.name} --namespace {job.namespace}"
+    look = f"read its log (unmask logs {named}{f' --node {node}' if node else ''})"
     steps = f"{mend}; {look} for more" if mend else look
     return (
-        f"{steps}; then delete the job and submit it again (unmask cancel --delete {job.name}): it goes on"
+        f"{steps}; then delete the job and submit it again (unmask cancel --delete {named}): it goes on"
         f" {_from_where(job)}"
     )
 

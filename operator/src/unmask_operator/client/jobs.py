@@ -98,7 +98,8 @@ class TrainJobs:
             raise NameTaken(
                 f"namespace {namespace} has a job {there.name} with another spec ({', '.join(differing)}):"
                 " change metadata.name; or delete that job first (unmask cancel --delete"
-                f" {there.name}; checkpoints stay); or change in place what may change (kubectl apply)"
+                f" {there.name} --namespace {namespace}; checkpoints stay);"
+                " or change in place what may change (kubectl apply)"
             )
         if there.cancelled and not job.spec.suspend:
             return self._let_go_on(there, dry_run=dry_run)

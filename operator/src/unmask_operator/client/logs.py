@@ -232,13 +232,14 @@ def _nothing(job: TrainJob, pods: list[JsonObject], node: int) -> str:
     if pods:
         return (
             f"job {job.name}: pod {pods[-1]['metadata']['name']} has not started yet; unmask describe"
-            f" {job.name} says what it waits for, and --follow waits with it"
+            f" {job.name} --namespace {job.namespace} says what it waits for, and --follow waits with it"
         )
     if job.state.ended:
         why = "its pods are gone, and their logs with them (runPolicy.podCleanup: None keeps them)"
     else:
         why = f"there is no pod of node {node} yet; --follow waits for it"
-    return f"job {job.name} is {job.state}: {why}; unmask describe {job.name} says more"
+    named = f"{job.name} --namespace {job.namespace}"
+    return f"job {job.name} is {job.state}: {why}; unmask describe {named} says more"
 
 
 def _whole(text: object) -> int:

@@ -30,6 +30,7 @@ def end(turn: Pass, spec: TrainSpec, current: JsonObject, *, succeeded: bool) ->
         step = told.step if told and told.step else progress["totalSteps"]
         turn.status["progress"] = progress | {
             "step": step,
+            "stage": spec.stages[-1].name,  # the last report may be of an earlier one
             "percentage": percentage(step, progress["totalSteps"]),
             "estimatedRemainingSeconds": 0,
         }

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from unmask.cli.local_path import LocalPath
+from unmask.cli.tls import client_tls
 from unmask.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from unmask.client import GenerateOptions
+    from unmask.client import ClientTls, GenerateOptions
     from unmask.client.load import Ask, Limits
 
 __all__ = ["command"]
@@ -44,6 +45,7 @@ def command() -> None:
     show_envvar=True,
     help="HOST:PORT of `unmask serve`.",
 )
+@client_tls
 @click.option("--rate", type=click.FloatRange(0, min_open=True), required=True, help="Requests per second.")
 @click.option("--requests", type=click.IntRange(1), default=100, show_default=True, help="How many.")
 @click.option(
@@ -70,6 +72,7 @@ def command() -> None:
 def serve(
     prompts: Path,
     server: str,
+    tls: "ClientTls | None",
     rate: float,
     requests: int,
     alone: int,
@@ -96,7 +99,7 @@ def serve(
     dice = random.Random(seed)
     asks = [dice.choice(known) for _ in range(requests)]
     first = [dice.choice(known) for _ in range(alone)]
-    told = asyncio.run(_measured(server, asks, first, rate, seed, limits))
+    told = asyncio.run(_measured(server, tls, asks, first, rate, seed, limits))
     if not as_json:
         for line in _lines(told):
             click.echo(line)
@@ -104,12 +107,18 @@ def serve(
 
 
 async def _measured(
-    server: str, asks: list["Ask"], first: list["Ask"], rate: float, seed: int, limits: "Limits | None"
+    server: str,
+    tls: "ClientTls | None",
+    asks: list["Ask"],
+    first: list["Ask"],
+    rate: float,
+    seed: int,
+    limits: "Limits | None",
 ) -> dict[str, Any]:
     from unmask.client import AsyncClient
     from unmask.client.load import measure, ratios, report
 
-    async with AsyncClient(server) as client:
+    async with AsyncClient(server, tls=tls) as client:
         info = await client.model_info()  # that nobody answers is an error, not a hundred samples
         started = time.monotonic()
         alone = report(await measure(client, first, rate=None), seconds=time.monotonic() - started)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unmask.cli.tls import client_tls
 from unmask.errors import UsageError
 
 if TYPE_CHECKING:
-    from unmask.client import Control
+    from unmask.client import ClientTls, Control
 
 __all__ = ["command"]
 
@@ -33,14 +34,15 @@ def _connected(act: Callable[..., None]) -> Callable[..., None]:
         show_envvar=True,
         help="HOST:PORT of its control port.",
     )
+    @client_tls
     @click.option(
         "--timeout", "timeout_s", type=float, default=3600, show_default=True, help="Seconds to wait."
     )
     @wraps(act)
-    def connected(server: str, timeout_s: float, **given: Any) -> None:
+    def connected(server: str, tls: "ClientTls | None", timeout_s: float, **given: Any) -> None:
         from unmask.client import Control
 
-        with Control(server, timeout_s=timeout_s) as control:
+        with Control(server, timeout_s=timeout_s, tls=tls) as control:
             act(control, **given)
 
     return connected

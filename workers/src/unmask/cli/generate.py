@@ -9,12 +9,13 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
 
+from unmask.cli.tls import client_tls
 from unmask.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from unmask.client import Canvas, Event, Finished, GenerateOptions, Message, Trace, Usage
+    from unmask.client import Canvas, ClientTls, Event, Finished, GenerateOptions, Message, Trace, Usage
 
 __all__ = ["command"]
 
@@ -37,6 +38,7 @@ __all__ = ["command"]
     show_envvar=True,
     help="HOST:PORT of `unmask serve`.",
 )
+@client_tls
 @click.option(
     "--chat/--raw",
     default=None,
@@ -95,6 +97,7 @@ def command(
     text: str | None,
     conversation: IO[str] | None,
     server: str,
+    tls: "ClientTls | None",
     chat: bool | None,
     timeout_s: float,
     trace: IO[str] | None,
@@ -119,7 +122,7 @@ def command(
     options = cast("GenerateOptions", given | {"timeout_s": timeout_s})
     if trace is not None:
         options["trace"] = True
-    with Client(server, timeout_s=timeout_s) as client:
+    with Client(server, timeout_s=timeout_s, tls=tls) as client:
         if conversation is not None:
             options |= _conversation(conversation)
         elif chat is False or (chat is None and not client.model_info().has_chat_template):

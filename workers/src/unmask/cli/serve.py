@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from unmask.cli.local_path import LocalPath
+from unmask.cli.tls import server_tls
 from unmask.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from unmask.serving.server import Server
     from unmask.serving.weights import ServedWeights
     from unmask.telemetry import Recorder
+    from unmask.transport_security import ServerTls
 
 __all__ = ["command"]
 
@@ -54,8 +56,10 @@ __all__ = ["command"]
     "--control-host",
     default="127.0.0.1",
     show_default=True,
-    help="Address of the control port. Whoever reaches it may end calls and replace the weights.",
+    help="Address of the control port. Whoever reaches it, and is let in, may end calls and replace the "
+    "weights.",
 )
+@server_tls
 @click.option(
     "--weights-root",
     type=LocalPath(),
@@ -159,6 +163,8 @@ def command(
     http_port: int | None,
     control_port: int | None,
     control_host: str,
+    tls: "ServerTls | None",
+    control_tls: "ServerTls | None",
     weights_root: Path | None,
     name: str | None,
     rows: int,
@@ -184,6 +190,7 @@ def command(
 
     With --http-port, also over HTTP as OpenAI's clients ask: /v1/completions, /v1/chat/completions and
     /v1/models. With --control-port, `unmask control` may end calls, drain the server and replace its weights.
+    With --tls-cert, both gRPC ports speak TLS; HTTP and the metrics do not.
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
@@ -233,6 +240,8 @@ def command(
         http_port=http_port,
         control_port=control_port,
         control_host=control_host,
+        tls=tls,
+        control_tls=control_tls,
         max_queue_requests=max_queue,
         max_queue_tokens=max_queue_tokens,
         max_request_s=max_request_seconds,

@@ -17,6 +17,7 @@ from unmask.client.errors import (
     DeadlineExceeded,
     FieldViolation,
     InvalidRequest,
+    NotAllowed,
     Overloaded,
     RequestError,
     ServerFailed,
@@ -39,6 +40,7 @@ from unmask.client.events import (
 )
 from unmask.client.options import DecoderName, GenerateOptions, Message
 from unmask.client.synchronous import Client
+from unmask.transport_security import ClientTls
 
 __all__ = [
     "Aborted",
@@ -49,6 +51,7 @@ __all__ = [
     "CanvasUpdate",
     "Cell",
     "Client",
+    "ClientTls",
     "Control",
     "DeadlineExceeded",
     "DecoderName",
@@ -63,6 +66,7 @@ __all__ = [
     "Load",
     "Message",
     "ModelInfo",
+    "NotAllowed",
     "Overloaded",
     "RequestError",
     "ServerFailed",

@@ -6,11 +6,12 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from unmask.client.channels import CHANNEL_OPTIONS, DEFAULT_TIMEOUT_S, Deadline, addresses
+from unmask.client.channels import DEFAULT_TIMEOUT_S, Connecting, Deadline, addresses
 from unmask.client.continuation import Continuation
 from unmask.client.errors import RequestError, Unavailable, error_of
 from unmask.client.events import Event, Generation, ModelInfo, generation_of, model_info_of
 from unmask.client.options import GenerateOptions, request_of
+from unmask.transport_security import ClientTls
 from unmask.v1 import generation_pb2 as pb
 from unmask.v1.generation_pb2_grpc import GenerationStub, ModelsStub
 
@@ -28,14 +29,22 @@ class AsyncClient:
     Args:
         address: ``HOST:PORT``, or several of them.
         timeout_s: Time for a call, unless the call says otherwise.
+        tls: Files to connect with, which are read now; plaintext if None.
+
+    Raises:
+        UsageError: There is no address, or the files cannot be used.
     """
 
-    def __init__(self, address: str | Sequence[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        tls: ClientTls | None = None,
+    ) -> None:
         self._timeout_s = timeout_s
-        self._channels = {
-            address: grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            for address in addresses(address)
-        }
+        connecting = Connecting.reading(tls)
+        self._channels = {address: connecting.async_channel(address) for address in addresses(address)}
 
     async def __aenter__(self) -> Self:
         return self

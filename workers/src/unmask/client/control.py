@@ -7,8 +7,9 @@ from typing import Self, TypeVar
 
 import grpc
 
-from unmask.client.channels import CHANNEL_OPTIONS, DEFAULT_TIMEOUT_S
+from unmask.client.channels import DEFAULT_TIMEOUT_S, Connecting
 from unmask.client.errors import error_of
+from unmask.transport_security import ClientTls
 from unmask.v1 import control_pb2 as pb
 from unmask.v1.control_pb2_grpc import ControlStub
 
@@ -31,13 +32,19 @@ class Control:
     Args:
         address: ``HOST:PORT``.
         timeout_s: Time for a call, unless the call says otherwise.
+        tls: Files to connect with, which are read now; plaintext if None.
+
+    Raises:
+        UsageError: The files cannot be used.
 
     Every call raises :class:`~unmask.client.errors.RequestError` where the server does not do as it is asked.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, tls: ClientTls | None = None
+    ) -> None:
         self._address, self._timeout_s = address, timeout_s
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = Connecting.reading(tls).channel(address)
         self._stub = ControlStub(self._channel)
 
     def __enter__(self) -> Self:

@@ -5,6 +5,7 @@
     RequestError
     +-- InvalidRequest      a field is wrong (``violations``), or names a model or request that cannot be
     +-- UnsupportedRequest  a valid wish that this server cannot meet
+    +-- NotAllowed          the server knows who this client is, and does not let it in
     +-- Overloaded          the queue is full: wait ``retry_after_s``, then ask again
     +-- Unavailable         nobody answers there, or the server is going away: go on elsewhere
     +-- DeadlineExceeded    the time is over
@@ -28,6 +29,7 @@ __all__ = [
     "DeadlineExceeded",
     "FieldViolation",
     "InvalidRequest",
+    "NotAllowed",
     "Overloaded",
     "RequestError",
     "ServerFailed",
@@ -84,6 +86,12 @@ class UnsupportedRequest(RequestError):
     exit_code = UsageError.exit_code
 
 
+class NotAllowed(RequestError):
+    """The server does not let this client in, by the names in its certificate."""
+
+    exit_code = UsageError.exit_code
+
+
 class Overloaded(RequestError):
     """Too many requests wait already."""
 
@@ -119,6 +127,7 @@ _KINDS: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.FAILED_PRECONDITION: InvalidRequest,
     grpc.StatusCode.UNIMPLEMENTED: UnsupportedRequest,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -141,11 +150,31 @@ def error_of(error: grpc.RpcError, address: str) -> RequestError:
     kind = _KINDS.get(code, ServerFailed)
     if kind is Cancelled and not details.startswith(_OUR_OWN):
         kind = Unavailable
-    hint = "; is `unmask serve` running there?" if details.startswith("failed to connect") else ""
     violations, retry_after_s = _details(error)
     return kind(
-        f"{address}: {details}{hint}", code=code.name, violations=violations, retry_after_s=retry_after_s
+        f"{address}: {details}{_hint(details)}",
+        code=code.name,
+        violations=violations,
+        retry_after_s=retry_after_s,
     )
+
+
+def _hint(details: str) -> str:
+    """What to look for where there was no connection, from what grpc and its TLS library say of it."""
+    if not details.startswith("failed to connect"):
+        return ""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "; has a CA in --tls-ca signed the server's certificate, and is it still valid?"
+    if "Hostname Verification Check failed" in details:
+        return "; its certificate is for another name: give that one with --tls-server-name"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "; it does not speak TLS: leave --tls-ca out"
+    if "Socket closed" in details or "andshake" in details:
+        return (
+            "; it hung up: does it speak TLS (--tls-ca), and has its CA for clients signed this one's "
+            "certificate (--tls-cert)?"
+        )
+    return "; is `unmask serve` running there?"
 
 
 def _details(error: _Call) -> tuple[tuple[FieldViolation, ...], float | None]:

@@ -7,8 +7,8 @@ whoever started it can start it again.
 
 import asyncio
 import logging
-import math
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +23,14 @@ from unmask.errors import UsageError
 from unmask.serving.calls import Calls
 from unmask.serving.control import ControlService, Gate
 from unmask.serving.engine import Engine
+from unmask.serving.grpc_port import GrpcLimits, GrpcPort, address_of
 from unmask.serving.http_front import HttpFront, HttpLimits
 from unmask.serving.model import ServedModel
 from unmask.serving.service import GenerationService, ModelsService
-from unmask.serving.unreadable import UnreadableRefused
 from unmask.serving.weights import ServedWeights
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
+from unmask.transport_security import ServerTls
 from unmask.v1 import generation_pb2
 from unmask.v1.control_pb2_grpc import add_ControlServicer_to_server
 from unmask.v1.generation_pb2_grpc import add_GenerationServicer_to_server, add_ModelsServicer_to_server
@@ -45,6 +46,11 @@ _LOOK_S = 0.5
 """How often it is looked whether all of the model can be had."""
 _CONTROL_CALLS = 64
 """At a time, of those who run the server."""
+_READ_S = 10.0
+"""How often the files of certificates are read. Each new connection has them read as well: this is for the
+metrics and the log of a server that nobody connects to."""
+_TURN_S = 8.0
+"""That the event loop may take to turn; probes wait ten seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +67,11 @@ class ServerOptions:
     control_port: int | None = None
     """Of ``unmask.v1.Control``; 0 for any free one, ``None`` for none."""
     control_host: str = "127.0.0.1"
-    """Whoever reaches it may end calls and replace the weights."""
+    """Whoever reaches it, and is let in, may end calls and replace the weights."""
+    tls: ServerTls | None = None
+    """Of the gRPC port: certificates, and who may call; plaintext from anybody if ``None``."""
+    control_tls: ServerTls | None = None
+    """Of the control port."""
     max_queue_requests: int = 256
     max_queue_tokens: int = 1_000_000
     max_request_s: float = 600.0
@@ -110,23 +120,32 @@ class Server:
         )
         self._health = health.aio.HealthServicer()
         self._gate = Gate(self.engine, self._tell)
-        self._grpc = _grpc_server(
-            options,
-            max_calls=model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE,
-            unreadable=self._count_unreadable,
+        self._grpc = GrpcPort(
+            "grpc",
+            _limits(options, model.rows + options.max_queue_requests + _CALLS_BEYOND_QUEUE),
+            tls=options.tls,
+            recorder=self.recorder,
+            refused=self._count_refused,
         )
         calls = Calls(self.engine, model, self.recorder, max_request_s=options.max_request_s)
-        add_GenerationServicer_to_server(GenerationService(calls), self._grpc)
+        server = self._grpc.server
+        add_GenerationServicer_to_server(GenerationService(calls), server)
         revision = (lambda: weights.revision) if weights else (lambda: None)
-        add_ModelsServicer_to_server(ModelsService(model, revision), self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        add_ModelsServicer_to_server(ModelsService(model, revision), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
-        self._control: grpc.aio.Server | None = None
+        reflection.enable_server_reflection(names, server)
+        self._control: GrpcPort | None = None
         if options.control_port is not None:
-            self._control = _grpc_server(options, max_calls=_CONTROL_CALLS)
+            self._control = GrpcPort(
+                "control",
+                _limits(options, _CONTROL_CALLS),
+                tls=options.control_tls,
+                recorder=self.recorder,
+            )
             control = ControlService(calls, self.engine, self._gate, weights)
-            add_ControlServicer_to_server(control, self._control)
+            add_ControlServicer_to_server(control, self._control.server)
+        self._following: asyncio.Task[None] | None = None
         self._metrics: Listener | None = None
         self._http = HttpFront(calls, model, HttpLimits(body_bytes=options.max_message_bytes))
         self.port = 0
@@ -141,32 +160,38 @@ class Server:
             UsageError: A port cannot be bound.
         """
         host = self._options.host
-        self.port = _bound(self._grpc, host, self._options.port, option="--port")
+        self.port = self._grpc.bind(host, self._options.port, option="--port")
         if self._control is not None:
-            self.control_port = _bound(
-                self._control,
-                self._options.control_host,
-                self._options.control_port or 0,
-                option="--control-port",
+            self.control_port = self._control.bind(
+                self._options.control_host, self._options.control_port or 0, option="--control-port"
             )
         try:
-            self._metrics = Listener(host, self._options.metrics_port, self.recorder.registry, self._well)
+            self._metrics = Listener(
+                host, self._options.metrics_port, self.recorder.registry, self._well, self._alive
+            )
         except OSError as error:
-            address = _address(host, self._options.metrics_port)
+            address = address_of(host, self._options.metrics_port)
             raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
         self.metrics_port = self._metrics.port
         if self._options.http_port is not None:
             try:
                 await self._http.start(host, self._options.http_port)
             except OSError as error:
-                address = _address(host, self._options.http_port)
+                address = address_of(host, self._options.http_port)
                 raise UsageError(f"--http-port: cannot listen on {address}: {error.strerror}") from error
             self.http_port = self._http.port
+            if self._options.tls is not None:
+                logger.warning(
+                    "--http-port: HTTP is neither encrypted nor asks who calls, whatever --tls says"
+                )
         self.engine.start()
-        await self._grpc.start()
+        await self._grpc.server.start()
         if self._control is not None:
-            await self._control.start()
+            await self._control.server.start()
         self._metrics.start()
+        secured = [port for port in (self._grpc, self._control) if port is not None and port.secured]
+        if secured:
+            self._following = asyncio.create_task(_follow_certificates(secured))
         await self._tell(True)
         self._looking = asyncio.create_task(self._look_for_parts())
 
@@ -177,22 +202,31 @@ class Server:
             self._looking.cancel()
         self._gate.close_for_good()
         grace_s = self._options.drain_s if drain_s is None else drain_s
-        await asyncio.gather(self._grpc.stop(grace_s), self._http.stop(grace_s))
+        await asyncio.gather(self._grpc.server.stop(grace_s), self._http.stop(grace_s))
         await asyncio.to_thread(self.engine.stop)
         if self._control is not None:
-            await self._control.stop(1)
+            await self._control.server.stop(1)
+        if self._following is not None:
+            self._following.cancel()
         if self._metrics:
             await asyncio.to_thread(self._metrics.close)
 
     def _well(self) -> tuple[bool, dict[str, Any]]:
         """Whether new calls are taken, for those who ask over HTTP; ``grpc.health.v1`` says it too."""
+        well, content = self._alive()
+        if well and not (self._gate.open and self._complete()):
+            return False, {"status": "incomplete" if self._gate.open else "draining"}
+        return well, {"status": "serving"} if well else content
+
+    def _alive(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the process can go on by itself; otherwise to be started again is what mends it."""
+        turned = threading.Event()
+        self._loop.call_soon_threadsafe(turned.set)
         if self._failed.is_set():
             status = "failed"
-        elif not self._gate.open:
-            status = "draining"
-        else:
-            status = "serving" if self._complete() else "incomplete"
-        return status == "serving", {"status": status}
+        else:  # what a probe over gRPC would notice by itself
+            status = "alive" if turned.wait(_TURN_S) else "stuck"
+        return status == "alive", {"status": status}
 
     async def _look_for_parts(self) -> None:
         """Tell those who watch when a part of the model cannot be had, and when it can again."""
@@ -203,11 +237,10 @@ class Server:
                 complete = not complete
                 await self._tell(self._gate.open)
 
-    def _count_unreadable(self, method: str) -> None:
-        """Such a call counts as any that is refused, where calls are counted."""
+    def _count_refused(self, method: str, code: grpc.StatusCode) -> None:
+        """A call that never reached its service counts as any that is refused, where calls are counted."""
         if method.startswith(f"/{SERVICES[0]}/"):
-            code = grpc.StatusCode.INVALID_ARGUMENT.name
-            self.recorder.count(metrics.REQUESTS, code=code, finish_reason="")
+            self.recorder.count(metrics.REQUESTS, code=code.name, finish_reason="")
 
     async def _tell(self, serving: bool) -> None:
         """Say to those who watch whether new calls are taken.
@@ -257,39 +290,17 @@ async def serve(
         raise RuntimeError("the model failed; the log says why")
 
 
-def _grpc_server(
-    options: ServerOptions, *, max_calls: int, unreadable: Callable[[str], object] = lambda method: None
-) -> grpc.aio.Server:
-    aging = []
-    if options.max_connection_age_s is not None:
-        aging = [
-            ("grpc.max_connection_age_ms", math.ceil(options.max_connection_age_s * 1000)),
-            ("grpc.max_connection_age_grace_ms", math.ceil(options.max_request_s * 1000)),
-        ]
-    return grpc.aio.server(
-        interceptors=[UnreadableRefused(unreadable)],
-        maximum_concurrent_rpcs=max_calls,
-        options=[
-            ("grpc.max_receive_message_length", options.max_message_bytes),
-            ("grpc.max_send_message_length", options.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # two servers on one port would share its calls in silence
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often clients may ping
-            *aging,
-        ],
+def _limits(options: ServerOptions, calls: int) -> GrpcLimits:
+    return GrpcLimits(
+        calls=calls,
+        message_bytes=options.max_message_bytes,
+        connection_age_s=options.max_connection_age_s,
+        grace_s=options.max_request_s,
     )
 
 
-def _bound(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
-    """The port that a server now listens on."""
-    try:
-        return server.add_insecure_port(_address(host, port))
-    except RuntimeError as error:
-        message = f"{option}: cannot listen on {_address(host, port)}; is it in use?"
-        raise UsageError(message) from error
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+async def _follow_certificates(ports: list[GrpcPort]) -> None:
+    while True:
+        await asyncio.sleep(_READ_S)
+        for port in ports:
+            await asyncio.to_thread(port.look)

@@ -1,4 +1,4 @@
-"""A small HTTP listener for a process that works: ``/metrics`` for Prometheus, ``/healthz`` for probes.
+"""A small HTTP listener for a process that works: ``/metrics``, and ``/healthz`` and ``/livez`` for probes.
 
 It must never be in the way of the work: few connections at a time, short requests, short timeouts, GET
 and HEAD alone. Anything beyond that is refused at once.
@@ -29,13 +29,23 @@ _TIMEOUT_S = 5.0
 class Listener:
     """A context in which the listener answers, from threads of its own."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        health: Health,
+        alive: Health | None = None,
+    ) -> None:
         """Bind the port; 0 takes any. A host with a colon is an IPv6 address.
+
+        ``/healthz`` says ``health``, and ``/livez`` says ``alive``: whether the process, well or not, can go on
+        by itself. They are the same where ``alive`` is not given.
 
         Raises:
             OSError: It is taken.
         """
-        self._server = _Server((host, port), registry, health)
+        self._server = _Server((host, port), registry, health, alive or health)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
 
@@ -65,8 +75,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 16
 
-    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, health: Health) -> None:
-        self.registry, self.health = registry, health
+    def __init__(
+        self, address: tuple[str, int], registry: CollectorRegistry, health: Health, alive: Health
+    ) -> None:
+        self.registry, self.health, self.alive = registry, health, alive
         self._free = threading.BoundedSemaphore(_CONNECTIONS)
         self.address_family = AF_INET6 if ":" in address[0] else AF_INET
         super().__init__(address, _Handler)
@@ -103,14 +115,18 @@ class _Handler(BaseHTTPRequestHandler):
             case "/metrics":
                 self._answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(self.server.registry))
             case "/healthz":
-                well, content = self.server.health()
-                status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
-                self._answer(status, "application/json", json.dumps(content).encode() + b"\n")
+                self._say(*self.server.health())
+            case "/livez":
+                self._say(*self.server.alive())
             case _:
-                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"/metrics or /healthz\n")
+                self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"/metrics, /healthz or /livez\n")
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def _say(self, well: bool, content: Mapping[str, Any]) -> None:
+        status = HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE
+        self._answer(status, "application/json", json.dumps(content).encode() + b"\n")
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

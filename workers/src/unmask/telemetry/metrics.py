@@ -216,6 +216,20 @@ EXPERT_SHARDS = Metric(
 EXPERT_EPOCH = Metric(
     name="unmask_expert_placement_epoch", kind="gauge", help="The placement of experts that is in use."
 )
+TLS_CERTIFICATE_EXPIRY = Metric(
+    name="unmask_tls_certificate_expiry_seconds",
+    kind="gauge",
+    help="When the certificate that new connections get expires, in seconds since 1970, by port: grpc or "
+    "control.",
+    labels=("port",),
+)
+TLS_RELOAD_FAILURES = Metric(
+    name="unmask_tls_reload_failures_total",
+    kind="counter",
+    help="Times that the files of a port's certificate, key and CA held something new that could not be "
+    "used; what was read before stays in force.",
+    labels=("port",),
+)
 
 SERVING: tuple[Metric, ...] = (
     REQUESTS,
@@ -251,6 +265,8 @@ SERVING: tuple[Metric, ...] = (
     EXPERT_IMBALANCE,
     EXPERT_SHARDS,
     EXPERT_EPOCH,
+    TLS_CERTIFICATE_EXPIRY,
+    TLS_RELOAD_FAILURES,
 )
 
 SHARD_FRAMES = Metric(

@@ -11,7 +11,9 @@ _INTRODUCTION = """\
 
 `unmask serve` exports these at `http://HOST:METRICS_PORT/metrics` in the Prometheus text format. Every
 counter starts anew with the process. No label tells requests apart. `/healthz` beside it answers 200 while
-requests are taken, and 503 once the server drains or its model has failed.
+requests are taken, and 503 once the server drains, a part of its model cannot be had, or it has to be started
+again because its model has failed or it is stuck; of these, `/livez` answers 503 to the last two alone. All
+are plain HTTP.
 
 Tokens per forward pass are always three figures, which differ in the forwards they count: all that the
 request took part in (`unmask_tokens_per_forward`), denoise and persist (`..._decode`), and denoise alone

@@ -1,0 +1,119 @@
+"""One gRPC port: its limits, its certificates, and who may call."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from unmask.errors import UsageError
+from unmask.serving.unreadable import UnreadableRefused
+from unmask.telemetry import Recorder, metrics
+from unmask.transport_security import AsyncPeersAllowed, ServerCertificates, ServerTls
+
+__all__ = ["GrpcLimits", "GrpcPort", "address_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcLimits:
+    """What clients may take up."""
+
+    calls: int
+    """At a time."""
+    message_bytes: int
+    connection_age_s: float | None
+    """After which a client is asked to connect anew; never if None."""
+    grace_s: float
+    """That its calls have then."""
+
+
+class GrpcPort:
+    """A gRPC server on one port.
+
+    Args:
+        name: Of the port, in metrics.
+        limits: What clients may take up.
+        tls: Certificates, and who may call; plaintext from anybody if None.
+        recorder: Is told of certificates.
+        refused: Called with method and status of each call that is refused before it reaches its service.
+
+    Raises:
+        UsageError: The certificates cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: GrpcLimits,
+        *,
+        tls: ServerTls | None,
+        recorder: Recorder,
+        refused: Callable[[str, grpc.StatusCode], object] = lambda method, code: None,
+    ) -> None:
+        interceptors: list[grpc.aio.ServerInterceptor] = [
+            UnreadableRefused(lambda method: refused(method, grpc.StatusCode.INVALID_ARGUMENT))
+        ]
+        self._certificates: ServerCertificates | None = None
+        if tls is not None:
+            self._certificates = ServerCertificates(
+                tls,
+                in_force=lambda expires_s: recorder.gauge(
+                    metrics.TLS_CERTIFICATE_EXPIRY, expires_s, port=name
+                ),
+                failed=lambda message: recorder.count(metrics.TLS_RELOAD_FAILURES, port=name),
+            )
+            if allowed := tls.allowed_names():
+                denied = grpc.StatusCode.PERMISSION_DENIED
+                interceptors.insert(0, AsyncPeersAllowed(allowed, lambda method: refused(method, denied)))
+        self.server = grpc.aio.server(
+            interceptors=interceptors,
+            maximum_concurrent_rpcs=limits.calls,
+            options=_options(limits),
+        )
+
+    @property
+    def secured(self) -> bool:
+        """Whether it speaks TLS."""
+        return self._certificates is not None
+
+    def bind(self, host: str, port: int, *, option: str) -> int:
+        """Take ``port``, or any if it is 0; returns the one that the server will listen on.
+
+        Raises:
+            UsageError: It is taken; ``option`` names it.
+        """
+        address = address_of(host, port)
+        try:
+            if self._certificates is None:
+                return self.server.add_insecure_port(address)
+            return self.server.add_secure_port(address, self._certificates.server_credentials())
+        except RuntimeError as error:
+            raise UsageError(f"{option}: cannot listen on {address}; is it in use?") from error
+
+    def look(self) -> None:
+        """See whether there are other certificates; blocks for as long as the files take."""
+        if self._certificates is not None:
+            self._certificates.look()
+
+
+def address_of(host: str, port: int) -> str:
+    """``HOST:PORT``."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _options(limits: GrpcLimits) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", limits.message_bytes),
+        ("grpc.so_reuseport", 0),  # two servers on one port would share its calls in silence
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often clients may ping
+    ]
+    if limits.connection_age_s is not None:
+        options += [
+            ("grpc.max_connection_age_ms", math.ceil(limits.connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", math.ceil(limits.grace_s * 1000)),
+        ]
+    return options

@@ -14,14 +14,16 @@ import charts
 from support.charts import (
     CHARTS,
     DIGEST,
+    EXTENSIONS,
     INFERENCE,
     MATRIX,
     MODEL,
-    MONITORING,
+    MUTUAL,
     OPERATOR,
     PAGE,
     PEER,
     PLACED,
+    SECURITY_PAGE,
     Json,
     helm,
     of_kind,
@@ -43,7 +45,7 @@ pytestmark = pytest.mark.helm
 @cache
 def rendered(case: str, version: str = "1.37") -> list[Json]:
     chart, values = MATRIX[case]
-    return render(chart, values, f"--kube-version={version}.0", *MONITORING)
+    return render(chart, values, f"--kube-version={version}.0", *EXTENSIONS)
 
 
 def one(objects: list[Json], kind: str, name: str | None = None) -> Json:
@@ -69,7 +71,8 @@ def test_lint_has_nothing_to_say(case: str) -> None:
 @pytest.mark.parametrize("case", MATRIX)
 def test_the_api_server_s_schemas_allow_every_object(case: str, version: str) -> None:
     objects = rendered(case, version)
-    ours = [thing for thing in objects if not thing["apiVersion"].startswith("monitoring.coreos.com/")]
+    others = ("monitoring.coreos.com/", "cert-manager.io/")
+    ours = [thing for thing in objects if not thing["apiVersion"].startswith(others)]
     for thing in ours:
         kubernetes_validate.validate(thing, version, strict=True)
     assert len(ours) >= 2
@@ -240,6 +243,8 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "termination": {"drainSeconds": 25},
         "http": {"enabled": True},
         "control": {"enabled": True, "weightsRoot": "/volumes/models"},
+        "tls": {"enabled": True, "secretName": "s", "clientCASecretName": "c", "clientCAKey": "all.pem",
+                "allow": ["a.example", "*.b", "spiffe://c/d"]},
     }  # fmt: skip
     command, *arguments = container(render(INFERENCE, values))["args"]
     assert command == "serve"
@@ -252,6 +257,9 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "rows": 3, "context": 128, "max_queue": 5, "max_queue_tokens": 12345678,
         "max_request_seconds": 90.5, "drain_seconds": 25.0, "max_connection_age_seconds": 60.0,
         "device": "cuda:1", "quantization": "int8", "threads": 2,
+        "tls_cert": Path("/tls/server/tls.crt"), "tls_key": Path("/tls/server/tls.key"),
+        "tls_client_ca": Path("/tls/clients/all.pem"), "tls_allow": ("a.example", "*.b", "spiffe://c/d"),
+        "control_tls_client_ca": None, "control_tls_allow": (),
         "experts": None, "experts_rows": "float32", "experts_wait_seconds": 300.0,
     }  # fmt: skip
 
@@ -314,6 +322,71 @@ def test_readiness_asks_for_the_service_and_liveness_for_the_server() -> None:
     }
 
 
+def test_with_tls_probes_ask_where_no_certificate_is_needed() -> None:
+    engine = container(rendered("inference: tls"))
+    paths = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/healthz"}
+    for probe, path in paths.items():
+        assert engine[probe]["httpGet"] == {"path": path, "port": "metrics"}
+        assert "grpc" not in engine[probe]
+        plain = dict(container(rendered("inference"))[probe])
+        del plain["grpc"]
+        assert engine[probe] == plain | {"httpGet": engine[probe]["httpGet"]}  # as often, and as patient
+
+
+def test_certificates_are_mounted_as_whole_folders_which_follow_their_secrets() -> None:
+    objects = rendered("inference: everything")
+    engine, pod = container(objects), one(objects, "Deployment")["spec"]["template"]["spec"]
+    mounts = {mount["name"]: mount for mount in engine["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    for name, path, secret in (
+        ("tls", "/tls/server", "words-tls"),
+        ("tls-clients", "/tls/clients", "clients"),
+    ):
+        assert mounts[name] == {"name": name, "mountPath": path, "readOnly": True}
+        assert volumes[name]["secret"] == {"secretName": secret}
+    assert {name for name in names_of_volumes("inference") if name.startswith("tls")} == set()
+    assert {name for name in names_of_volumes("inference: tls") if name.startswith("tls")} == {"tls"}
+
+
+def names_of_volumes(case: str) -> set[str]:
+    return {volume["name"] for volume in volumes_of(case)}
+
+
+def volumes_of(case: str) -> list[Json]:
+    return one(rendered(case), "Deployment")["spec"]["template"]["spec"]["volumes"]  # type: ignore[no-any-return]
+
+
+def test_cert_manager_makes_the_secret_that_the_engine_reads_for_the_names_of_its_services() -> None:
+    objects = rendered("inference: certificates by cert-manager")
+    certificate = one(objects, "Certificate")["spec"]
+    (volume,) = [v for v in volumes_of("inference: certificates by cert-manager") if v["name"] == "tls"]
+    assert certificate["secretName"] == volume["secret"]["secretName"] == "r-unmask-inference-tls"
+    assert certificate["issuerRef"] == {"name": "internal", "kind": "Issuer", "group": "cert-manager.io"}
+    for service in of_kind(objects, "Service"):
+        name = service["metadata"]["name"]
+        assert {name, f"{name}.place", f"{name}.place.svc"} <= set(certificate["dnsNames"])
+    assert of_kind(rendered("inference: tls"), "Certificate") == []
+    chart, values = MATRIX["inference: certificates by cert-manager"]
+    assert of_kind(render(chart, values), "Certificate") == []
+    assert "no cert-manager.io/v1: the Certificate is left out" in notes(chart, values)
+
+
+def test_gateways_are_told_that_the_port_speaks_tls() -> None:
+    def told(values: Json) -> set[str]:
+        services = of_kind(render(INFERENCE, MODEL | values), "Service")
+        return {
+            port["appProtocol"]
+            for each in services
+            for port in each["spec"]["ports"]
+            if port["name"] == "grpc"
+        }
+
+    tls = {"tls": {"enabled": True, "secretName": "s"}}
+    assert told({}) == {"kubernetes.io/h2c"}
+    assert told(tls) == {"https"}
+    assert told(tls | {"service": {"appProtocol": "grpcs"}}) == {"grpcs"}
+
+
 def test_an_accelerator_is_asked_for_and_used() -> None:
     engine = container(rendered("inference: gpu"))
     assert engine["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -338,6 +411,27 @@ def test_helm_test_asks_the_model_for_an_answer() -> None:
         found = context.params
     assert (found["server"], found["text"]) == ("r-unmask-inference:50051", "hello")
     assert (found["max_tokens"], found["timeout_s"]) == (8, 120)
+    assert found["tls_ca"] is None and found["tls_cert"] is None
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [({}, "words-tls"), ({"test": {"tlsSecretName": "mine"}}, "mine")],
+    ids=["the engine's own", "another"],
+)
+def test_helm_test_shows_a_certificate_where_one_is_asked_for(values: Json, shown: str) -> None:
+    tls = {"enabled": True, "secretName": "words-tls", "clientCASecretName": "clients"}
+    pod = one(render(INFERENCE, MODEL | {"tls": tls} | values), "Pod")["spec"]
+    (client,) = pod["containers"]
+    with generate.command.make_context("generate", client["args"][1:]) as context:
+        given = [str(context.params[name]) for name in ("tls_ca", "tls_cert", "tls_key")]
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"]}
+    where = {mount["mountPath"]: secrets[mount["name"]] for mount in client["volumeMounts"]}
+    assert where == {"/tls/server": "words-tls", "/tls/client": shown}
+    assert given == ["/tls/server/ca.crt", "/tls/client/tls.crt", "/tls/client/tls.key"]
+    unasked = one(rendered("inference: tls"), "Pod")["spec"]
+    assert [volume["name"] for volume in unasked["volumes"]] == ["tls"]
+    assert unasked["volumes"][0]["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
 
 
 def test_an_autoscaler_decides_about_the_number_where_the_values_do_not() -> None:
@@ -377,6 +471,9 @@ def test_an_autoscaler_decides_about_the_number_where_the_values_do_not() -> Non
         (INFERENCE, {"service": {"port": 70000}}, "at '/service/port': maximum: got 70,000, want 65,535"),
         (INFERENCE, {"gpu": {"enabled": 1}}, "at '/gpu/enabled': got number, want boolean"),
         (INFERENCE, {"test": {"prompt": ""}}, "at '/test/prompt': minLength"),
+        (INFERENCE, {"tls": {"enabled": True}}, "tls.secretName: has to be given with tls.enabled"),
+        (INFERENCE, {"tls": {"enabled": True, "secretName": "s", "allow": ["a"]}}, "tls.allow: clients that"),
+        (INFERENCE, {"tls": {"allow": [""]}}, "at '/tls/allow/0': minLength"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_its_name(chart: str, given: Json, message: str) -> None:
@@ -408,6 +505,9 @@ OTHER: dict[str, Any] = {
     "server.threads": 2,
     "sharedMemory": "2Gi",
     "temporaryStorage": "3Gi",
+    "tls.allow": ["a.example"],
+    "tls.certManager.duration": "24h",
+    "tls.certManager.renewBefore": "24h",
     "tolerations": PLACED["tolerations"],
     "topologySpreadConstraints": PLACED["topologySpreadConstraints"],
     "workerImage.digest": DIGEST,
@@ -417,6 +517,12 @@ NEEDS: dict[str, Json] = {
     "control.weightsRoot": {"control": {"enabled": True}},
     "gpu.resource": {"gpu": {"enabled": True}},
     "service.httpPort": {"http": {"enabled": True}},
+    "test.tlsSecretName": {"tls": MUTUAL},
+    "tls.": {"tls": {"enabled": True, "secretName": "s"}},
+    "tls.allow": {"tls": {"clientCASecretName": "c"}},
+    "tls.certManager.": {"tls": {"certManager": {"issuerRef": {"name": "i"}}}},
+    "tls.clientCAKey": {"tls": {"clientCASecretName": "c"}},
+    "tls.enabled": {"tls": {"secretName": "s"}},
     "metrics.prometheusRule.": {"metrics": {"prometheusRule": {"enabled": True}}},
     "metrics.serviceMonitor.": {"metrics": {"serviceMonitor": {"enabled": True}}},
     "networkPolicy.": {"networkPolicy": {"enabled": True}},
@@ -464,7 +570,7 @@ def laid(below: Json, above: Json) -> Json:
 
 @cache
 def text_of(chart: str, values: str) -> list[Json]:
-    return render(chart, yaml.safe_load(values), *MONITORING)
+    return render(chart, yaml.safe_load(values), *EXTENSIONS)
 
 
 @pytest.mark.parametrize(
@@ -547,6 +653,19 @@ def test_what_the_page_builds_and_pushes_is_what_it_installs() -> None:
     (worker,) = [one for one in operator["args"] if one.startswith("--image=")]
     assert built == [operator["image"], worker.removeprefix("--image=")]
     assert container(render(INFERENCE, MODEL | {"image": registry}))["image"] == built[1]
+
+
+@pytest.mark.parametrize("line", page_commands(SECURITY_PAGE, "## On a cluster"))
+def test_what_the_page_of_security_sets_renders_with_tls(line: str) -> None:
+    program, action, name, chart, *options = shlex.split(line)
+    assert (program, action) == ("helm", "upgrade")
+    options = [option for option in options if option != "--reuse-values"]
+    given = ("template", name, str(CHARTS.parents[1] / chart), *options, *EXTENSIONS)
+    objects = [thing for thing in yaml.safe_load_all(helm(*given, values=MODEL)) if thing]
+    assert "--tls-cert=/tls/server/tls.crt" in container(objects)["args"]
+    asks = [option.startswith("tls.clientCASecretName=") for option in options]
+    assert ("--tls-allow=gateway.example" in container(objects)["args"]) == any(asks)
+    assert bool(of_kind(objects, "Certificate")) != any(asks)
 
 
 def test_the_values_that_the_page_shows_ask_for_an_accelerator() -> None:

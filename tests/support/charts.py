@@ -17,14 +17,16 @@ from real_cluster import programs
 __all__ = [
     "CHARTS",
     "DIGEST",
+    "EXTENSIONS",
     "INFERENCE",
     "MATRIX",
     "MODEL",
-    "MONITORING",
+    "MUTUAL",
     "OPERATOR",
     "PAGE",
     "PEER",
     "PLACED",
+    "SECURITY_PAGE",
     "Json",
     "Prompt",
     "helm",
@@ -41,13 +43,15 @@ Json = dict[str, Any]
 
 CHARTS = Path(__file__).parents[2] / "deploy/helm"
 PAGE = CHARTS.parents[1] / "docs/how-to/install-with-helm.md"
+SECURITY_PAGE = CHARTS.parents[1] / "docs/how-to/secure-connections.md"
 HELM = charts.helm()
 
 
 OPERATOR, INFERENCE = "unmask-operator", "unmask-inference"
 MODEL: Json = {"model": {"uri": "pvc://models/small/model"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4
-MONITORING = ("--api-versions", "monitoring.coreos.com/v1")
+EXTENSIONS = ("--api-versions", "monitoring.coreos.com/v1", "--api-versions", "cert-manager.io/v1")
+"""APIs that not every cluster has."""
 PEER = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
 PLACED: Json = {
     "commonLabels": {"team": "a"},
@@ -67,6 +71,8 @@ PLACED: Json = {
 }  # fmt: skip
 PRIVATE = {"registry": "registry.example:5000", "digest": DIGEST, "pullSecrets": [{"name": "key"}]}
 MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
+BY_CERT_MANAGER = {"enabled": True, "certManager": {"issuerRef": {"name": "internal"}}}
+MUTUAL = {"enabled": True, "secretName": "words-tls", "clientCASecretName": "clients", "allow": ["a.example"]}
 MATRIX: dict[str, tuple[str, Json]] = {
     "operator": (OPERATOR, {}),
     "operator: two copies": (OPERATOR, {"replicas": 2}),
@@ -86,6 +92,8 @@ MATRIX: dict[str, tuple[str, Json]] = {
     "inference": (INFERENCE, MODEL),
     "inference: gpu": (INFERENCE, MODEL | {"gpu": {"enabled": True}, "runtimeClassName": "nvidia"}),
     "inference: left to an autoscaler": (INFERENCE, MODEL | {"replicas": None}),
+    "inference: tls": (INFERENCE, MODEL | {"tls": {"enabled": True, "secretName": "words-tls"}}),
+    "inference: certificates by cert-manager": (INFERENCE, MODEL | {"tls": BY_CERT_MANAGER}),
     "inference: everything": (
         INFERENCE,
         MODEL | PLACED | {
@@ -95,7 +103,7 @@ MATRIX: dict[str, tuple[str, Json]] = {
             "extraEnv": [{"name": "A", "value": "b"}],
             "extraVolumes": [{"name": "more", "emptyDir": {}}],
             "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
-            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
+            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}, "tls": MUTUAL},
     ),
 }  # fmt: skip
 """What the charts are rendered with: name -> chart and values."""

@@ -62,6 +62,35 @@ app.kubernetes.io/component: engine
 {{- printf "/volumes/%s" (trimPrefix "pvc://" .Values.model.uri | trimSuffix "/") -}}
 {{- end }}
 
+{{- /* Secret with the engine's certificate. */ -}}
+{{- define "unmask-inference.tlsSecret" -}}
+{{- if not (or .Values.tls.secretName .Values.tls.certManager.issuerRef.name) -}}
+{{- fail "tls.secretName: has to be given with tls.enabled; or have cert-manager make it, with tls.certManager.issuerRef.name" -}}
+{{- end -}}
+{{- if and .Values.tls.allow (not .Values.tls.clientCASecretName) -}}
+{{- fail "tls.allow: clients that show no certificate have no names; give tls.clientCASecretName, too" -}}
+{{- end -}}
+{{- default (printf "%s-tls" (include "unmask-inference.fullname" .)) .Values.tls.secretName -}}
+{{- end }}
+
+{{- /* What the gRPC port speaks; that TLS is on changes what is the default. */ -}}
+{{- define "unmask-inference.appProtocol" -}}
+{{- if and .Values.tls.enabled (eq .Values.service.appProtocol "kubernetes.io/h2c") -}}
+https
+{{- else -}}
+{{ .Values.service.appProtocol }}
+{{- end -}}
+{{- end }}
+
+{{- /* How a probe asks, from (dict "tls" ... "service" ...): the cluster's probes of gRPC speak no TLS. */ -}}
+{{- define "unmask-inference.probe" -}}
+{{- if .tls.enabled -}}
+httpGet: {path: {{ ternary "/healthz" "/livez" (hasKey . "service") }}, port: metrics}
+{{- else -}}
+grpc: {port: 50051{{ with .service }}, service: {{ . }}{{ end }}}
+{{- end -}}
+{{- end }}
+
 {{- define "unmask-inference.graceSeconds" -}}
 {{- with .Values.termination }}{{ add .preStopSeconds .drainSeconds .reserveSeconds }}{{ end -}}
 {{- end }}

@@ -39,8 +39,8 @@ class Listener:
     ) -> None:
         """Bind the port; 0 takes any. A host with a colon is an IPv6 address.
 
-        ``/healthz`` says ``health``, and ``/livez`` says ``alive``: whether the process, well or not, can go on
-        by itself. They are the same where ``alive`` is not given.
+        ``/healthz`` says ``health``, and ``/livez`` says ``alive``: whether the process, well or not, can go
+        on by itself. They are the same where ``alive`` is not given.
 
         Raises:
             OSError: It is taken.

@@ -444,7 +444,8 @@ def ended(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
             "--tls-client-ca: without TLS nobody can be asked; give --tls-cert and --tls-key",
         ),
         ("--tls-allow a", "--tls-allow: without TLS nobody can be asked"),
-        ("--control-tls-allow a", "--control-tls-allow: without TLS nobody can be asked"),
+        ("--control-port 0 --control-tls-allow a", "--control-tls-allow: without TLS nobody can be asked"),
+        ("--experts-tls-key a", "--experts-tls-key: give --experts-tls-ca, too, with the CAs that sign cert"),
         ("{pair} --control-tls-client-ca a", "--control-tls-client-ca: there is no control port; give --con"),
         ("{pair} --tls-allow a", "--tls-allow: clients that show no certificate have no names"),
         ("{pair} --control-port 0 --control-tls-allow a", "--control-tls-allow: clients that show no cert"),
@@ -530,11 +531,13 @@ def page_server(line: str) -> Iterator[Callable[[str], str]]:
             told = process.stdout.readline()
             ports = re.findall(r" on 127\.0\.0\.1:(\d+)", told)
             assert ports, told
-            yield lambda text: text.replace(":50051", f":{ports[0]}").replace(":50052", f":{ports[-1]}")
+            places = {":50051": ports[0], ":50061": ports[0], ":50052": ports[-1]}
+            yield lambda text: re.sub(r":500[56][12]\b", lambda match: f":{places[match[0]]}", text)
         finally:
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_page_s_commands_do_what_it_says(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -546,7 +549,9 @@ def test_the_page_s_commands_do_what_it_says(
     monkeypatch.chdir(tmp_path / "page")
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    plain, ask_plain, mutual, ask_mutual, control = [line for line in lines if line.startswith("unmask ")]
+    plain, ask_plain, mutual, ask_mutual, control, *shards = [
+        line for line in lines if line.startswith("unmask ")
+    ]
     with page_server(plain) as placed:
         code, text, _ = ended(capsys, *shlex.split(placed(ask_plain))[1:])
         assert code == 0 and text.strip()
@@ -563,3 +568,10 @@ def test_the_page_s_commands_do_what_it_says(
         (snippet,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
         exec(compile(placed(snippet), "page", "exec"), {})
         assert capsys.readouterr().out == text
+    shard, describe, serve = shards
+    with page_server(shard) as placed:
+        code, out, _ = ended(capsys, *shlex.split(placed(describe))[1:])
+        assert code == 0 and "epoch 1: of 1 parts, holds 0" in out
+        with page_server(placed(serve)) as server:
+            ask = server("generate hello --max-tokens 8 --server 127.0.0.1:50051")
+            assert ended(capsys, *shlex.split(ask))[:2] == (0, text)

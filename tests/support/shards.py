@@ -24,6 +24,7 @@ from unmask.models.checkpoint_files import Checkpoint
 from unmask.models.loading import digest_of, load_open
 from unmask.models.registry import read_config
 from unmask.telemetry import Recorder, metrics
+from unmask.transport_security import ClientTls
 
 __all__ = [
     "FAULTS",
@@ -181,14 +182,19 @@ def running_shards(
 
 @contextmanager
 def in_process(
-    folder: Path, addresses: Sequence[str], *, patience_s: float = 5.0, recorder: Recorder | None = None
+    folder: Path,
+    addresses: Sequence[str],
+    *,
+    patience_s: float = 5.0,
+    recorder: Recorder | None = None,
+    tls: ClientTls | None = None,
 ) -> Iterator[tuple[LanguageModel, Exchange]]:
     """The model in ``folder`` with its experts in the shards at ``addresses``."""
     network = network_without_experts(folder)
     with Checkpoint(folder) as checkpoint:
         revision = digest_of(checkpoint)
     with connected(
-        addresses, read_config(folder), revision=revision, patience_s=patience_s, recorder=recorder
+        addresses, read_config(folder), revision=revision, patience_s=patience_s, recorder=recorder, tls=tls
     ) as exchange:
         assert exchange.wait_complete(30), exchange.missing
         shard_experts(network, exchange)

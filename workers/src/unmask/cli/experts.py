@@ -1,8 +1,14 @@
 """``unmask experts``: what expert shards hold, and moving to another placement while servers work."""
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import click
+
+from unmask.cli.tls import client_tls
+
+if TYPE_CHECKING:
+    from unmask.transport_security import ClientTls
 
 __all__ = ["command"]
 
@@ -14,11 +20,12 @@ def command() -> None:
 
 @command.command("describe", short_help="Say what shards hold.")
 @click.argument("shards", nargs=-1, required=True, metavar="HOST:PORT...")
-def describe_command(shards: tuple[str, ...]) -> None:
+@client_tls
+def describe_command(shards: tuple[str, ...], tls: "ClientTls | None") -> None:
     """Print what each shard holds: its placements by epoch, their parts and experts, and its memory."""
     from unmask.experts.moving import describe
 
-    for address, description in zip(shards, describe(shards), strict=True):
+    for address, description in zip(shards, describe(shards, tls=tls), strict=True):
         draining = ", shutting down" if description.draining else ""
         click.echo(f"{address}  {description.name}  {description.weight_bytes / 2**20:.1f} MiB{draining}")
         for placement in description.placements:
@@ -49,8 +56,14 @@ def describe_command(shards: tuple[str, ...]) -> None:
     help="Cut so that parts are used equally often, by what the shards have counted since they began.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@client_tls
 def move_command(
-    shards: tuple[str, ...], replication: int, groups: int, balanced: bool, dry_run: bool
+    shards: tuple[str, ...],
+    replication: int,
+    groups: int,
+    balanced: bool,
+    dry_run: bool,
+    tls: "ClientTls | None",
 ) -> None:
     """Give each of the shards its part of a new placement, in the order in which they are named.
 
@@ -60,11 +73,11 @@ def move_command(
     """
     from unmask.experts.moving import describe, move, plan_move
 
-    planned = plan_move(describe(shards), replication=replication, groups=groups, balanced=balanced)
+    planned = plan_move(describe(shards, tls=tls), replication=replication, groups=groups, balanced=balanced)
     for address, parts in zip(shards, planned.parts, strict=True):
         ranges = ", ".join(f"{planned.bounds[part]}-{planned.bounds[part + 1] - 1}" for part in sorted(parts))
         click.echo(f"{address}: experts {ranges}")
     if dry_run:
         return
-    move(shards, planned)
+    move(shards, planned, tls=tls)
     click.echo(f"epoch {planned.epoch} is in force; let go: {', '.join(map(str, planned.old)) or 'nothing'}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from unmask.cli.local_path import LocalPath
-from unmask.cli.tls import server_tls
+from unmask.cli.tls import experts_tls, server_and_control_tls
 from unmask.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from unmask.serving.server import Server
     from unmask.serving.weights import ServedWeights
     from unmask.telemetry import Recorder
-    from unmask.transport_security import ServerTls
+    from unmask.transport_security import ClientTls, ServerTls
 
 __all__ = ["command"]
 
@@ -59,7 +59,7 @@ __all__ = ["command"]
     help="Address of the control port. Whoever reaches it, and is let in, may end calls and replace the "
     "weights.",
 )
-@server_tls
+@server_and_control_tls
 @click.option(
     "--weights-root",
     type=LocalPath(),
@@ -138,6 +138,7 @@ __all__ = ["command"]
     help="Expert shards of the same model (`unmask shard`), which compute the routed experts; this process "
     "then neither reads nor holds them.",
 )
+@experts_tls
 @click.option(
     "--experts-rows",
     type=click.Choice(["float32", "bfloat16"]),
@@ -179,6 +180,7 @@ def command(
     device: str,
     quantization: Literal["none", "int8"],
     experts: str | None,
+    experts_tls: "ClientTls | None",
     experts_rows: Literal["float32", "bfloat16"],
     experts_wait_seconds: float,
     threads: int | None,
@@ -190,7 +192,7 @@ def command(
 
     With --http-port, also over HTTP as OpenAI's clients ask: /v1/completions, /v1/chat/completions and
     /v1/models. With --control-port, `unmask control` may end calls, drain the server and replace its weights.
-    With --tls-cert, both gRPC ports speak TLS; HTTP and the metrics do not.
+    With --tls-cert, both gRPC ports speak TLS; HTTP and the metrics do not. With --experts-tls-ca, shards do.
 
     DIR holds config.json, safetensors weights, tokenizer.json and, optionally, tokenizer_config.json (chat
     template) and generation_config.json: eos_token_id, mask_token_id, and how to decode where a request does
@@ -215,6 +217,8 @@ def command(
     _refuse_autoregressive(folder, config)
     _check_context(context, config)
     described = ServedModel.describe(folder, config, name=name, rows=rows, context_length=context)
+    if experts_tls is not None and experts is None:
+        raise UsageError("--experts-tls-ca: there are no shards to connect to; give --experts")
     weights = ServedWeights(
         folder,
         device=device,
@@ -226,7 +230,7 @@ def command(
     exchange: Exchange | None = None
     if experts is not None:
         exchange = click.get_current_context().with_resource(
-            _sharded(weights, experts.split(","), experts_rows, experts_wait_seconds, recorder)
+            _sharded(weights, experts.split(","), experts_tls, experts_rows, experts_wait_seconds, recorder)
         )
     batch = described.batch(
         weights.network,
@@ -269,6 +273,7 @@ def command(
 def _sharded(
     weights: "ServedWeights",
     addresses: Sequence[str],
+    tls: "ClientTls | None",
     rows_as: Literal["float32", "bfloat16"],
     wait_s: float,
     recorder: "Recorder",
@@ -279,7 +284,12 @@ def _sharded(
 
     assert weights.revision is not None
     with connected(
-        addresses, weights.network.config, revision=weights.revision, rows_as=rows_as, recorder=recorder
+        addresses,
+        weights.network.config,
+        revision=weights.revision,
+        rows_as=rows_as,
+        recorder=recorder,
+        tls=tls,
     ) as exchange:
         if not exchange.wait_complete(wait_s):
             raise UsageError(

@@ -5,11 +5,16 @@ import re
 import signal
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from unmask.cli.local_path import LocalPath
+from unmask.cli.tls import server_tls
 from unmask.errors import UsageError
+
+if TYPE_CHECKING:
+    from unmask.transport_security import ServerTls
 
 __all__ = ["command"]
 
@@ -54,6 +59,7 @@ _NUMBER = re.compile(r"(\d{1,6})/(\d{1,6})")
     show_default=True,
     help="Prometheus metrics; 0 for any free port.",
 )
+@server_tls
 @click.option("--name", help="What logs call it.  [default: shard-I]")
 @click.option(
     "--max-tokens",
@@ -79,6 +85,7 @@ def command(
     host: str,
     port: int,
     metrics_port: int,
+    tls: "ServerTls | None",
     name: str | None,
     max_tokens: int,
     drain_seconds: float,
@@ -124,6 +131,7 @@ def command(
             name=name or f"shard-{shard}",
             max_tokens=max_tokens,
             drain_s=drain_seconds,
+            tls=tls,
         ),
     )
     server.start()

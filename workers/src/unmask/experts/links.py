@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from unmask.errors import UsageError
 from unmask.experts.placement import HeldParts
+from unmask.transport_security import ClientTls, channel_credentials, channel_options
 from unmask.v1 import experts_pb2 as pb
 from unmask.v1.experts_pb2_grpc import ExpertShardStub
 
@@ -113,11 +114,13 @@ def described(description: pb.DescribeResponse) -> dict[int, HeldParts]:
     }
 
 
-def shard_channel(
-    address: str, *, max_bytes: int, credentials: grpc.ChannelCredentials | None = None
-) -> grpc.Channel:
-    """A connection that notices a frozen or unreachable shard within about a second and a half."""
-    options: Sequence[tuple[str, int]] = (
+def shard_channel(address: str, *, max_bytes: int, tls: ClientTls | None = None) -> grpc.Channel:
+    """A connection that notices a frozen or unreachable shard within about a second and a half.
+
+    Raises:
+        UsageError: The files in ``tls`` cannot be used.
+    """
+    options: tuple[tuple[str, Any], ...] = (
         ("grpc.max_receive_message_length", max_bytes),
         ("grpc.max_send_message_length", max_bytes),
         ("grpc.keepalive_time_ms", 1_000),
@@ -130,9 +133,9 @@ def shard_channel(
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.use_local_subchannel_pool", 1),  # one that is stuck must not hold up its successor
     )
-    if credentials is None:
+    if tls is None:
         return grpc.insecure_channel(address, options=options)
-    return grpc.secure_channel(address, credentials, options=options)
+    return grpc.secure_channel(address, channel_credentials(tls), options=(*options, *channel_options(tls)))
 
 
 class GrpcLink:
@@ -143,7 +146,7 @@ class GrpcLink:
         offer: What a session begins with.
         inbox: Where news go.
         max_bytes: The largest message.
-        credentials: Of a secure connection; None for an open one.
+        tls: Files to connect with, read for each connection; plaintext if None.
     """
 
     def __init__(
@@ -153,13 +156,13 @@ class GrpcLink:
         inbox: Inbox,
         *,
         max_bytes: int,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self._address = address
         self._offer = pb.ShardFrame(offer=offer).SerializeToString()
         self._inbox = inbox
         self._max_bytes = max_bytes
-        self._credentials = credentials
+        self._tls = tls
         self._closed = threading.Event()
         self._call: _Answers | None = None
         self._session: _Session | None = None
@@ -244,7 +247,7 @@ class GrpcLink:
                 why = "the shard ended the session"
             except grpc.RpcError as error:
                 why = _reason(error)
-            except (ValueError, DecodeError) as error:  # a first answer that is none
+            except (ValueError, DecodeError, UsageError) as error:  # a first answer that is none; a file
                 why = str(error)
             self._tell(why)
             delay = _RETRY_S[0] if time.monotonic() - began > _RETRY_S[1] else min(2 * delay, _RETRY_S[1])
@@ -253,9 +256,7 @@ class GrpcLink:
     @contextmanager
     def _opened(self) -> "Iterator[_Session]":
         """A session that the shard has accepted."""
-        with shard_channel(
-            self._address, max_bytes=self._max_bytes, credentials=self._credentials
-        ) as channel:
+        with shard_channel(self._address, max_bytes=self._max_bytes, tls=self._tls) as channel:
             outgoing: SimpleQueue[bytes | None] = SimpleQueue()
             outgoing.put(self._offer)
             session_of: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SESSION)

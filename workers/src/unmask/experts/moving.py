@@ -15,6 +15,7 @@ import grpc
 from unmask.errors import UsageError
 from unmask.experts.links import check_addresses, shard_channel
 from unmask.experts.placement import Bounds, balanced_bounds, even_bounds, held_by
+from unmask.transport_security import ClientTls
 from unmask.v1 import experts_pb2 as pb
 from unmask.v1.experts_pb2_grpc import ExpertShardStub
 
@@ -70,29 +71,32 @@ def plan_move(
     return Move(max(epochs, default=0) + 1, bounds, parts, tuple(sorted(epochs)))
 
 
-def describe(addresses: Sequence[str]) -> list[pb.DescribeResponse]:
-    """What shards hold.
+def describe(addresses: Sequence[str], *, tls: ClientTls | None = None) -> list[pb.DescribeResponse]:
+    """What shards hold, asked with TLS or in plaintext.
 
     Raises:
         UsageError: One cannot be asked.
     """
     with ExitStack() as stack:
-        return [_described(stub, address) for address, stub in _stubs(addresses, stack)]
+        return [_described(stub, address) for address, stub in _stubs(addresses, stack, tls)]
 
 
-def move(addresses: Sequence[str], planned: Move, *, notice_s: float = _NOTICE_S) -> None:
+def move(
+    addresses: Sequence[str], planned: Move, *, notice_s: float = _NOTICE_S, tls: ClientTls | None = None
+) -> None:
     """Have shards load a placement, and let the old ones go once engines have had time to notice.
 
     Args:
         addresses: In the order of the plan's parts.
         planned: What to do.
         notice_s: That time.
+        tls: Files to connect with; plaintext if None.
 
     Raises:
         UsageError: A shard did not load its parts; those that did have let them go again.
     """
     with ExitStack() as stack:
-        stubs = _stubs(addresses, stack)
+        stubs = _stubs(addresses, stack, tls)
         with ThreadPoolExecutor(len(stubs)) as pool:
             asked = [
                 pool.submit(_load, stub, address, planned, parts)
@@ -108,9 +112,11 @@ def move(addresses: Sequence[str], planned: Move, *, notice_s: float = _NOTICE_S
             _unload(stub, planned.old)
 
 
-def _stubs(addresses: Sequence[str], stack: ExitStack) -> list[tuple[str, ExpertShardStub]]:
+def _stubs(
+    addresses: Sequence[str], stack: ExitStack, tls: ClientTls | None
+) -> list[tuple[str, ExpertShardStub]]:
     channels = (
-        (address, stack.enter_context(shard_channel(address, max_bytes=_MOST_BYTES)))
+        (address, stack.enter_context(shard_channel(address, max_bytes=_MOST_BYTES, tls=tls)))
         for address in check_addresses(addresses)
     )
     return [(address, ExpertShardStub(channel)) for address, channel in channels]

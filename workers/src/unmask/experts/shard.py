@@ -22,6 +22,7 @@ from unmask.experts.frames import FrameError
 from unmask.experts.holding import Holding
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
+from unmask.transport_security import PeersAllowed, ServerCertificates, ServerTls
 from unmask.v1 import experts_pb2 as pb
 
 __all__ = ["SERVICE", "Shard", "ShardOptions", "most_frame_bytes"]
@@ -34,6 +35,8 @@ _OTHER_CALLS = 16
 _ALLOWANCE = 1 << 16
 """Bytes of a message beside its numbers."""
 _MOST_PROBE_BYTES = 16 << 20
+_READ_S = 10.0
+"""How often the files of certificates are read, besides for each connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class ShardOptions:
     """Engines at a time, one session each."""
     drain_s: float = 5.0
     """How long sessions have to notice that the shard is about to end."""
+    tls: ServerTls | None = None
+    """Certificates, and who may call; plaintext from anybody if ``None``."""
 
 
 def most_frame_bytes(hidden_size: int, max_tokens: int) -> int:
@@ -65,8 +70,25 @@ class Shard:
     def __init__(
         self, holding: Holding, options: ShardOptions, *, answering: type[Answering] = Answering
     ) -> None:
-        """``answering`` is what takes frames, for measurements of everything but that."""
-        self.recorder = Recorder(metrics.SHARD)
+        """``answering`` is what takes frames, for measurements of everything but that.
+
+        Raises:
+            UsageError: The certificates cannot be used.
+        """
+        self.recorder = Recorder((*metrics.SHARD, *metrics.TLS))
+        self._certificates: ServerCertificates | None = None
+        interceptors: list[grpc.ServerInterceptor] = []
+        if options.tls is not None:
+            self._certificates = ServerCertificates(
+                options.tls,
+                in_force=lambda expires_s: self.recorder.gauge(
+                    metrics.TLS_CERTIFICATE_EXPIRY, expires_s, port="shard"
+                ),
+                failed=lambda message: self.recorder.count(metrics.TLS_RELOAD_FAILURES, port="shard"),
+            )
+            if allowed := options.tls.allowed_names():
+                interceptors.append(PeersAllowed(allowed))
+        self._stopped = threading.Event()
         self._holding = holding
         self._options = options
         self._answering = answering(holding, self.recorder, max_tokens=options.max_tokens)
@@ -75,6 +97,7 @@ class Shard:
         calls = options.max_sessions + _OTHER_CALLS
         self._grpc = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="unmask-session"),
+            interceptors=interceptors,
             maximum_concurrent_rpcs=calls,
             options=[
                 ("grpc.max_receive_message_length", largest),
@@ -107,7 +130,10 @@ class Shard:
             f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
         )
         try:
-            self.port = self._grpc.add_insecure_port(address)
+            if self._certificates is None:
+                self.port = self._grpc.add_insecure_port(address)
+            else:
+                self.port = self._grpc.add_secure_port(address, self._certificates.server_credentials())
         except RuntimeError as error:
             raise UsageError(f"--port: cannot listen on {address}; is it in use?") from error
         try:
@@ -120,6 +146,8 @@ class Shard:
         self.recorder.gauge(metrics.SHARD_WEIGHT_BYTES, self._holding.nbytes)
         self._grpc.start()
         self._metrics.start()
+        if self._certificates is not None:
+            threading.Thread(target=self._follow, args=(self._certificates,), daemon=True).start()
         for service in ("", SERVICE):
             self._health.set(service, HealthCheckResponse.SERVING)
 
@@ -131,9 +159,14 @@ class Shard:
     def stop(self, grace_s: float | None = None) -> None:
         """Refuse frames, end the sessions once engines have left them, and stop."""
         self.drain()
+        self._stopped.set()
         self._grpc.stop(self._options.drain_s if grace_s is None else grace_s).wait()
         if self._metrics:
             self._metrics.close()
+
+    def _follow(self, certificates: ServerCertificates) -> None:
+        while not self._stopped.wait(_READ_S):
+            certificates.look()
 
     def _well(self) -> tuple[bool, dict[str, Any]]:
         draining = self._answering.draining

@@ -220,7 +220,7 @@ TLS_CERTIFICATE_EXPIRY = Metric(
     name="unmask_tls_certificate_expiry_seconds",
     kind="gauge",
     help="When the certificate that new connections get expires, in seconds since 1970, by port: grpc or "
-    "control.",
+    "control, and shard of an expert shard.",
     labels=("port",),
 )
 TLS_RELOAD_FAILURES = Metric(
@@ -230,6 +230,7 @@ TLS_RELOAD_FAILURES = Metric(
     "used; what was read before stays in force.",
     labels=("port",),
 )
+TLS: tuple[Metric, ...] = (TLS_CERTIFICATE_EXPIRY, TLS_RELOAD_FAILURES)
 
 SERVING: tuple[Metric, ...] = (
     REQUESTS,
@@ -265,8 +266,7 @@ SERVING: tuple[Metric, ...] = (
     EXPERT_IMBALANCE,
     EXPERT_SHARDS,
     EXPERT_EPOCH,
-    TLS_CERTIFICATE_EXPIRY,
-    TLS_RELOAD_FAILURES,
+    *TLS,
 )
 
 SHARD_FRAMES = Metric(

@@ -37,7 +37,8 @@ The first process of a training job exports these at `http://HOST:PORT/metrics` 
 _SHARD = """
 ## Expert shards
 
-`unmask shard` exports these, and `/healthz`, which answers 503 once the shard drains.
+`unmask shard` exports these, with TLS also `unmask_tls_...` as above, and `/healthz`, which answers 503 once
+the shard drains.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

@@ -14,7 +14,7 @@ __all__ = ["ClientTls", "channel_credentials", "channel_options"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTls:
-    """Files of a client. Errors name them as the options of the commands do: ``--tls-ca`` and so on."""
+    """Files of a client."""
 
     ca: str | PathLike[str]
     """Who must have signed the server's certificate."""
@@ -24,6 +24,8 @@ class ClientTls:
     """Of ``certificate``."""
     server_name: str | None = None
     """What the server's certificate has to name; the host of the address if None."""
+    options: str = "--tls"
+    """How the options begin that give these, in errors."""
 
 
 def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
@@ -32,13 +34,14 @@ def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
     Raises:
         UsageError: They cannot be used.
     """
-    authorities = read("--tls-ca", tls.ca)
+    authorities = read(f"{tls.options}-ca", tls.ca)
     check_authorities(authorities)
     if tls.certificate is None and tls.key is None:
         return grpc.ssl_channel_credentials(authorities.content)
     if tls.certificate is None or tls.key is None:
-        raise UsageError("--tls-cert and --tls-key: give both or none")
-    certificate, key = read("--tls-cert", tls.certificate), read("--tls-key", tls.key)
+        raise UsageError(f"{tls.options}-cert and {tls.options}-key: give both or none")
+    certificate = read(f"{tls.options}-cert", tls.certificate)
+    key = read(f"{tls.options}-key", tls.key)
     check_pair(certificate, key, datetime.now(UTC))
     return grpc.ssl_channel_credentials(authorities.content, key.content, certificate.content)
 

@@ -1,7 +1,8 @@
 """Times expert shards beside the bare way and the whole model: ``make bench-shards``.
 
 * ``frame``: there and back of 256 rows of 2,048 bfloat16 numbers to a shard that answers without computing,
-  against a stream of as many bare bytes over gRPC, in the same run, by turns;
+  over gRPC and through shared memory, against as many bare bytes over a stream of gRPC's and through shared
+  memory (``bare_memory.py``), in the same run, by turns;
 * ``step``: a denoise step of 8 requests of model M (``model_m.json``) whose experts are in 2 shards of one
   thread each, over gRPC, against the whole model in one process, on the same processors, by turns;
 * ``parts``: where the time of such a step goes;
@@ -18,13 +19,14 @@ import multiprocessing
 import os
 import platform
 import signal
+import socket
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,13 +36,14 @@ from typing import Any
 import grpc
 import shard_constants
 import torch
+from bare_memory import bare_memory, echo_bare_memory
 
 from unmask.diffusion.batch import Filled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.experts.answering import Answering
 from unmask.experts.connecting import connected
 from unmask.experts.exchange import Exchange
-from unmask.experts.frames import Request, encode_reply
+from unmask.experts.frames import Message, Request, encode_reply
 from unmask.experts.holding import Holding, shape_of_experts
 from unmask.experts.links import shard_channel
 from unmask.experts.mixture import shard_experts
@@ -115,15 +118,15 @@ def _until_terminated() -> None:
 class _Echo(Answering):
     """Answers with the rows that it was sent, once it has read the frame as any other."""
 
-    def _computed(self, request: Request, arrived: float) -> bytes:
-        return encode_reply(request.header, request.rows)
+    def _computed(self, request: Request, arrived: float, into: memoryview | None) -> Message:
+        return encode_reply(request.header, request.rows, into=into)
 
 
-def _echoing(folder: Path, ready: Connection) -> None:
+def _echoing(folder: Path, path: Path, ready: Connection) -> None:
     torch.set_num_threads(1)
     holding = Holding(folder)
     holding.load(1, even_bounds(holding.shape.num_experts, 1), [0])
-    shard = Shard(holding, ShardOptions(port=0, metrics_port=0), answering=_Echo)
+    shard = Shard(holding, ShardOptions(port=0, metrics_port=0, socket=path), answering=_Echo)
     shard.start()
     ready.send(shard.port)
     _until_terminated()
@@ -142,6 +145,15 @@ def _bare(ready: Connection) -> None:
     server.start()
     ready.send(port)
     _until_terminated()
+
+
+def _bare_memory(path: Path, nbytes: int, ready: Connection) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        echo_bare_memory(listener, nbytes)
+        ready.send(0)
+        _until_terminated()
 
 
 def _sharding(folder: Path, number: int, shards: int, ready: Connection) -> None:
@@ -192,7 +204,7 @@ def _transport(folder: Path, repeats: int) -> Transport:
     """What frames of float32 rows take."""
     config = _wide(folder)
     with (
-        _process(_echoing, folder / "wide") as port,
+        _process(_echoing, folder / "wide", folder / "other.sock") as port,
         connected([f"127.0.0.1:{port}"], config, revision=_revision(folder / "wide")) as exchange,
     ):
         assert exchange.wait_complete(60), exchange.missing
@@ -209,28 +221,39 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
     """Milliseconds of a frame's way and of bare bytes, and their ratio."""
     config = _wide(folder)
     rows, routing = _rows(ROWS)
+    payload = bytes(ROWS * WIDTH * 2)
+    shard_socket, bare_socket = folder / "shard.sock", folder / "bare.sock"
+
+    def exchange(address: str) -> AbstractContextManager[Exchange]:
+        return connected([address], config, revision=_revision(folder / "wide"), rows_as="bfloat16")
+
     with (
-        _process(_echoing, folder / "wide") as port,
+        _process(_echoing, folder / "wide", shard_socket) as port,
         _process(_bare) as bare_port,
+        _process(_bare_memory, bare_socket, len(payload)),
         _bare_stream(bare_port) as bare,
-        connected(
-            [f"127.0.0.1:{port}"],
-            config,
-            revision=_revision(folder / "wide"),
-            rows_as="bfloat16",
-        ) as exchange,
+        bare_memory(bare_socket, len(payload)) as bare_in_memory,
+        exchange(f"127.0.0.1:{port}") as over_grpc,
+        exchange(f"unix:{shard_socket}") as in_memory,
     ):
-        assert exchange.wait_complete(60), exchange.missing
+        for one in (over_grpc, in_memory):
+            assert one.wait_complete(60), one.missing
         layer = 1
-
-        def framed() -> None:
-            exchange.receive(exchange.send(layer, rows, routing))
-
-        payload = bytes(ROWS * WIDTH * 2)
-        seconds = _by_turns({"frame": framed, "bare": lambda: bare(payload)}, repeats)
+        seconds = _by_turns(
+            {
+                "frame": lambda: over_grpc.receive(over_grpc.send(layer, rows, routing)),
+                "bare": lambda: bare(payload),
+                "memory": lambda: in_memory.receive(in_memory.send(layer, rows, routing)),
+                "bare_memory": lambda: bare_in_memory(payload),
+            },
+            repeats,
+        )
     for name, value in seconds.items():
         print(f"  {name}: {1000 * value:.3f} ms there and back, {ROWS} x {WIDTH} bfloat16")
-    return {"frame_over_bare": round(seconds["frame"] / seconds["bare"], 3)}
+    return {
+        "frame_over_bare": round(seconds["frame"] / seconds["bare"], 3),
+        "memory_over_bare": round(seconds["memory"] / seconds["bare_memory"], 3),
+    }
 
 
 @contextmanager

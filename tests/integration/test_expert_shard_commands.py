@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.shards
 
 SHARD_READY = re.compile(
     r"computing experts of tiny, parts (.+) of 2 \(\S+ MiB\), on (\S+:\d+), metrics on (\S+)"
+)
+SHARD_READY_EVERYWHERE = re.compile(
+    r"computing experts of tiny, parts (.+) of 2 \(\S+ MiB\), on (\S+:\d+), (unix:\S+), (group:\S+), "
+    r"metrics on (\S+)"
 )
 SERVER_READY = re.compile(r"serving tiny \(LLaDA2MoeModelLM\) on (\S+:\d+), metrics on (http://\S+/metrics)")
 
@@ -57,6 +62,13 @@ def running(*arguments: str, ready: re.Pattern[str]) -> Iterator[tuple[re.Match[
             process.kill()
 
 
+def alone(folder: Path) -> list[int]:
+    """What one process generates."""
+    model = ServedModel.describe(folder, read_config(folder), name=None, rows=1, context_length=128)
+    params = model.params(model.default_decoder, pb.DiffusionParams(), max_new_tokens=24)
+    return generate(load(folder), [model.tokenizer.encode("w7 w8 w9")], params, rows=1)[0].token_ids
+
+
 @pytest.mark.slow
 def test_two_shards_and_a_server_answer_as_one_process_does(folder: Path) -> None:
     shard = ["shard", str(folder), "--replication=2"]
@@ -67,9 +79,7 @@ def test_two_shards_and_a_server_answer_as_one_process_does(folder: Path) -> Non
         Client(server[1], timeout_s=60) as client,
     ):
         assert first[1] == second[1] == "0, 1"
-        model = ServedModel.describe(folder, read_config(folder), name=None, rows=1, context_length=128)
-        params = model.params(model.default_decoder, pb.DiffusionParams(), max_new_tokens=24)
-        expected = generate(load(folder), [model.tokenizer.encode("w7 w8 w9")], params, rows=1)[0].token_ids
+        expected = alone(folder)
         assert list(client.generate("w7 w8 w9", max_tokens=24).token_ids) == expected
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, "a shard that is asked to end does so, in good order"
@@ -78,6 +88,36 @@ def test_two_shards_and_a_server_answer_as_one_process_does(folder: Path) -> Non
         assert 'unmask_expert_shards{state="ready"} 1.0' in exported
         frames = urllib.request.urlopen(second[3], timeout=10).read().decode()
         assert re.search(r'unmask_shard_frames_total\{status="ok"\} [1-9]', frames)
+
+
+@pytest.mark.slow
+def test_shards_on_one_machine_and_in_one_job_answer_as_one_process_does(
+    folder: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        store = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+    def shard(number: int) -> list[str]:
+        path = tmp_path / f"{number}.sock"
+        return ["shard", str(folder), f"--shard={number}/2", f"--socket={path}", f"--group={store}"]
+
+    with (
+        running(*shard(0), ready=SHARD_READY_EVERYWHERE) as (first, one),
+        running(*shard(1), ready=SHARD_READY_EVERYWHERE) as (second, other),
+    ):
+        for experts in (f"{first[3]},{second[3]}", f"group:{store}?shards=2"):
+            with (
+                running("serve", str(folder), f"--experts={experts}", ready=SERVER_READY) as (
+                    server,
+                    process,
+                ),
+                Client(server[1], timeout_s=60) as client,
+            ):
+                assert list(client.generate("w7 w8 w9", max_tokens=24).token_ids) == alone(folder)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 0
+        assert [one.wait(30), other.wait(30)] == [0, 0], "the ranks of a job end together"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +129,14 @@ def test_two_shards_and_a_server_answer_as_one_process_does(folder: Path) -> Non
         (["shard", "{folder}", "--shard=0/2", "--replication=3"], "replication: got 3, must be 1 to 2"),
         (["serve", "{folder}", "--experts=nowhere"], "--experts: got 'nowhere', expected HOST:PORT"),
         (["serve", "{folder}", "--experts=a:1,a:1"], "expected each shard once"),
+        (
+            ["shard", "{folder}", "--shard=0/2", "--group=here"],
+            "--group: got 'here', expected tcp://HOST:PORT",
+        ),
+        (
+            ["shard", "{folder}", "--shard=0/2", "--port=0", "--socket={folder}/none/x.sock"],
+            "--socket: cannot listen on ",
+        ),
         (
             ["serve", "{folder}", "--experts=127.0.0.1:1", "--experts-wait-seconds=0.1"],
             "--experts: after 0.1 s no session with 127.0.0.1:1",

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from support.shards import holding_of
+from unmask.experts.group import GroupPort
 from unmask.experts.shard import Shard, ShardOptions
 
 __all__ = ["ShardProcess", "shard_processes"]
@@ -26,11 +27,20 @@ _CLONE_NEWNET = 0x40000000
 class ShardProcess:
     """One shard of a model, on a port that it keeps when it is started again.
 
-    With ``own_network`` it is at the end of a cable that can be pulled.
+    With ``own_network`` it is at the end of a cable that can be pulled. With ``sockets``, a folder, it is
+    asked over a socket in it; with ``group``, it is one of a group that meets there.
     """
 
     def __init__(
-        self, folder: Path, number: int, *, shards: int, replication: int, own_network: bool = False
+        self,
+        folder: Path,
+        number: int,
+        *,
+        shards: int,
+        replication: int,
+        own_network: bool = False,
+        sockets: Path | None = None,
+        group: str | None = None,
     ) -> None:
         self._folder, self._number = folder, number
         self._shards, self._replication = shards, replication
@@ -39,10 +49,12 @@ class ShardProcess:
         self._subnet = f"10.{200 + number}.{os.getpid() % 250}"
         self.host = f"{self._subnet}.2" if own_network else "127.0.0.1"
         self.port = 0
+        self._socket = None if sockets is None else sockets / f"{number}.sock"
+        self._group = group
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"{self.host}:{self.port}" if self._socket is None else f"unix:{self._socket}"
 
     @property
     def pid(self) -> int:
@@ -54,7 +66,17 @@ class ShardProcess:
         mine, its = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
             target=_serve,
-            args=(self._folder, self._number, self._shards, self._replication, self.host, self.port, its),
+            args=(
+                self._folder,
+                self._number,
+                self._shards,
+                self._replication,
+                self.host,
+                self.port,
+                self._socket,
+                self._group,
+                its,
+            ),
             daemon=True,
         )
         self._process.start()
@@ -89,7 +111,7 @@ class ShardProcess:
     def kill(self) -> None:
         """End it as a machine that loses power would."""
         self._signal(signal.SIGKILL)
-        self._join()
+        self.join()
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -100,12 +122,13 @@ class ShardProcess:
     def end(self) -> None:
         """Ask it to end, and wait until it has."""
         self._signal(signal.SIGTERM)
-        self._join()
+        self.join()
 
     def _signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until it has ended."""
         assert self._process is not None
         self._process.join(_READY_S)
         assert self._process.exitcode is not None, "the shard does not end"
@@ -117,7 +140,15 @@ class ShardProcess:
 
 
 def _serve(
-    folder: Path, number: int, shards: int, replication: int, host: str, port: int, ready: Connection
+    folder: Path,
+    number: int,
+    shards: int,
+    replication: int,
+    host: str,
+    port: int,
+    socket: Path | None,
+    group: str | None,
+    ready: Connection,
 ) -> None:
     if host != "127.0.0.1":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -127,9 +158,20 @@ def _serve(
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     holding = holding_of(folder, number, shards=shards, replication=replication)
-    options = ShardOptions(host=host, port=port, metrics_port=0, name=f"shard-{number}", drain_s=10)
+    options = ShardOptions(
+        host=host, port=port, metrics_port=0, name=f"shard-{number}", drain_s=10, socket=socket
+    )
     shard = Shard(holding, options)
     shard.start()
+    if group is not None:
+        GroupPort(
+            group,
+            rank=number + 1,
+            world=shards + 1,
+            sessions=shard.sessions,
+            max_bytes=shard.largest,
+            ended=asked.set,
+        ).start()
     ready.send(shard.port)
     ready.close()
     asked.wait()
@@ -138,11 +180,25 @@ def _serve(
 
 @contextmanager
 def shard_processes(
-    folder: Path, shards: int, *, replication: int = 1, own_networks: bool = False
+    folder: Path,
+    shards: int,
+    *,
+    replication: int = 1,
+    own_networks: bool = False,
+    sockets: Path | None = None,
+    group: str | None = None,
 ) -> Iterator[list[ShardProcess]]:
     """All shards of the model in ``folder``, running."""
     running = [
-        ShardProcess(folder, number, shards=shards, replication=replication, own_network=own_networks)
+        ShardProcess(
+            folder,
+            number,
+            shards=shards,
+            replication=replication,
+            own_network=own_networks,
+            sockets=sockets,
+            group=group,
+        )
         for number in range(shards)
     ]
     try:

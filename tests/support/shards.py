@@ -166,14 +166,21 @@ def sharded(
 
 @contextmanager
 def running_shards(
-    folder: Path, shards: int, *, replication: int = 1, make: Callable[..., Shard] = Shard
+    folder: Path,
+    shards: int,
+    *,
+    replication: int = 1,
+    sockets: Path | None = None,
+    make: Callable[..., Shard] = Shard,
 ) -> Iterator[list[Shard]]:
-    """Shards behind free ports of the loopback."""
+    """Shards behind free ports of the loopback; and behind ``0.sock`` and so on in the folder ``sockets``."""
     with ExitStack() as stack:
         running = []
         for number in range(shards):
             holding = holding_of(folder, number, shards=shards, replication=replication)
-            shard = make(holding, ShardOptions(port=0, metrics_port=0, name=f"shard-{number}"))
+            socket = None if sockets is None else sockets / f"{number}.sock"
+            options = ShardOptions(port=0, metrics_port=0, name=f"shard-{number}", socket=socket)
+            shard = make(holding, options)
             shard.start()
             stack.callback(shard.stop, 0)
             running.append(shard)

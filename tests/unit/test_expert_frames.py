@@ -69,6 +69,23 @@ def test_a_refusal_says_why() -> None:
     assert (reply.header.status, reply.header.sequence) == (Status.STALE, asked.sequence)
 
 
+@pytest.mark.parametrize("spare", [-1, 0, 7])
+def test_a_frame_may_lie_in_memory_that_others_share(spare: int) -> None:
+    frame = a_request()
+    shared = memoryview(bytearray(frame)).toreadonly()
+    one, other = decode_request(shared), decode_request(frame)
+    assert one.header == other.header and torch.equal(one.rows, other.rows)
+    expected = encode_reply(one.header, one.rows)
+    place = memoryview(bytearray(len(expected) + spare))
+    reply = encode_reply(one.header, one.rows, into=place)
+    assert isinstance(reply, bytes) == (spare < 0), "what does not fit in comes as bytes"
+    assert reply == expected
+    found = decode_reply(reply)
+    assert found.rows is not None and torch.equal(found.rows, one.rows)
+    refusal = memoryview(encode_refusal(one.header, Status.STALE, "epoch: got 7"))
+    assert decode_reply(refusal).message == "epoch: got 7"
+
+
 def test_rows_lie_where_vector_instructions_like_them() -> None:
     frame = a_request(tokens=3, choices=3, hidden=5)
     assert len(frame) % 8 == 0

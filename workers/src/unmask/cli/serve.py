@@ -134,9 +134,10 @@ __all__ = ["command"]
 )
 @click.option(
     "--experts",
-    metavar="HOST:PORT,...",
+    metavar="ADDRESS,...",
     help="Expert shards of the same model (`unmask shard`), which compute the routed experts; this process "
-    "then neither reads nor holds them.",
+    "then neither reads nor holds them. Each is HOST:PORT, or unix:PATH on the same machine; all of a group "
+    "are group:tcp://HOST:PORT?shards=N.",
 )
 @experts_tls
 @click.option(
@@ -230,7 +231,9 @@ def command(
     exchange: Exchange | None = None
     if experts is not None:
         exchange = click.get_current_context().with_resource(
-            _sharded(weights, experts.split(","), experts_tls, experts_rows, experts_wait_seconds, recorder)
+            _sharded(
+                weights, experts.split(","), experts_tls, experts_rows, experts_wait_seconds, recorder, device
+            )
         )
     batch = described.batch(
         weights.network,
@@ -277,6 +280,7 @@ def _sharded(
     rows_as: Literal["float32", "bfloat16"],
     wait_s: float,
     recorder: "Recorder",
+    device: str,
 ) -> "Iterator[Exchange]":
     """Have shards compute the experts of the model."""
     from unmask.experts.connecting import connected
@@ -290,6 +294,7 @@ def _sharded(
         rows_as=rows_as,
         recorder=recorder,
         tls=tls,
+        device=device,
     ) as exchange:
         if not exchange.wait_complete(wait_s):
             raise UsageError(

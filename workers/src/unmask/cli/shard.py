@@ -11,7 +11,7 @@ import click
 
 from unmask.cli.local_path import LocalPath
 from unmask.cli.tls import server_tls
-from unmask.errors import UsageError
+from unmask.errors import LostPeerError, UsageError
 
 if TYPE_CHECKING:
     from unmask.transport_security import ServerTls
@@ -60,6 +60,18 @@ _NUMBER = re.compile(r"(\d{1,6})/(\d{1,6})")
     help="Prometheus metrics; 0 for any free port.",
 )
 @server_tls
+@click.option(
+    "--socket",
+    type=LocalPath(),
+    metavar="PATH",
+    help="Unix socket for servers on the same machine, with which memory is shared.  [default: none]",
+)
+@click.option(
+    "--group",
+    metavar="tcp://HOST:PORT",
+    help="Be rank I + 1 of a torch.distributed job of N shards and a server, which waits there.  "
+    "[default: none]",
+)
 @click.option("--name", help="What logs call it.  [default: shard-I]")
 @click.option(
     "--max-tokens",
@@ -86,6 +98,8 @@ def command(
     port: int,
     metrics_port: int,
     tls: "ServerTls | None",
+    socket: Path | None,
+    group: str | None,
     name: str | None,
     max_tokens: int,
     drain_seconds: float,
@@ -108,6 +122,8 @@ def command(
         raise UsageError(f"--shard: got {number!r}, expected I/N, such as 0/2")
     import torch
 
+    from unmask.experts.addresses import check_store
+    from unmask.experts.group import GroupPort
     from unmask.experts.holding import Holding
     from unmask.experts.placement import even_bounds, held_by
     from unmask.experts.shard import Shard, ShardOptions
@@ -115,6 +131,8 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
+    if group is not None:
+        check_store(group, "--group")
     shard, shards = int(match[1]), int(match[2])
     parts = held_by(shard, shards=shards, replication=replication)
     holding = Holding(folder, device=device)
@@ -132,13 +150,33 @@ def command(
             max_tokens=max_tokens,
             drain_s=drain_seconds,
             tls=tls,
+            socket=socket,
         ),
     )
     server.start()
+    member = None
+    if group is not None:
+        member = GroupPort(
+            group,
+            rank=shard + 1,
+            world=shards + 1,
+            sessions=server.sessions,
+            max_bytes=server.largest,
+            ended=stop.set,
+            device=device,
+        )
+        member.start()
     held = ", ".join(str(part) for part in sorted(parts))
+    places = [f"{host}:{server.port}"]
+    if socket is not None:
+        places.append(f"unix:{socket}")
+    if group is not None:
+        places.append(f"group:{group}")
     click.echo(
         f"computing experts of {folder.name}, parts {held} of {shards} ({holding.nbytes / 2**20:.1f} MiB), "
-        f"on {host}:{server.port}, metrics on http://{host}:{server.metrics_port}/metrics"
+        f"on {', '.join(places)}, metrics on http://{host}:{server.metrics_port}/metrics"
     )
     stop.wait()
     server.stop()
+    if member is not None and member.lost:
+        raise LostPeerError(f"--group: {member.lost}")

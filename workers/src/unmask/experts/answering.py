@@ -13,6 +13,7 @@ from torch import Tensor
 from unmask.experts.frames import (
     FrameError,
     Header,
+    Message,
     Request,
     Status,
     decode_request,
@@ -67,12 +68,13 @@ class Answering:
         self.draining = False
         """Whether frames are refused, for the shard is about to end."""
 
-    def answer(self, message: bytes, seen: "Seen") -> bytes:
+    def answer(self, message: Message, seen: "Seen", into: memoryview | None = None) -> Message:
         """The answer to one message.
 
         Args:
             message: As it came in.
             seen: Numbers of the session's frames so far; takes up this one.
+            into: Where to write the answer; if it does not fit in, and if it is a refusal, it comes as bytes.
 
         Raises:
             FrameError: There is not even a header to answer to.
@@ -88,9 +90,9 @@ class Answering:
         if not seen.add(request.header.sequence):
             told = f"sequence: {request.header.sequence} was answered already; number frames anew"
             return self._refuse(request.header, Status.DUPLICATE, told)
-        return self._computed(request, arrived)
+        return self._computed(request, arrived, into)
 
-    def _computed(self, request: Request, arrived: float) -> bytes:
+    def _computed(self, request: Request, arrived: float, into: memoryview | None) -> Message:
         header = request.header
         if self.draining:
             return self._refuse(header, Status.DRAINING, "the shard is shutting down; ask another one")
@@ -121,9 +123,10 @@ class Answering:
         self._recorder.count(metrics.SHARD_ROWS, header.tokens)
         return encode_reply(
             header,
-            sums_TD.to(header.dtype),
+            sums_TD.to("cpu", header.dtype),
             queue_us=round((started - arrived) * 1e6),
             compute_us=round((ended - started) * 1e6),
+            into=into,
         )
 
     def _check(self, request: Request, held: Held) -> None:

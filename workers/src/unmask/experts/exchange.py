@@ -25,7 +25,7 @@ from torch import Tensor
 from unmask.diffusion.batch import ForwardLost
 from unmask.experts.answering import all_finite
 from unmask.experts.failover import Pace, Standing, next_holder
-from unmask.experts.frames import FrameError, Header, Reply, Status, decode_reply, encode_request
+from unmask.experts.frames import FrameError, Header, Message, Reply, Status, decode_reply, encode_request
 from unmask.experts.links import Arrived, Began, Inbox, Link, Lost, News
 from unmask.experts.placement import Bounds, HeldParts, best_epoch, holders_of
 from unmask.models.moe import Routing
@@ -290,7 +290,7 @@ class Exchange:
                 for piece in self._open.values():
                     piece.tried.discard(link)
 
-    def _take_answer(self, name: str, message: bytes) -> None:
+    def _take_answer(self, name: str, message: Message) -> None:
         self.recorder.count(metrics.EXPERT_BYTES, len(message), direction="received")
         try:
             reply = decode_reply(message)

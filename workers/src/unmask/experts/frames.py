@@ -39,6 +39,7 @@ __all__ = [
     "ABSENT",
     "FrameError",
     "Header",
+    "Message",
     "Reply",
     "Request",
     "Status",
@@ -51,6 +52,9 @@ __all__ = [
     "header_of",
     "wire_dtype",
 ]
+
+Message: TypeAlias = bytes | memoryview
+"""A frame as it comes or goes; where memory is shared, a view of it."""
 
 WireDtype: TypeAlias = Literal["float32", "bfloat16"]
 """What rows are sent as."""
@@ -176,24 +180,31 @@ def encode_request(header: Header, slots_TK: Tensor, weights_TK: Tensor, rows_TD
         hidden_size=rows_TD.shape[1],
         dtype=rows_TD.dtype,
     )
-    return _joined(_REQUEST, header, [_bytes_of(slots_TK), _bytes_of(weights_TK), _bytes_of(rows_TD)])
+    return bytes(_joined(_REQUEST, header, [_bytes_of(slots_TK), _bytes_of(weights_TK), _bytes_of(rows_TD)]))
 
 
-def encode_reply(header: Header, rows_TD: Tensor, *, queue_us: int = 0, compute_us: int = 0) -> bytes:
-    """The answer to the request of ``header`` as one message."""
+def encode_reply(
+    header: Header,
+    rows_TD: Tensor,
+    *,
+    queue_us: int = 0,
+    compute_us: int = 0,
+    into: memoryview | None = None,
+) -> Message:
+    """The answer to the request of ``header`` as one message, which is written to ``into`` if it fits in."""
     header = replace(
         header, choices=0, dtype=rows_TD.dtype, queue_us=_capped(queue_us), compute_us=_capped(compute_us)
     )
-    return _joined(_REPLY, header, [_bytes_of(rows_TD)])
+    return _joined(_REPLY, header, [_bytes_of(rows_TD)], into)
 
 
 def encode_refusal(header: Header, status: Status, message: str) -> bytes:
     """Says that there is no answer to the request of ``header``."""
     header = replace(header, tokens=0, choices=0, hidden_size=0, dtype=torch.float32, status=status)
-    return _joined(_REPLY, header, [memoryview(message.encode()[:_MOST_MESSAGE_BYTES])])
+    return bytes(_joined(_REPLY, header, [memoryview(message.encode()[:_MOST_MESSAGE_BYTES])]))
 
 
-def header_of(message: bytes) -> Header:
+def header_of(message: Message) -> Header:
     """The numbers of a frame, without a look at what follows them.
 
     Raises:
@@ -202,7 +213,7 @@ def header_of(message: bytes) -> Header:
     return _read(_framed(message))[0]
 
 
-def decode_request(message: bytes) -> Request:
+def decode_request(message: Message) -> Request:
     """Read a request; its tensors share the message's memory and must not be written.
 
     Raises:
@@ -226,7 +237,7 @@ def decode_request(message: bytes) -> Request:
     )
 
 
-def decode_reply(message: bytes) -> Reply:
+def decode_reply(message: Message) -> Reply:
     """Read a reply; its rows share the message's memory and must not be written.
 
     Raises:
@@ -238,7 +249,7 @@ def decode_reply(message: bytes) -> Reply:
         raise FrameError(f"kind: got {kind}, a reply is {_REPLY}", header)
     if header.status is not Status.OK:
         _check_sum(message, header, checksum)
-        return Reply(header, None, message[_START:].rstrip(b"\0").decode(errors="replace"))
+        return Reply(header, None, bytes(message[_START:]).rstrip(b"\0").decode(errors="replace"))
     if not (header.tokens and header.hidden_size):
         raise FrameError(f"got {header.tokens} tokens x {header.hidden_size} numbers, none may be 0", header)
     (rows,) = _sections(message, header, [header.tokens * header.hidden_size * header.dtype.itemsize])
@@ -246,16 +257,23 @@ def decode_reply(message: bytes) -> Reply:
     return Reply(header, torch.frombuffer(rows, dtype=header.dtype).view(header.tokens, header.hidden_size))
 
 
-def _joined(kind: int, header: Header, sections: list[memoryview]) -> bytes:
+def _joined(kind: int, header: Header, sections: list[memoryview], into: memoryview | None = None) -> Message:
     """One message: the only copy that is made here."""
-    parts: list[memoryview | bytes] = []
+    parts: list[Message] = []
     total = 0
     for section in sections:
         total += _sum_of_words(section)
         parts += [section, bytes(-len(section) % 8)]
     length = _HEADER.size + sum(map(len, parts))
     checksum = (total + _crc(_packed(kind, header, 0))) & _WORDS
-    return b"".join([_TAG, _varint(length), _packed(kind, header, checksum), *parts])
+    parts = [_TAG, _varint(length), _packed(kind, header, checksum), *parts]
+    if into is None or len(into) < _PREFIX + length:
+        return b"".join(parts)
+    end = 0
+    for part in parts:
+        into[end : end + len(part)] = part
+        end += len(part)
+    return into[:end]
 
 
 def _packed(kind: int, header: Header, checksum: int) -> bytes:
@@ -279,19 +297,19 @@ def _packed(kind: int, header: Header, checksum: int) -> bytes:
     )
 
 
-def _framed(message: bytes) -> bytes:
+def _framed(message: Message) -> Message:
     """The message with tag and length as they are written here."""
     own = len(message) >= _PREFIX and message[:1] == _TAG
     if own and message[1:_PREFIX] == _varint(len(message) - _PREFIX):
         return message
     try:
-        raw = pb.ShardFrame.FromString(message).raw
+        raw = pb.ShardFrame.FromString(bytes(message)).raw
     except DecodeError as error:
         raise FrameError("the message is no ShardFrame") from error
     return b"".join([_TAG, _varint(len(raw)), raw])
 
 
-def _read(message: bytes) -> tuple[Header, int, int]:
+def _read(message: Message) -> tuple[Header, int, int]:
     """Header, kind and checksum."""
     if len(message) < _START:
         raise FrameError(f"got {len(message)} bytes, a frame has at least {_START}")
@@ -316,7 +334,7 @@ def _read(message: bytes) -> tuple[Header, int, int]:
     return replace(header, dtype=_DTYPES[dtype], status=Status(status)), kind, checksum
 
 
-def _sections(message: bytes, header: Header, sizes: list[int]) -> list[memoryview]:
+def _sections(message: Message, header: Header, sizes: list[int]) -> list[memoryview]:
     """What follows the header, cut into sections of so many bytes."""
     view = memoryview(message)
     found, start = [], _START
@@ -328,8 +346,8 @@ def _sections(message: bytes, header: Header, sizes: list[int]) -> list[memoryvi
     return found
 
 
-def _check_sum(message: bytes, header: Header, expected: int) -> None:
-    total = _sum_of_words(memoryview(message)[_START:]) + _crc(message[_PREFIX:_START])
+def _check_sum(message: Message, header: Header, expected: int) -> None:
+    total = _sum_of_words(memoryview(message)[_START:]) + _crc(bytes(message[_PREFIX:_START]))
     if total & _WORDS != expected:
         raise FrameError("the checksum is not that of the frame: it was damaged on its way", header)
 

@@ -100,8 +100,10 @@ def weighted_sums(experts: Experts, slots_TK: Tensor, weights_TK: Tensor, rows_T
         experts: E of them.
         slots_TK: Any integers: which of them each choice is; what is not 0 to E - 1 is an expert of others.
         weights_TK: How much each choice counts.
-        rows_TD: Hidden states.
+        rows_TD: Hidden states; like the others on any device.
     """
+    device = experts.down_proj.device
+    slots_TK, weights_TK, rows_TD = (given.to(device) for given in (slots_TK, weights_TK, rows_TD))
     num_experts, choices = len(experts.down_proj), slots_TK.shape[1]
     chosen_N = slots_TK.flatten().to(torch.int64)
     absent_N = (chosen_N < 0) | (chosen_N >= num_experts)

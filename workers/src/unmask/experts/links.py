@@ -1,4 +1,4 @@
-"""The way to one shard and back: a session over gRPC that is opened again whenever it breaks.
+"""The way to one shard and back: sessions that are opened again whenever they break, and those over gRPC.
 
 What comes back, and that a session broke or began, goes to one inbox for all links, so that whoever waits for
 several shards waits in one place.
@@ -7,8 +7,9 @@ several shards waits in one place.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
@@ -17,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from unmask.errors import UsageError
+from unmask.experts.frames import Message
 from unmask.experts.placement import HeldParts
 from unmask.transport_security import ClientTls, channel_credentials, channel_options
 from unmask.v1 import experts_pb2 as pb
@@ -30,8 +32,9 @@ __all__ = [
     "Link",
     "Lost",
     "News",
-    "check_addresses",
-    "described",
+    "Session",
+    "SessionLink",
+    "accepted",
     "shard_channel",
 ]
 
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 _SESSION = f"/{pb.DESCRIPTOR.services_by_name['ExpertShard'].full_name}/Session"
 _RETRY_S = (0.05, 2.0)
 """Shortest and longest time until a session is opened again; doubles with each failure."""
+_ENDS = (grpc.RpcError, OSError, ValueError, DecodeError, UsageError)
+"""How sessions end, or do not begin: the last two for a first answer that is none, and for files."""
 _DESCRIBE_S = 1.0
 """For a shard to say what it holds."""
 
@@ -49,7 +54,7 @@ class Arrived:
     """A message of a shard."""
 
     link: str
-    message: bytes
+    message: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +111,182 @@ class Link(Protocol):
         """End it for good."""
 
 
-def described(description: pb.DescribeResponse) -> dict[int, HeldParts]:
-    """What a shard says that it holds, by epoch."""
-    return {
-        placement.epoch: HeldParts(tuple(placement.bounds), frozenset(placement.parts))
-        for placement in description.placements
-    }
+class Session(ABC):
+    """A session that a shard has accepted. One thread receives; any may call the rest."""
+
+    def __init__(self) -> None:
+        self.held: Mapping[int, HeldParts] = {}
+        self.max_tokens = 0
+
+    def take(self, description: pb.DescribeResponse) -> None:
+        """Note what the shard says of itself."""
+        self.max_tokens = description.max_tokens
+        self.held = {
+            placement.epoch: HeldParts(tuple(placement.bounds), frozenset(placement.parts))
+            for placement in description.placements
+            if not description.draining
+        }
+
+    @abstractmethod
+    def messages(self) -> Iterator[Message]:
+        """What comes back, until the session ends in good order.
+
+        Raises:
+            grpc.RpcError, OSError, ValueError: It ends otherwise.
+        """
+
+    @abstractmethod
+    def send(self, frame: bytes) -> None:
+        """See :meth:`Link.send`; if the session is over, nothing happens."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """See :meth:`Link.leave`."""
+
+    @abstractmethod
+    def break_off(self) -> None:
+        """See :meth:`Link.break_off`."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """See :meth:`Link.refresh`."""
+
+
+class SessionLink(ABC):
+    """Sessions with one shard, one after the other. See :class:`Link`.
+
+    Args:
+        name: Which shard.
+        inbox: Where news go.
+    """
+
+    def __init__(self, name: str, inbox: Inbox) -> None:
+        """Begin to connect; a subclass calls this when all else is set."""
+        self._name = name
+        self._inbox = inbox
+        self._closed = threading.Event()
+        self._session: Session | None = None
+        self._told = ""
+        self._thread = threading.Thread(target=self._run, name=f"unmask-link-{name}", daemon=True)
+        self._thread.start()
+
+    @abstractmethod
+    def _opened(self) -> AbstractContextManager[Session]:
+        """A session that the shard has accepted.
+
+        Raises:
+            grpc.RpcError, OSError, ValueError: There is none.
+        """
+
+    @property
+    def name(self) -> str:
+        """See :class:`Link`."""
+        return self._name
+
+    @property
+    def is_ready(self) -> bool:
+        """See :class:`Link`."""
+        return self._session is not None
+
+    @property
+    def held(self) -> Mapping[int, HeldParts]:
+        """See :class:`Link`."""
+        session = self._session
+        return {} if session is None else session.held
+
+    @property
+    def max_tokens(self) -> int:
+        """See :class:`Link`."""
+        session = self._session
+        return 0 if session is None else session.max_tokens
+
+    def send(self, frame: bytes) -> None:
+        """See :class:`Link`."""
+        session = self._session
+        if session is None:
+            self._inbox.put(Lost(self.name, "no session"))
+        else:
+            session.send(frame)
+
+    def leave(self) -> None:
+        """See :class:`Link`."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.leave()
+
+    def break_off(self) -> None:
+        """See :class:`Link`."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.break_off()
+
+    def refresh(self) -> None:
+        """See :class:`Link`."""
+        session = self._session
+        if session is not None:
+            session.refresh()
+
+    def close(self) -> None:
+        """See :class:`Link`."""
+        self._closed.set()
+        self.break_off()
+        self._thread.join(timeout=5)
+
+    # The link's own thread.
+
+    def _run(self) -> None:
+        delay = _RETRY_S[0]
+        while not self._closed.is_set():
+            began = time.monotonic()
+            try:
+                with self._opened() as session:
+                    why = self._received(session)
+            except _ENDS as error:
+                why = _reason(error)
+            self._tell(why)
+            delay = _RETRY_S[0] if time.monotonic() - began > _RETRY_S[1] else min(2 * delay, _RETRY_S[1])
+            self._closed.wait(delay)
+
+    def _received(self, session: Session) -> str:
+        """Pass on what comes until the session ends; says why it does."""
+        self._session = session
+        self._tell("")
+        self._inbox.put(Began(self.name))
+        if self._closed.is_set():  # by a thread that saw no session yet
+            session.break_off()
+        why = "the shard ended the session"
+        try:
+            for message in session.messages():
+                self._inbox.put(Arrived(self.name, message))
+                del message  # a view of memory that others wait for, maybe
+        except _ENDS as error:
+            why = _reason(error)
+        finally:
+            self._session = None
+        self._inbox.put(Lost(self.name, why))  # before connections are closed, which may take a while
+        return why
+
+    def _tell(self, why: str) -> None:
+        """Log what is new, not each attempt."""
+        if why != self._told and not self._closed.is_set():
+            logger.warning("shard %s: %s", self.name, why or "connected")
+        self._told = why
+
+
+def accepted(message: Message) -> pb.DescribeResponse:
+    """What a shard says of itself as it accepts a session.
+
+    Raises:
+        ValueError: It does not.
+        DecodeError: The bytes are no message.
+    """
+    first = pb.ShardFrame.FromString(bytes(message))
+    if first.WhichOneof("content") != "accepted":
+        raise ValueError("the shard's first message does not accept the session")
+    return first.accepted
+
+
+# Over gRPC
 
 
 def shard_channel(address: str, *, max_bytes: int, tls: ClientTls | None = None) -> grpc.Channel:
@@ -138,8 +313,8 @@ def shard_channel(address: str, *, max_bytes: int, tls: ClientTls | None = None)
     return grpc.secure_channel(address, channel_credentials(tls), options=(*options, *channel_options(tls)))
 
 
-class GrpcLink:
-    """Sessions with the shard at an address, one after the other. See :class:`Link`.
+class GrpcLink(SessionLink):
+    """Sessions over gRPC with the shard at an address. See :class:`Link`.
 
     Args:
         address: ``HOST:PORT``.
@@ -160,127 +335,33 @@ class GrpcLink:
     ) -> None:
         self._address = address
         self._offer = pb.ShardFrame(offer=offer).SerializeToString()
-        self._inbox = inbox
         self._max_bytes = max_bytes
         self._tls = tls
-        self._closed = threading.Event()
         self._call: _Answers | None = None
-        self._session: _Session | None = None
-        self._told = ""
-        self._thread = threading.Thread(target=self._run, name=f"unmask-link-{address}", daemon=True)
-        self._thread.start()
-
-    @property
-    def name(self) -> str:
-        """See :class:`Link`."""
-        return self._address
-
-    @property
-    def is_ready(self) -> bool:
-        """See :class:`Link`."""
-        return self._session is not None
-
-    @property
-    def held(self) -> Mapping[int, HeldParts]:
-        """See :class:`Link`."""
-        session = self._session
-        return {} if session is None else session.held
-
-    @property
-    def max_tokens(self) -> int:
-        """See :class:`Link`."""
-        session = self._session
-        return 0 if session is None else session.max_tokens
-
-    def send(self, frame: bytes) -> None:
-        """See :class:`Link`."""
-        session = self._session
-        if session is None:
-            self._inbox.put(Lost(self.name, "no session"))
-        else:
-            session.outgoing.put(frame)
-
-    def leave(self) -> None:
-        """See :class:`Link`."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.outgoing.put(None)
-
-    def break_off(self) -> None:
-        """See :class:`Link`."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.call.cancel()
-
-    def refresh(self) -> None:
-        """See :class:`Link`."""
-        session = self._session
-        if session is None:
-            return
-        try:
-            session.take(session.stub.Describe(pb.DescribeRequest(), timeout=_DESCRIBE_S))
-        except (grpc.RpcError, ValueError):  # the latter where the channel was closed meanwhile
-            return  # whether the shard is there, its session tells
+        super().__init__(address, inbox)
 
     def close(self) -> None:
         """See :class:`Link`."""
         self._closed.set()
-        self._session = None
-        if self._call is not None:
+        if self._call is not None:  # which may be no session yet
             self._call.cancel()
-        self._thread.join(timeout=5)
-
-    # The link's own thread.
-
-    def _run(self) -> None:
-        delay = _RETRY_S[0]
-        while not self._closed.is_set():
-            began = time.monotonic()
-            try:
-                with self._opened() as session:
-                    try:
-                        for message in session.call:
-                            self._inbox.put(Arrived(self.name, message))
-                    finally:
-                        self._session = None
-                        self._inbox.put(Lost(self.name, "the session ended"))
-                why = "the shard ended the session"
-            except grpc.RpcError as error:
-                why = _reason(error)
-            except (ValueError, DecodeError, UsageError) as error:  # a first answer that is none; a file
-                why = str(error)
-            self._tell(why)
-            delay = _RETRY_S[0] if time.monotonic() - began > _RETRY_S[1] else min(2 * delay, _RETRY_S[1])
-            self._closed.wait(delay)
+        super().close()
 
     @contextmanager
-    def _opened(self) -> "Iterator[_Session]":
-        """A session that the shard has accepted."""
+    def _opened(self) -> Iterator[Session]:
         with shard_channel(self._address, max_bytes=self._max_bytes, tls=self._tls) as channel:
             outgoing: SimpleQueue[bytes | None] = SimpleQueue()
             outgoing.put(self._offer)
             session_of: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_SESSION)
             call: _Answers = session_of(iter(outgoing.get, None))
             self._call = call
-            session = _Session(call, outgoing, ExpertShardStub(channel))
             try:
-                first = pb.ShardFrame.FromString(next(call, b""))
-                if first.WhichOneof("content") != "accepted":
-                    raise ValueError("the shard's first message does not accept the session")
-                session.take(first.accepted)
-                self._session = session
-                self._tell("")
-                self._inbox.put(Began(self.name))
+                session = _GrpcSession(call, outgoing, ExpertShardStub(channel))
+                session.take(accepted(next(call, b"")))
                 yield session
             finally:
                 outgoing.put(None)
                 call.cancel()
-
-    def _tell(self, why: str) -> None:
-        """Log what is new, not each attempt."""
-        if why != self._told and not self._closed.is_set():
-            logger.warning("shard %s: %s", self.name, why or "connected")
-        self._told = why
 
 
 class _Answers(Protocol):
@@ -293,37 +374,36 @@ class _Answers(Protocol):
     def cancel(self) -> object: ...
 
 
-class _Session:
+class _GrpcSession(Session):
     def __init__(
         self,
         call: _Answers,
         outgoing: "SimpleQueue[bytes | None]",
         stub: ExpertShardStub,
     ) -> None:
-        self.call, self.outgoing, self.stub = call, outgoing, stub
-        self.held: Mapping[int, HeldParts] = {}
-        self.max_tokens = 0
+        super().__init__()
+        self._call, self._outgoing, self._stub = call, outgoing, stub
 
-    def take(self, description: pb.DescribeResponse) -> None:
-        """Note what the shard says of itself."""
-        self.held = {} if description.draining else described(description)
-        self.max_tokens = description.max_tokens
+    def messages(self) -> Iterator[Message]:
+        yield from self._call
+
+    def send(self, frame: bytes) -> None:
+        self._outgoing.put(frame)
+
+    def leave(self) -> None:
+        self._outgoing.put(None)
+
+    def break_off(self) -> None:
+        self._call.cancel()
+
+    def refresh(self) -> None:
+        try:
+            self.take(self._stub.Describe(pb.DescribeRequest(), timeout=_DESCRIBE_S))
+        except (grpc.RpcError, ValueError):  # the latter where the channel was closed meanwhile
+            return  # whether the shard is there, its session tells
 
 
-def _reason(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
-
-
-def check_addresses(addresses: Sequence[str]) -> tuple[str, ...]:
-    """Addresses of shards.
-
-    Raises:
-        UsageError: None, one twice, or one without a port.
-    """
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UsageError(f"--experts: got {address!r}, expected HOST:PORT")
-    if not addresses or len(set(addresses)) != len(addresses):
-        raise UsageError(f"--experts: got {list(addresses)}, expected each shard once, and one at least")
-    return tuple(addresses)
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.RpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import grpc
 
 from unmask.errors import UsageError
-from unmask.experts.links import check_addresses, shard_channel
+from unmask.experts.addresses import check_addresses
+from unmask.experts.links import shard_channel
 from unmask.experts.placement import Bounds, balanced_bounds, even_bounds, held_by
 from unmask.transport_security import ClientTls
 from unmask.v1 import experts_pb2 as pb

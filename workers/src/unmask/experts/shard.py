@@ -1,4 +1,4 @@
-"""A shard's life: its port, sessions and placements, health, metrics, and an orderly end.
+"""A shard's life: its ports, placements, health, metrics, and an orderly end; and sessions over gRPC.
 
 Frames are answered by threads, one for each session: a synchronous stream is as fast as an asynchronous one
 and its latency steadier, and what a frame waits for is arithmetic that holds no lock of Python's.
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
@@ -17,9 +18,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from unmask.errors import UnmaskError, UsageError
-from unmask.experts.answering import MOST_CHOICES, Answering, Seen
-from unmask.experts.frames import FrameError
+from unmask.experts.answering import MOST_CHOICES, Answering
 from unmask.experts.holding import Holding
+from unmask.experts.sessions import Refused, Sessions
+from unmask.experts.socket_port import SocketPort
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
 from unmask.transport_security import PeersAllowed, ServerCertificates, ServerTls
@@ -57,6 +59,8 @@ class ShardOptions:
     """How long sessions have to notice that the shard is about to end."""
     tls: ServerTls | None = None
     """Certificates, and who may call; plaintext from anybody if ``None``."""
+    socket: Path | None = None
+    """Where engines on the same machine connect, to share memory."""
 
 
 def most_frame_bytes(hidden_size: int, max_tokens: int) -> int:
@@ -65,7 +69,15 @@ def most_frame_bytes(hidden_size: int, max_tokens: int) -> int:
 
 
 class Shard:
-    """The experts of one process, behind a port."""
+    """The experts of one process, behind a port.
+
+    Attributes:
+        holding: The experts.
+        sessions: What engines get, whichever way they come.
+        largest: The most bytes of a message.
+        port: Of gRPC, once it has started.
+        metrics_port: Likewise.
+    """
 
     def __init__(
         self, holding: Holding, options: ShardOptions, *, answering: type[Answering] = Answering
@@ -89,11 +101,13 @@ class Shard:
             if allowed := options.tls.allowed_names():
                 interceptors.append(PeersAllowed(allowed))
         self._stopped = threading.Event()
-        self._holding = holding
+        self.holding = holding
         self._options = options
         self._answering = answering(holding, self.recorder, max_tokens=options.max_tokens)
         self._health = health.HealthServicer()
-        largest = max(most_frame_bytes(holding.shape.hidden_size, options.max_tokens), _MOST_PROBE_BYTES)
+        self.largest = largest = max(
+            most_frame_bytes(holding.shape.hidden_size, options.max_tokens), _MOST_PROBE_BYTES
+        )
         calls = options.max_sessions + _OTHER_CALLS
         self._grpc = grpc.server(
             ThreadPoolExecutor(calls, thread_name_prefix="unmask-session"),
@@ -112,9 +126,21 @@ class Shard:
                 ("grpc.http2.max_ping_strikes", 0),
             ],
         )
-        service = _Service(holding, self._answering, options, self.recorder)
+        self.sessions = Sessions(
+            holding,
+            self._answering,
+            name=options.name,
+            max_sessions=options.max_sessions,
+            max_tokens=options.max_tokens,
+        )
+        service = _Service(holding, self.sessions, self.recorder)
         self._grpc.add_generic_rpc_handlers((_handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._socket = (
+            None
+            if options.socket is None
+            else SocketPort(options.socket, self.sessions, max_bytes=largest, max_connections=2 * calls)
+        )
         self._metrics: Listener | None = None
         self.port = 0
         self.metrics_port = 0
@@ -123,9 +149,11 @@ class Shard:
         """Bind the ports and answer; ``port`` and ``metrics_port`` then say where.
 
         Raises:
-            UsageError: A port cannot be bound.
+            UsageError: A port or the socket cannot be bound.
         """
         options = self._options
+        if self._socket:
+            self._socket.bind()
         address = (
             f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
         )
@@ -143,7 +171,9 @@ class Shard:
                 f"--metrics-port: cannot listen on {options.metrics_port}: {error.strerror}"
             ) from error
         self.metrics_port = self._metrics.port
-        self.recorder.gauge(metrics.SHARD_WEIGHT_BYTES, self._holding.nbytes)
+        self.recorder.gauge(metrics.SHARD_WEIGHT_BYTES, self.holding.nbytes)
+        if self._socket:
+            self._socket.start()
         self._grpc.start()
         self._metrics.start()
         if self._certificates is not None:
@@ -160,7 +190,11 @@ class Shard:
         """Refuse frames, end the sessions once engines have left them, and stop."""
         self.drain()
         self._stopped.set()
-        self._grpc.stop(self._options.drain_s if grace_s is None else grace_s).wait()
+        grace_s = self._options.drain_s if grace_s is None else grace_s
+        ended = self._grpc.stop(grace_s)
+        if self._socket:
+            self._socket.stop(grace_s)
+        ended.wait()
         if self._metrics:
             self._metrics.close()
 
@@ -174,32 +208,13 @@ class Shard:
 
 
 class _Service:
-    def __init__(
-        self, holding: Holding, answering: Answering, options: ShardOptions, recorder: Recorder
-    ) -> None:
+    def __init__(self, holding: Holding, sessions: Sessions, recorder: Recorder) -> None:
         self._holding = holding
+        self._sessions = sessions
         self._recorder = recorder
-        self._answering = answering
-        self._options = options
-        self._sessions = threading.BoundedSemaphore(options.max_sessions)
-
-    def description(self) -> pb.DescribeResponse:
-        return pb.DescribeResponse(
-            name=self._options.name,
-            revision=self._holding.revision,
-            shape=self._holding.shape.message(),
-            placements=[
-                pb.HeldPlacement(epoch=epoch, bounds=held.bounds, parts=sorted(held.parts))
-                for epoch, held in sorted(self._holding.placements.items())
-            ],
-            draining=self._answering.draining,
-            weight_bytes=self._holding.nbytes,
-            max_tokens=self._options.max_tokens,
-            activations=self._holding.activations,
-        )
 
     def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
-        return self.description()
+        return self._sessions.description()
 
     def load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         placement = request.placement
@@ -220,7 +235,7 @@ class _Service:
 
     def _changed(self) -> pb.DescribeResponse:
         self._recorder.gauge(metrics.SHARD_WEIGHT_BYTES, self._holding.nbytes)
-        return self.description()
+        return self._sessions.description()
 
     def probe(self, request: pb.ProbeRequest, context: grpc.ServicerContext) -> pb.ProbeResponse:
         if request.answer_bytes > _MOST_PROBE_BYTES:
@@ -232,44 +247,13 @@ class _Service:
 
     def session(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The frames of one engine, unparsed: as many answers as there are frames, in their order."""
-        if not self._sessions.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"there are {self._options.max_sessions} sessions; no more are taken",
-            )
         try:
-            yield self._accepted(next(messages, b""), context)
-            seen = Seen()
-            for message in messages:
-                try:
-                    answer = self._answering.answer(message, seen)
-                except FrameError as error:
-                    _refuse(context, str(error))
-                yield answer
-        finally:
-            self._sessions.release()
-
-    def _accepted(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """The answer to the first message, once it is known to be of the same model."""
-        try:
-            first = pb.ShardFrame.FromString(message)
-        except DecodeError:
-            _refuse(context, "the first message is no ShardFrame")
-        if first.WhichOneof("content") != "offer":
-            _refuse(context, "the first message must be an offer")
-        if self._answering.draining:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the shard is shutting down; ask another one")
-        if first.offer.revision != self._holding.revision:
-            context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"revision: the shard's weights are {self._holding.revision}, not those of the engine; start "
-                "both from one model folder",
-            )
-        if first.offer.shape != self._holding.shape.message():
-            context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, "shape: the model's experts have another shape"
-            )
-        return pb.ShardFrame(accepted=self.description()).SerializeToString()
+            with self._sessions.counted() as seen:
+                yield self._sessions.accepted(next(messages, b""))
+                for message in messages:
+                    yield bytes(self._sessions.answer(message, seen))  # which it is, so this copies nothing
+        except Refused as refused:
+            context.abort(refused.code, str(refused))
 
 
 def _handlers(service: _Service) -> grpc.GenericRpcHandler:

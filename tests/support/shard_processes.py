@@ -19,7 +19,8 @@ from unmask.experts.shard import Shard, ShardOptions
 __all__ = ["ShardProcess", "shard_processes"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["support.shard_processes"])  # torch is imported once for all of them
+# Torch is imported once for all of them. Only installed modules are found there; others are left out unsaid.
+_CONTEXT.set_forkserver_preload(["unmask.experts.connecting", "unmask.models.loading"])
 _READY_S = 60
 _CLONE_NEWNET = 0x40000000
 

@@ -30,7 +30,7 @@ from unmask.diffusion.full_sequence import CanvasBatch
 from unmask.diffusion.generation import generate
 from unmask.experts.answering import Answering, Seen
 from unmask.experts.exchange import Exchange
-from unmask.experts.frames import decode_request, encode_reply, header_of
+from unmask.experts.frames import Message, decode_request, encode_reply, header_of
 from unmask.experts.holding import Holding
 from unmask.experts.shard import Shard, ShardOptions
 from unmask.models.base import LanguageModel
@@ -247,8 +247,8 @@ class Faulty(Shard):
     @staticmethod
     def _answering_of(shard: "Faulty") -> type[Answering]:
         class FaultyAnswering(Answering):
-            def answer(self, message: bytes, seen: Seen) -> bytes:
-                return shard._spoiled(super().answer(message, seen), message)
+            def answer(self, message: Message, seen: Seen, into: memoryview | None = None) -> Message:
+                return shard._spoiled(bytes(super().answer(message, seen)), bytes(message))
 
         return FaultyAnswering
 

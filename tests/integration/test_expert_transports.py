@@ -31,7 +31,7 @@ from unmask.attention import AttentionMetadata
 from unmask.errors import UsageError
 from unmask.experts.answering import Answering, Seen
 from unmask.experts.exchange import Exchange
-from unmask.experts.frames import Header, Message, decode_reply, encode_request
+from unmask.experts.frames import Header, Message, WireDtype, decode_reply, encode_request, wire_dtype
 from unmask.experts.holding import Holding
 from unmask.experts.links import Arrived, Began, Inbox, Lost, News
 from unmask.experts.sessions import Sessions
@@ -40,6 +40,7 @@ from unmask.experts.shared_memory import Memory
 from unmask.experts.signals import MOST_BYTES, Kind, Signal, packed, unpacked
 from unmask.experts.socket_link import SLOTS, SocketLink
 from unmask.models.base import LanguageModel
+from unmask.models.loading import load
 from unmask.telemetry import Recorder, metrics
 from unmask.v1 import experts_pb2 as pb
 
@@ -89,7 +90,10 @@ def free_store() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("golden", ["llada2_a", "lladamoe_a"])
-def test_every_transport_gives_the_same_bits(golden: str, tmp_path: Path, sockets: Path) -> None:
+@pytest.mark.parametrize("rows_as", ["float32", "bfloat16"])
+def test_every_transport_gives_the_same_bits(
+    golden: str, rows_as: WireDtype, tmp_path: Path, sockets: Path
+) -> None:
     folder = golden_folder(tmp_path / golden, golden)
     holdings = [holding_of(folder, number, shards=2) for number in range(2)]
 
@@ -97,18 +101,20 @@ def test_every_transport_gives_the_same_bits(golden: str, tmp_path: Path, socket
         return [ScriptedLink(str(number), holding, inbox) for number, holding in enumerate(holdings)]
 
     network = network_without_experts(folder)
-    with sharded(network, links):
+    with sharded(network, links, rows_as=wire_dtype(rows_as)):
         expected = logits(network)
+    difference = float((expected - logits(load(folder))).abs().max())
+    assert (difference < 2e-4) is (rows_as == "float32"), difference  # else bfloat16 went nowhere
     with running_shards(folder, 2, sockets=sockets) as running:
         ports = [f"127.0.0.1:{shard.port}" for shard in running]
         paths = [f"unix:{sockets / f'{number}.sock'}" for number in range(2)]
         for addresses in (ports, paths, [ports[0], paths[1]]):
-            with in_process(folder, addresses) as (network, _):
+            with in_process(folder, addresses, rows_as=rows_as) as (network, _):
                 assert torch.equal(logits(network), expected), addresses
     store = free_store()
     with (
         shard_processes(folder, 2, group=store),
-        in_process(folder, [f"group:{store}?shards=2"]) as (network, _),
+        in_process(folder, [f"group:{store}?shards=2"], rows_as=rows_as) as (network, _),
     ):
         assert torch.equal(logits(network), expected)
 

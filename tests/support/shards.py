@@ -13,7 +13,7 @@ from unmask.experts.answering import Answering, Seen
 from unmask.experts.connecting import connected
 from unmask.experts.exchange import Exchange
 from unmask.experts.failover import Pace, Timing
-from unmask.experts.frames import Status, decode_request, encode_refusal, encode_reply
+from unmask.experts.frames import Status, WireDtype, decode_request, encode_refusal, encode_reply
 from unmask.experts.holding import Holding
 from unmask.experts.links import Arrived, Began, Inbox, Lost
 from unmask.experts.mixture import shard_experts
@@ -193,6 +193,7 @@ def in_process(
     addresses: Sequence[str],
     *,
     patience_s: float = 5.0,
+    rows_as: WireDtype = "float32",
     recorder: Recorder | None = None,
     tls: ClientTls | None = None,
 ) -> Iterator[tuple[LanguageModel, Exchange]]:
@@ -201,7 +202,13 @@ def in_process(
     with Checkpoint(folder) as checkpoint:
         revision = digest_of(checkpoint)
     with connected(
-        addresses, read_config(folder), revision=revision, patience_s=patience_s, recorder=recorder, tls=tls
+        addresses,
+        read_config(folder),
+        revision=revision,
+        rows_as=rows_as,
+        patience_s=patience_s,
+        recorder=recorder,
+        tls=tls,
     ) as exchange:
         assert exchange.wait_complete(30), exchange.missing
         shard_experts(network, exchange)

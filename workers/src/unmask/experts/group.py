@@ -106,7 +106,7 @@ def _join(store: str, *, rank: int, world: int, device: torch.device, patience_s
             world_size=world,
             timeout=timedelta(seconds=_SILENCE_S),
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter where this process is in a group already
         raise ConnectionError(f"the group of {world} did not come together: {error}") from error
 
 
@@ -320,6 +320,9 @@ class GroupPort:
             dist.destroy_process_group()
         except (ConnectionError, ValueError) as error:
             self.lost = str(error)
+        except Exception:
+            logger.exception("rank %d failed", self._rank)
+            self.lost = f"rank {self._rank} failed; the log says why"
         finally:
             self._ended()
 

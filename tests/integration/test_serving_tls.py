@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from parent_death import bound
+from support import counts
 from support.certificates import Authority, Pair, client_tls, publish, server_tls
 from support.folders import served_folder
 from support.serving import CountingBatch, GatedBatch, RunningServer, running_server, wait_until
@@ -36,15 +38,23 @@ from unmask.client import (
     RequestError,
     Unavailable,
 )
+from unmask.diffusion.generation import generate
+from unmask.errors import UsageError
+from unmask.models.loading import load
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
 from unmask.telemetry import metrics
 from unmask.transport_security import channel_credentials, channel_options
+from unmask.v1.generation_pb2 import DiffusionParams
 
 pytestmark = pytest.mark.serving
 
 PAGE = (Path(__file__).parents[2] / "docs/how-to/secure-connections.md").read_text(encoding="utf-8")
 NAME = "engine.example"
+STARTS_S = 120.0
+"""Until a process answers, on a machine that does much else."""
+CHANGES = counts.of(sample=6, full=100)
+"""Of certificates, while requests run."""
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +143,11 @@ def not_connected(server: RunningServer, tls: ClientTls | None) -> RequestError:
     return refused.value
 
 
-def presented(server: RunningServer, files: Files, tls: ClientTls) -> bytes:
+def presented(
+    server: RunningServer, files: Files, tls: ClientTls, signed_by: Authority | None = None
+) -> bytes:
     """The certificate that a new connection is shown."""
-    context = ssl.create_default_context(cadata=files.ca.pem.decode())
+    context = ssl.create_default_context(cadata=(signed_by or files.ca).pem.decode())
     assert tls.certificate is not None and tls.key is not None
     context.load_cert_chain(tls.certificate, tls.key)
     with socket.create_connection(("127.0.0.1", server.server.port), timeout=30) as plain:
@@ -396,6 +408,65 @@ def test_files_are_looked_at_though_nobody_connects(
         assert presented(server, files, files.named("any.example")) == later.certificate
 
 
+def test_no_request_fails_while_everybody_s_certificates_change(files: Files, model: ServedModel) -> None:
+    """New pairs each time, and every third time of new CAs, which both sides trust before they are used.
+
+    One client keeps its connection, and the others connect for each request, with the files of that moment.
+    """
+    ca, clients = files.ca, files.clients
+    mine = client_tls(files.path / "client", ca.pem, clients.issue("gateway.example"))
+    done, failures, answered = threading.Event(), list[str](), [0, 0, 0]
+
+    def ask(number: int, server: RunningServer) -> None:
+        client = Client(server.address, tls=mine, timeout_s=60)
+        while not done.is_set():
+            try:
+                if number > 0:
+                    client.close()
+                    client = Client(server.address, tls=mine, timeout_s=60)
+                if client.generate("w5", max_tokens=3).token_ids != (6, 7, 8):
+                    failures.append("other tokens")
+            except (RequestError, UsageError) as error:
+                failures.append(str(error))
+            answered[number] += 1
+        client.close()
+
+    def all_ask() -> None:
+        """Wait until everyone has begun a request and ended it."""
+        before = list(answered)
+        wait_until(lambda: all(now >= then + 2 for now, then in zip(answered, before, strict=True)))
+
+    with serving(files, model, CountingBatch(), "gateway.example") as server:
+
+        def change(pair: Pair, my_pair: Pair, cas: bytes, clients_cas: bytes) -> None:
+            server_tls(files.path / "server", pair, clients_cas)
+            client_tls(files.path / "client", cas, my_pair)
+            all_ask()
+
+        threads = [threading.Thread(target=ask, args=(number, server)) for number in range(len(answered))]
+        for thread in threads:
+            thread.start()
+        try:
+            pair, my_pair = files.pair, clients.issue("gateway.example")
+            for number in range(1, CHANGES + 1):
+                trusted = ca.pem, clients.pem
+                if number % 3 == 0:
+                    ca, clients = Authority("servers"), Authority("clients")
+                    trusted = trusted[0] + ca.pem, trusted[1] + clients.pem
+                    change(pair, my_pair, *trusted)
+                pair, my_pair = ca.issue(NAME, "127.0.0.1"), clients.issue("gateway.example")
+                change(pair, my_pair, *trusted)
+                change(pair, my_pair, ca.pem, clients.pem)
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        assert failures == [], f"of {sum(answered)} requests"
+        assert presented(server, files, mine, ca) == pair.certificate
+        assert server.server.recorder.value(metrics.TLS_RELOAD_FAILURES, port="grpc") == 0
+        not_connected(server, files.named("gateway.example"))  # whom CAs signed that are gone
+
+
 # Whoever means harm
 
 
@@ -526,32 +597,37 @@ def page_server(line: str) -> Iterator[Callable[[str], str]]:
     words += ["--control-port=0"] if "--control-port" in words else []
     command = bound([sys.executable, "-m", "unmask.cli.main", *words])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        late = threading.Timer(STARTS_S, process.kill)  # then its output ends
+        late.start()
         try:
             assert process.stdout is not None
             told = process.stdout.readline()
+            late.cancel()
             ports = re.findall(r" on 127\.0\.0\.1:(\d+)", told)
-            assert ports, told
+            assert ports, told or f"it did not start within {STARTS_S} s"
             places = {":50051": ports[0], ":50061": ports[0], ":50052": ports[-1]}
             yield lambda text: re.sub(r":500[56][12]\b", lambda match: f":{places[match[0]]}", text)
         finally:
+            late.cancel()
             process.kill()
 
 
-@pytest.mark.slow
-def test_the_page_s_commands_do_what_it_says(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    folder: Path,
-    files: Files,
-) -> None:
-    page_folder(tmp_path / "page", folder, files)
-    monkeypatch.chdir(tmp_path / "page")
+def page_commands() -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    plain, ask_plain, mutual, ask_mutual, control, *shards = [
-        line for line in lines if line.startswith("unmask ")
-    ]
+    return [line for line in lines if line.startswith("unmask ")]
+
+
+@pytest.fixture
+def in_page_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, files: Files) -> None:
+    page_folder(tmp_path / "page", folder, files)
+    monkeypatch.chdir(tmp_path / "page")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_page_folder")
+def test_the_page_s_commands_do_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, ask_plain, mutual, ask_mutual, control, *_ = page_commands()
     with page_server(plain) as placed:
         code, text, _ = ended(capsys, *shlex.split(placed(ask_plain))[1:])
         assert code == 0 and text.strip()
@@ -568,10 +644,25 @@ def test_the_page_s_commands_do_what_it_says(
         (snippet,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
         exec(compile(placed(snippet), "page", "exec"), {})
         assert capsys.readouterr().out == text
-    shard, describe, serve = shards
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_page_folder")
+def test_the_page_s_commands_with_expert_shards_do_what_it_says(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    *_, shard, describe, serve = page_commands()
     with page_server(shard) as placed:
         code, out, _ = ended(capsys, *shlex.split(placed(describe))[1:])
         assert code == 0 and "epoch 1: of 1 parts, holds 0" in out
         with page_server(placed(serve)) as server:
-            ask = server("generate hello --max-tokens 8 --server 127.0.0.1:50051")
-            assert ended(capsys, *shlex.split(ask))[:2] == (0, text)
+            ask = server("generate hello --max-tokens 8 --json --server 127.0.0.1:50051")
+            code, out, _ = ended(capsys, *shlex.split(ask))
+            assert code == 0 and json.loads(out)["token_ids"] == alone(folder)
+
+
+def alone(folder: Path) -> list[int]:
+    """What one process that holds the experts writes."""
+    model = ServedModel.describe(folder, read_config(folder), name=None, rows=1, context_length=128)
+    params = model.params(model.default_decoder, DiffusionParams(), max_new_tokens=8)
+    return generate(load(folder), [model.tokenizer.encode("hello")], params, rows=1)[0].token_ids

@@ -353,6 +353,31 @@ def test_a_swap_between_two_reads_is_no_failure(
     monkeypatch.setattr(module, "read", swapping)
     certificates.look()
     assert told.failures == [] and len(told.expiries) == 2
+    swaps = iter([pair])
+    check_server_files(tls)  # nor is one while a server starts
+    assert next(swaps, None) is None
+
+
+def test_a_client_may_connect_while_its_files_are_swapped(
+    tmp_path: Path, ca: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unmask.transport_security import channels as module
+
+    tls, plain = client_tls(tmp_path, ca.pem, pair), module.read
+    swaps = iter([ca.issue("engine.example")])
+
+    def swapping(option: str, path: Path) -> PemFile:
+        found = plain(option, path)
+        if option == "--tls-cert" and (new := next(swaps, None)):
+            client_tls(tmp_path, ca.pem, new)
+        return found
+
+    monkeypatch.setattr(module, "read", swapping)
+    channel_credentials(tls)
+    assert next(swaps, None) is None
+    (tmp_path / "tls.key").unlink()
+    with pytest.raises(UsageError, match="--tls-key .*: cannot be read"):  # what stays wrong is told
+        channel_credentials(tls)
 
 
 # A server of threads

@@ -101,10 +101,6 @@ def _server_options(ports: str) -> Callable[[_Command], _Command]:
 
 def _server(given: dict[str, Any], options: str = "--tls") -> "ServerTls | None":
     """What options say of a port, checked; they are taken out of ``given``, but for what ports share."""
-    # Else a line on stderr for every connection that comes to nothing, of which anyone can make many.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from unmask.transport_security import ServerTls, check_server_files
-
     take = given.get if options != "--tls" else given.pop
     certificate: Path | None = take("tls_cert", None)
     key: Path | None = take("tls_key", None)
@@ -117,6 +113,10 @@ def _server(given: dict[str, Any], options: str = "--tls") -> "ServerTls | None"
             if value:
                 raise UsageError(f"{option}: without TLS nobody can be asked; give --tls-cert and --tls-key")
         return None
+    # Else a line on stderr for every connection that comes to nothing, of which anyone can make many.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from unmask.transport_security import ServerTls, check_server_files
+
     tls = ServerTls(certificate=certificate, key=key, client_ca=client_ca, allow=allow, options=options)
     check_server_files(tls)  # now, since to load a model may take minutes
     return tls

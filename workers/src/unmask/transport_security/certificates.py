@@ -92,7 +92,7 @@ def check_server_files(tls: ServerTls) -> None:
         UsageError: They cannot be used.
     """
     tls.allowed_names()
-    _read(tls).check(datetime.now(UTC))
+    _usable(tls)
 
 
 def content_for(in_force: ServerContent, found: ServerContent, now: datetime) -> ServerContent | None:
@@ -132,8 +132,8 @@ class ServerCertificates:
         self._tell_in_force, self._tell_failed = in_force, failed
         self._lock = threading.Lock()
         self._complaint: tuple[str, ServerContent | None] | None = None
-        self._content = _read(tls)
-        self._tell_in_force(self._content.check(datetime.now(UTC)).timestamp())
+        self._content, expiry = _usable(tls)
+        self._tell_in_force(expiry.timestamp())
 
     def look(self) -> None:
         """Read the files; new connections get what is new and can be used."""
@@ -192,6 +192,23 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
         UsageError: The files cannot be used.
     """
     return ServerCertificates(tls).server_credentials()
+
+
+def _usable(tls: ServerTls) -> tuple[ServerContent, datetime]:
+    """What the files hold, and when the certificate expires.
+
+    Raises:
+        UsageError: They cannot be used.
+    """
+
+    def once() -> tuple[ServerContent, datetime]:
+        found = _read(tls)
+        return found, found.check(datetime.now(UTC))
+
+    try:
+        return once()
+    except UsageError:
+        return once()  # the files may have been swapped while they were read
 
 
 def _read(tls: ServerTls) -> ServerContent:

@@ -34,6 +34,18 @@ def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
     Raises:
         UsageError: They cannot be used.
     """
+    try:
+        return _read(tls)
+    except UsageError:
+        return _read(tls)  # the files may have been swapped while they were read
+
+
+def channel_options(tls: ClientTls) -> tuple[tuple[str, str], ...]:
+    """What a channel with these credentials needs besides."""
+    return (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
+
+
+def _read(tls: ClientTls) -> grpc.ChannelCredentials:
     authorities = read(f"{tls.options}-ca", tls.ca)
     check_authorities(authorities)
     if tls.certificate is None and tls.key is None:
@@ -44,8 +56,3 @@ def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
     key = read(f"{tls.options}-key", tls.key)
     check_pair(certificate, key, datetime.now(UTC))
     return grpc.ssl_channel_credentials(authorities.content, key.content, certificate.content)
-
-
-def channel_options(tls: ClientTls) -> tuple[tuple[str, str], ...]:
-    """What a channel with these credentials needs besides."""
-    return (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()

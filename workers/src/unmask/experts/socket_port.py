@@ -119,8 +119,8 @@ class SocketPort:
             if self._stopping:
                 connection.close()
                 return
+            thread.start()  # with the lock, since `stop` joins all that it finds: one not started has no end
             self._threads[thread] = connection
-        thread.start()
 
     # A connection's own thread.
 

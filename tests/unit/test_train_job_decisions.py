@@ -436,7 +436,7 @@ def test_a_complete_job_keeps_its_last_words_and_its_time() -> None:
     cluster.settle()
     cluster.now += 60
     words = {"reason": "Completed", "exitCode": 0, "message": "tiny is complete", "step": 32}
-    cluster.end_pod(0, 0, message=words)
+    cluster.end_pod(0, 0, message=words | {"checkpoint": "pvc://run/checkpoints/step-00000032"})
     cluster.end_job("Complete")
     cluster.settle()
     assert cluster.condition("Complete") == ("True", "Completed")
@@ -444,6 +444,11 @@ def test_a_complete_job_keeps_its_last_words_and_its_time() -> None:
     assert cluster.message("Complete") == "tiny is complete"
     assert cluster.status["progress"]["percentage"] == 100
     assert cluster.status["progress"]["stage"] == "answers"
+    assert cluster.status["checkpoint"] == {
+        "latestStep": 32,
+        "latestUri": "pvc://run/checkpoints/step-00000032",
+        "lastSavedTime": stamp(cluster.now),
+    }
     assert cluster.status["completionTime"] == stamp(cluster.now)
     assert cluster.status["state"] == "Succeeded"
     assert len(cluster.children["Job"]) == 1, "its pods keep their logs"

@@ -3,11 +3,11 @@
 from unmask_api.train_job import TrainSpec
 from unmask_api.train_status import Failure
 from unmask_operator.decision import Deletion, Event, JsonObject
-from unmask_operator.launch.report import Termination
+from unmask_operator.launch.report import CheckpointReport, Termination
 from unmask_operator.training import reading
 from unmask_operator.training.failure import Action, action, cause
 from unmask_operator.training.passes import Pass
-from unmask_operator.training.progress import percentage
+from unmask_operator.training.progress import checkpoint, percentage
 from unmask_operator.training.times import seconds, stamp
 
 __all__ = ["clean_up", "end", "fail", "fail_if_late", "give_up", "next_attempt", "remember"]
@@ -34,6 +34,9 @@ def end(turn: Pass, spec: TrainSpec, current: JsonObject, *, succeeded: bool) ->
             "percentage": percentage(step, progress["totalSteps"]),
             "estimatedRemainingSeconds": 0,
         }
+    if told and told.checkpoint:  # which is of the last step, as all of them are done
+        last = CheckpointReport(step=told.step, uri=told.checkpoint)
+        turn.status["checkpoint"] = checkpoint(last, turn.status.get("checkpoint") or {}, at=turn.now)
     remember(turn, "Completed")
     turn.events.append(Event("Completed", "all stages are trained"))
 

@@ -1,7 +1,7 @@
 """What a trainer's reports come to in the status."""
 
 from unmask_operator.decision import JsonObject
-from unmask_operator.launch.report import Report
+from unmask_operator.launch.report import CheckpointReport, Report
 from unmask_operator.training.times import stamp
 
 __all__ = ["checkpoint", "percentage", "progress"]
@@ -28,14 +28,14 @@ def progress(report: Report, before: JsonObject, *, at: float) -> JsonObject:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def checkpoint(report: Report, before: JsonObject, *, at: float) -> JsonObject | None:
-    """Return ``status.checkpoint`` after ``report``; ``None`` where it tells of none."""
-    if report.checkpoint is None:
+def checkpoint(found: CheckpointReport | None, before: JsonObject, *, at: float) -> JsonObject | None:
+    """Return ``status.checkpoint`` after a report of ``found``; ``None`` where it tells of none."""
+    if found is None:
         return None
     known = before
-    if known.get("latestStep") != report.checkpoint.step:
+    if known.get("latestStep") != found.step:
         known = {"lastSavedTime": stamp(at)}
-    return known | {"latestStep": report.checkpoint.step, "latestUri": report.checkpoint.uri}
+    return known | {"latestStep": found.step, "latestUri": found.uri}
 
 
 def percentage(step: int, total: int) -> int:

@@ -39,7 +39,7 @@ def watch(turn: Pass, spec: TrainSpec, current: JsonObject, ready: Sequence[Json
 def _note(turn: Pass, report: Report, at: float) -> None:
     """Take over what the trainer reports."""
     turn.status["progress"] = progress(report, turn.status.get("progress") or {}, at=at)
-    if saved := checkpoint(report, turn.status.get("checkpoint") or {}, at=at):
+    if saved := checkpoint(report.checkpoint, turn.status.get("checkpoint") or {}, at=at):
         turn.status["checkpoint"] = saved
 
 

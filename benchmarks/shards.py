@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import date
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,7 +64,7 @@ from unmask.serving.ragged import RaggedBatch
 from unmask.telemetry import Recorder, metrics
 
 HERE = Path(__file__).parent
-ROWS, WIDTH, CHOICES = 256, 2048, 8
+ROWS, WIDTH, CHOICES, LAYERS = 256, 2048, 8, 16
 BLOCK, BATCH, CONTEXT = 32, 8, 128
 WARMUP = 5
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -176,7 +177,7 @@ def _wide(folder: Path) -> ModelConfig:
         {
             **json.loads((HERE / "model_s.json").read_text()),
             "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1 + LAYERS,
             "num_experts": CHOICES,
             "num_experts_per_tok": CHOICES,
             "n_group": 1,
@@ -194,10 +195,10 @@ def _wide(folder: Path) -> ModelConfig:
     return config
 
 
-def _rows(count: int) -> tuple[torch.Tensor, Routing]:
+def _rows(count: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Routing]:
     """Rows, each of which goes to all experts."""
     experts = torch.arange(CHOICES).expand(count, CHOICES).contiguous()
-    return torch.randn(count, WIDTH), Routing(experts, torch.ones(count, CHOICES))
+    return torch.randn(count, WIDTH, dtype=dtype), Routing(experts, torch.ones(count, CHOICES))
 
 
 def _transport(folder: Path, repeats: int) -> Transport:
@@ -220,7 +221,8 @@ def _transport(folder: Path, repeats: int) -> Transport:
 def _frames(folder: Path, repeats: int) -> dict[str, float]:
     """Milliseconds of a frame's way and of bare bytes, and their ratio."""
     config = _wide(folder)
-    rows, routing = _rows(ROWS)
+    rows, routing = _rows(ROWS, torch.bfloat16)
+    layers = cycle(range(1, 1 + LAYERS))
     payload = bytes(ROWS * WIDTH * 2)
     shard_socket, bare_socket = folder / "shard.sock", folder / "bare.sock"
 
@@ -238,12 +240,16 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
     ):
         for one in (over_grpc, in_memory):
             assert one.wait_complete(60), one.missing
-        layer = 1
+
+        def framed(exchange: Exchange) -> None:
+            layer = next(layers)
+            exchange.receive(exchange.send(layer, rows, routing))
+
         seconds = _by_turns(
             {
-                "frame": lambda: over_grpc.receive(over_grpc.send(layer, rows, routing)),
+                "frame": lambda: framed(over_grpc),
                 "bare": lambda: bare(payload),
-                "memory": lambda: in_memory.receive(in_memory.send(layer, rows, routing)),
+                "memory": lambda: framed(in_memory),
                 "bare_memory": lambda: bare_in_memory(payload),
             },
             repeats,

@@ -16,16 +16,28 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from queue import Empty
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unmask.diffusion.batch import ForwardLost
 from unmask.experts.answering import all_finite
 from unmask.experts.failover import Pace, Standing, next_holder
-from unmask.experts.frames import FrameError, Header, Message, Reply, Status, decode_reply, encode_request
+from unmask.experts.frames import (
+    ABSENT,
+    FrameError,
+    Header,
+    Message,
+    Reply,
+    Status,
+    decode_reply,
+    encode_request,
+)
 from unmask.experts.links import Arrived, Began, Inbox, Link, Lost, News
 from unmask.experts.placement import Bounds, HeldParts, best_epoch, holders_of
 from unmask.models.moe import Routing
@@ -34,6 +46,8 @@ from unmask.telemetry import Recorder, metrics
 __all__ = ["Exchange", "Flight"]
 
 logger = logging.getLogger(__name__)
+
+_Numbers: TypeAlias = NDArray[np.int64]
 
 _LONGEST_WAIT_S = 0.05
 """Until it is looked again whether a shard has come back."""
@@ -104,6 +118,7 @@ class Exchange:
         self._epoch: int | None = None
         self._bounds: Bounds = ()
         self._last_layer = -1
+        self._told_states: list[str] = []
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._refresh, name="unmask-placements", daemon=True)
         self._watch.start()
@@ -166,8 +181,8 @@ class Exchange:
             self._choose_placement()
         self._last_layer = layer
         rows_TD = hidden_TD.to("cpu", self._rows_as)
-        experts_TK, weights_TK = routing.experts.cpu(), routing.weights.to("cpu", torch.float32)
-        pieces = tuple(self._pieces(layer, rows_TD, experts_TK, weights_TK))
+        experts_TK = routing.experts.cpu().numpy()
+        pieces = tuple(self._pieces(layer, rows_TD, experts_TK, routing.weights.to("cpu", torch.float32)))
         for piece in pieces:
             self._open[piece.header.sequence] = piece
             self._ask(piece, "first")
@@ -176,6 +191,8 @@ class Exchange:
 
     def receive(self, flight: Flight) -> Tensor:
         """The weighted sums of all experts of a layer's rows, (T, D); waits for them.
+
+        They may lie in the memory of a message: read them, and write to what you make of them.
 
         Raises:
             ForwardLost: A part's sums cannot be had.
@@ -208,8 +225,10 @@ class Exchange:
         self._epoch, self._bounds = found
         now = time.monotonic()
         states = [self._state(name, now) for name in self._order]
-        for state in ("ready", "banned", "lost"):
-            self.recorder.gauge(metrics.EXPERT_SHARDS, states.count(state), state=state)
+        if states != self._told_states:
+            self._told_states = states
+            for state in ("ready", "banned", "lost"):
+                self.recorder.gauge(metrics.EXPERT_SHARDS, states.count(state), state=state)
 
     def _state(self, name: str, now: float) -> str:
         if not self._links[name].is_ready:
@@ -217,35 +236,42 @@ class Exchange:
         return "banned" if self._standing[name].is_banned(now) else "ready"
 
     def _pieces(
-        self, layer: int, rows_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+        self, layer: int, rows_TD: Tensor, experts_TK: _Numbers, weights_TK: Tensor
     ) -> Iterable[_Piece]:
         """The frames of a layer, those of the first part first."""
-        assert self._epoch is not None
-        bounds = torch.tensor(self._bounds)
-        part_TK = torch.bucketize(experts_TK, bounds[1:], right=True)
         most = min((link.max_tokens for link in self._links.values() if link.is_ready), default=len(rows_TD))
-        for part in range(len(self._bounds) - 1):
-            here_TK = part_TK == part
-            index = here_TK.any(dim=1).nonzero().squeeze(1)
-            slots_TK = torch.where(here_TK, experts_TK - self._bounds[part], -1).to(torch.int16)
-            for some in index.split(max(1, most)):
-                if not len(some):
-                    continue
-                whole = len(some) == len(rows_TD)
-                header = Header(
-                    epoch=self._epoch,
-                    part=part,
-                    layer=layer,
-                    sequence=next(self._sequence),
-                    tokens=len(some),
-                    hidden_size=rows_TD.shape[1],
-                    dtype=rows_TD.dtype,
-                )
-                tensors = (slots_TK, weights_TK, rows_TD)
-                frame = encode_request(
-                    header, *(tensors if whole else (tensor.index_select(0, some) for tensor in tensors))
-                )
-                yield _Piece(header, frame, None if whole else some, time.monotonic())
+        most = max(1, most)
+        for part, (first, stop) in enumerate(pairwise(self._bounds)):
+            here_TK = (experts_TK >= first) & (experts_TK < stop)
+            slots_TK = torch.from_numpy(np.where(here_TK, experts_TK - first, ABSENT).astype(np.int16))
+            index_P = np.flatnonzero(here_TK.any(axis=1))
+            if len(index_P) == len(rows_TD) <= most:
+                yield self._piece(layer, part, (slots_TK, weights_TK, rows_TD), None)
+                continue
+            for some in torch.from_numpy(index_P).split(most):
+                if len(some):
+                    slots, weights, rows = (
+                        tensor.index_select(0, some) for tensor in (slots_TK, weights_TK, rows_TD)
+                    )
+                    yield self._piece(layer, part, (slots, weights, rows), some)
+
+    def _piece(
+        self, layer: int, part: int, tensors: tuple[Tensor, Tensor, Tensor], index: Tensor | None
+    ) -> _Piece:
+        """A frame of a part's slots, weights and rows, and which of the layer's rows these are."""
+        assert self._epoch is not None
+        rows_TD = tensors[2]
+        header = Header(
+            epoch=self._epoch,
+            part=part,
+            layer=layer,
+            sequence=next(self._sequence),
+            tokens=len(rows_TD),
+            hidden_size=rows_TD.shape[1],
+            dtype=rows_TD.dtype,
+        )
+        frame = encode_request(header, *tensors)
+        return _Piece(header, frame, index, time.monotonic())
 
     def _ask(self, piece: _Piece, why: str) -> bool:
         """Send a frame to the next shard that holds its part; False if there is none."""
@@ -393,14 +419,14 @@ class Exchange:
         self._last_layer = -1
         return ForwardLost(why)
 
-    def _record_rows(self, experts_TK: Tensor, pieces: Sequence[_Piece]) -> None:
+    def _record_rows(self, experts_TK: _Numbers, pieces: Sequence[_Piece]) -> None:
         tokens = len(experts_TK)
-        copies = [tokens if piece.index is None else len(piece.index) for piece in pieces]
+        copies = [piece.header.tokens for piece in pieces]
         self.recorder.count(metrics.EXPERT_ROWS, tokens, kind="tokens")
         self.recorder.count(metrics.EXPERT_ROWS, sum(copies), kind="copies")
-        self.recorder.observe(
-            metrics.EXPERTS_ACTIVATED, int((torch.bincount(experts_TK.flatten()) > 0).sum())
-        )
+        activated = np.zeros(self._bounds[-1], dtype=np.bool_)
+        activated[experts_TK] = True
+        self.recorder.observe(metrics.EXPERTS_ACTIVATED, int(activated.sum()))
         parts = len(self._bounds) - 1
         self.recorder.gauge(metrics.EXPERT_IMBALANCE, max(copies) * parts / sum(copies))
 
@@ -425,13 +451,21 @@ def _check(reply: Reply, piece: _Piece) -> None:
 
 
 def _added(flight: Flight) -> Tensor:
-    """The pieces' sums, added in their order: (T, D)."""
-    total_TD = torch.zeros(flight.tokens, flight.like.shape[1], dtype=flight.like.dtype)
+    """The pieces' sums, added in their order: (T, D); those of a single frame as they came."""
+    dtype, total_TD = flight.like.dtype, None
     for piece in flight.pieces:
         assert piece.rows is not None
-        rows = piece.rows.to(total_TD.dtype)
+        if total_TD is None and piece.index is None:
+            total_TD = piece.rows.to(dtype)
+            mine = total_TD is not piece.rows  # or it is the message's memory, which is not to be written
+            continue
+        if total_TD is None:
+            total_TD, mine = torch.zeros(flight.tokens, flight.like.shape[1], dtype=dtype), True
+        elif not mine:
+            total_TD, mine = total_TD.clone(), True
         if piece.index is None:
-            total_TD += rows
+            total_TD += piece.rows
         else:
-            total_TD.index_add_(0, piece.index, rows)
+            total_TD.index_add_(0, piece.index, piece.rows.to(dtype))
+    assert total_TD is not None
     return total_TD.to(flight.like.device)

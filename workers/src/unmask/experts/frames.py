@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
@@ -265,8 +266,9 @@ def _joined(kind: int, header: Header, sections: list[memoryview], into: memoryv
         total += _sum_of_words(section)
         parts += [section, bytes(-len(section) % 8)]
     length = _HEADER.size + sum(map(len, parts))
-    checksum = (total + _crc(_packed(kind, header, 0))) & _WORDS
-    parts = [_TAG, _varint(length), _packed(kind, header, checksum), *parts]
+    packed = bytearray(_packed(kind, header))
+    packed[_CHECKSUM] = ((total + zlib.crc32(packed)) & _WORDS).to_bytes(8, "little")
+    parts = [_TAG, _varint(length), bytes(packed), *parts]
     if into is None or len(into) < _PREFIX + length:
         return b"".join(parts)
     end = 0
@@ -276,7 +278,8 @@ def _joined(kind: int, header: Header, sections: list[memoryview], into: memoryv
     return into[:end]
 
 
-def _packed(kind: int, header: Header, checksum: int) -> bytes:
+def _packed(kind: int, header: Header) -> bytes:
+    """The header with zeros for its checksum."""
     return _HEADER.pack(
         _MAGIC,
         kind,
@@ -291,7 +294,7 @@ def _packed(kind: int, header: Header, checksum: int) -> bytes:
         header.tokens,
         header.hidden_size,
         header.sequence,
-        checksum,
+        0,
         header.queue_us,
         header.compute_us,
     )
@@ -360,7 +363,7 @@ def _crc(packed: bytes) -> int:
 def _sum_of_words(section: memoryview) -> int:
     """The sum of the section's 64-bit words, the last one filled up with zeros, modulo 2^64."""
     whole = len(section) & ~7
-    total = int(torch.frombuffer(section[:whole], dtype=torch.int64).sum()) if whole else 0
+    total = int(np.frombuffer(section[:whole], dtype="<u8").sum())
     return (total + int.from_bytes(section[whole:], "little")) & _WORDS
 
 

@@ -13,7 +13,14 @@ from unmask.experts.answering import Answering, Seen
 from unmask.experts.connecting import connected
 from unmask.experts.exchange import Exchange
 from unmask.experts.failover import Pace, Timing
-from unmask.experts.frames import Status, WireDtype, decode_request, encode_refusal, encode_reply
+from unmask.experts.frames import (
+    Status,
+    WireDtype,
+    decode_reply,
+    decode_request,
+    encode_refusal,
+    encode_reply,
+)
 from unmask.experts.holding import Holding
 from unmask.experts.links import Arrived, Began, Inbox, Lost
 from unmask.experts.mixture import shard_experts
@@ -70,8 +77,9 @@ class ScriptedLink:
         name: Of the link.
         holding: The shard's experts.
         inbox: Where its news go.
-        script: What it does with each frame, one after the other: one of :data:`FAULTS`, or anything else for
-            a good answer, which it gives when the script has ended.
+        script: What it does with each frame, one after the other: one of :data:`FAULTS`, ``wrong`` for sums
+            that nothing but a comparison finds out, or anything else for a good answer, which it gives when
+            the script has ended.
     """
 
     max_tokens = 64
@@ -123,6 +131,8 @@ class ScriptedLink:
                 return [answer[: len(answer) // 2]]
             case "nan":
                 return [encode_reply(request.header, torch.full_like(request.rows, torch.nan))]
+            case "wrong":
+                return [encode_reply(request.header, 1.5 * decode_reply(answer).rows)]
             case "other":
                 return [encode_reply(request.header, request.rows[:, :-4].contiguous())]
         return [answer]

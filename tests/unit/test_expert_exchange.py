@@ -13,7 +13,10 @@ from support import counts
 from support.shards import FAULTS, ScriptedLink, golden_folder, holding_of, network_without_experts, sharded
 from unmask.diffusion.batch import ForwardLost
 from unmask.experts.exchange import Exchange
+from unmask.experts.frames import Header
 from unmask.experts.links import Inbox
+from unmask.experts.placement import HeldParts
+from unmask.experts.proving import Known, Proofs, difference
 from unmask.models.loading import load
 from unmask.models.moe import Routing, mixtures_of
 from unmask.telemetry import metrics
@@ -101,6 +104,58 @@ def test_where_both_fail_the_forward_is_right_or_lost(folder, holdings, rows, qu
                 continue
             right += 1
         assert right, "each shard fails four times at most"
+
+
+def test_a_shard_that_comes_back_is_asked_what_is_known_before_it_is_used(
+    folder: Path, holdings, rows, quiet: torch.Tensor
+) -> None:
+    made: list[ScriptedLink] = []
+
+    def links(inbox: Inbox) -> list[ScriptedLink]:
+        made.extend(scripted(holdings, ("ok", "drop", "wrong", "wrong"))(inbox))
+        return made
+
+    with sharded(network_without_experts(folder), links) as exchange:
+        for _ in range(4):
+            assert torch.equal(through(exchange, rows), quiet), "sums of a shard that has not proved itself"
+        assert exchange.recorder.value(metrics.EXPERT_FRAMES, why="proof") == 3, "wrong, wrong, and right"
+        used, end = made[0].frames, time.monotonic() + 30
+        while made[0].frames == used:  # once it is passed over no more for having been lost
+            assert time.monotonic() < end, "it is not used again"
+            assert torch.equal(through(exchange, rows), quiet)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_difference_and_other_weights_are(dtype: torch.dtype) -> None:
+    sums = torch.randn(8, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    header = Header(epoch=1, part=0, layer=1, sequence=1, tokens=8, hidden_size=32, dtype=dtype)
+    known = Known(header, b"", sums)
+    assert not difference(known, sums)
+    last_bit = torch.finfo(dtype).eps * sums
+    assert not difference(known, sums + last_bit)
+    assert "sums differ by" in difference(known, sums + 0.1)
+    assert "sums differ by" in difference(known, sums.roll(1, dims=0))
+
+
+def test_the_shortest_frame_of_each_part_is_kept_and_only_of_the_latest_placement() -> None:
+    proofs = Proofs()
+
+    def keep(epoch: int, part: int, tokens: int) -> None:
+        header = Header(epoch=epoch, part=part, layer=1, sequence=1, tokens=tokens)
+        proofs.keep(header, bytes([epoch, part, tokens]), torch.zeros(tokens, 2))
+
+    def asked(epoch: int, *parts: int) -> bytes | None:
+        known = proofs.for_holder({epoch: HeldParts((0, 1, 2), frozenset(parts))})
+        return None if known is None else known.frame
+
+    assert asked(1, 0) is None
+    for tokens in (5, 3, 4):
+        keep(1, 0, tokens)
+    assert asked(1, 0, 1) == bytes([1, 0, 3])
+    assert asked(1, 1) is None
+    keep(2, 1, 4)
+    assert asked(1, 0) is None
+    assert asked(2, 0, 1) == bytes([2, 1, 4])
 
 
 def test_without_a_replica_the_forward_is_lost_in_time_and_the_next_one_may_not_be(

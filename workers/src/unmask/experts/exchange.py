@@ -40,6 +40,7 @@ from unmask.experts.frames import (
 )
 from unmask.experts.links import Arrived, Began, Inbox, Link, Lost, News
 from unmask.experts.placement import Bounds, HeldParts, best_epoch, holders_of
+from unmask.experts.proving import Known, Proofs, difference
 from unmask.models.moe import Routing
 from unmask.telemetry import Recorder, metrics
 
@@ -119,6 +120,9 @@ class Exchange:
         self._bounds: Bounds = ()
         self._last_layer = -1
         self._told_states: list[str] = []
+        self._proofs = Proofs()
+        self._unproven: dict[str, Known] = {}
+        """Shards that have come back, and what they were asked."""
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._refresh, name="unmask-placements", daemon=True)
         self._watch.start()
@@ -233,7 +237,10 @@ class Exchange:
     def _state(self, name: str, now: float) -> str:
         if not self._links[name].is_ready:
             return "lost"
-        return "banned" if self._standing[name].is_banned(now) else "ready"
+        return "banned" if self._is_passed_over(name, now) else "ready"
+
+    def _is_passed_over(self, name: str, now: float) -> bool:
+        return name in self._unproven or self._standing[name].is_banned(now)
 
     def _pieces(
         self, layer: int, rows_TD: Tensor, experts_TK: _Numbers, weights_TK: Tensor
@@ -280,7 +287,7 @@ class Exchange:
             self._holders(piece),
             tried=piece.tried,
             ready=lambda name: self._links[name].is_ready,
-            banned=lambda name: self._standing[name].is_banned(now),
+            banned=lambda name: self._is_passed_over(name, now),
         )
         if name is None:
             return False
@@ -315,16 +322,48 @@ class Exchange:
             case Began(link):
                 for piece in self._open.values():
                     piece.tried.discard(link)
+                self._try(link)
+
+    def _try(self, name: str) -> None:
+        """Ask a shard that comes back what is known already."""
+        self._unproven.pop(name, None)
+        known = self._proofs.for_holder(self._links[name].held)
+        if known is not None:
+            self._unproven[name] = known
+            self._links[name].send(known.frame)
+            self.recorder.count(metrics.EXPERT_FRAMES, why="proof")
+
+    def _take_proof(self, name: str, known: Known, reply: Reply) -> None:
+        """Use the shard again if it says what is known.
+
+        Raises:
+            FrameError: It says something else.
+        """
+        if reply.rows is None:
+            if reply.header.status is Status.STALE:  # what is known is of a placement that is gone
+                del self._unproven[name]
+                return
+            raise FrameError(f"refused a frame that was answered before: {reply.message}", reply.header)
+        _check(reply, known.header)
+        if told := difference(known, reply.rows):
+            raise FrameError(f"other sums than before; {told}", reply.header)
+        if not torch.equal(reply.rows, known.rows):
+            logger.warning("shard %s rounds otherwise: a token may depend on which shard answers", name)
+        del self._unproven[name]
 
     def _take_answer(self, name: str, message: Message) -> None:
         self.recorder.count(metrics.EXPERT_BYTES, len(message), direction="received")
         try:
             reply = decode_reply(message)
+            known = self._unproven.get(name)
+            if known is not None and known.header.sequence == reply.header.sequence:
+                self._take_proof(name, known, reply)
+                return
             piece = self._open.get(reply.header.sequence)
             if piece is None or name not in piece.asked:
                 return  # another one was faster
             if reply.rows is not None:
-                _check(reply, piece)
+                _check(reply, piece.header)
         except FrameError as error:
             self._distrust(name, f"a damaged answer: {error}")
             return
@@ -338,6 +377,8 @@ class Exchange:
         seconds = now - piece.asked[name]
         piece.rows = reply.rows
         del self._open[piece.header.sequence]
+        assert reply.rows is not None
+        self._proofs.keep(piece.header, piece.frame, reply.rows)
         self._pace.observe(seconds)
         if name not in piece.late:
             self._standing[name].answered()
@@ -366,6 +407,7 @@ class Exchange:
             self._ask(piece, "failover")
 
     def _take_loss(self, name: str, why: str) -> None:
+        self._unproven.pop(name, None)
         waiting = [piece for piece in self._open.values() if name in piece.asked]
         if waiting:
             self._standing[name].strike(time.monotonic())
@@ -431,13 +473,13 @@ class Exchange:
         self.recorder.gauge(metrics.EXPERT_IMBALANCE, max(copies) * parts / sum(copies))
 
 
-def _check(reply: Reply, piece: _Piece) -> None:
+def _check(reply: Reply, asked: Header) -> None:
     """See to it that an answer is that of the frame.
 
     Raises:
         FrameError: It is not.
     """
-    got, asked, rows = reply.header, piece.header, reply.rows
+    got, rows = reply.header, reply.rows
     assert rows is not None
     if (got.epoch, got.part, got.layer) != (asked.epoch, asked.part, asked.layer):
         raise FrameError("the answer is that of another part, layer or placement", got)

@@ -180,8 +180,8 @@ EXPERT_FRAME_SECONDS = Metric(
 EXPERT_FRAMES = Metric(
     name="unmask_expert_frames_total",
     kind="counter",
-    help="Frames sent to expert shards, by why: first, hedge (the first answer is late), or failover (a "
-    "shard was lost, refused, or gave a damaged answer).",
+    help="Frames sent to expert shards, by why: first, hedge (the first answer is late), failover (a "
+    "shard was lost, refused, or gave a damaged answer), or proof (a shard came back and is tried).",
     labels=("why",),
 )
 EXPERT_BYTES = Metric(

@@ -26,6 +26,7 @@ def step(number, **values):
         "mfu": 0.25,
         "loss_by_ratio": [1.0, None, 3.0, 4.0, 5.0],
         "expert_imbalance": [1.5, 2.5],
+        "expert_tokens": [[3, 1], [0, 4]],
         "experts_unused": 3,
         "checkpoint_write_seconds": 7.0,
     }
@@ -77,6 +78,7 @@ def test_every_figure_of_a_line_is_exported(exporter):
     assert value(metrics.TRAIN_PHASE_SECONDS, phase="reduce") == 1.0
     assert value(metrics.TRAIN_CHECKPOINT_WRITE_SECONDS) == 7.0
     assert value(metrics.TRAIN_EXPERT_IMBALANCE, router="1") == 2.5
+    assert value(metrics.TRAIN_EXPERT_TOKENS, router="1", expert="1") == 4
     assert value(metrics.TRAIN_EXPERTS_UNUSED) == 3
 
 

@@ -362,6 +362,12 @@ TRAIN_EXPERT_IMBALANCE = Metric(
     help="For each router, tokens of the busiest expert over the mean, in the last step; 1 is balanced.",
     labels=("router",),
 )
+TRAIN_EXPERT_TOKENS = Metric(
+    name="unmask_train_expert_tokens",
+    kind="gauge",
+    help="Tokens of each expert in the last step whose counts were logged: the first one and every 50th.",
+    labels=("router", "expert"),
+)
 TRAIN_EXPERTS_UNUSED = Metric(
     name="unmask_train_experts_unused",
     kind="gauge",
@@ -384,6 +390,7 @@ TRAINING: tuple[Metric, ...] = (
     TRAIN_PHASE_SECONDS,
     TRAIN_CHECKPOINT_WRITE_SECONDS,
     TRAIN_EXPERT_IMBALANCE,
+    TRAIN_EXPERT_TOKENS,
     TRAIN_EXPERTS_UNUSED,
 )
 

@@ -85,6 +85,9 @@ class Exporter:
                 recorder.gauge(metrics.TRAIN_LOSS_BY_RATIO, loss, stage=stage, ratio=ratio)
         for router, imbalance in enumerate(notes.get("expert_imbalance", ())):
             recorder.gauge(metrics.TRAIN_EXPERT_IMBALANCE, imbalance, router=str(router))
+        for router, counts in enumerate(notes.get("expert_tokens", ())):
+            for expert, tokens in enumerate(counts):
+                recorder.gauge(metrics.TRAIN_EXPERT_TOKENS, tokens, router=str(router), expert=str(expert))
         for metric, name in (
             (metrics.TRAIN_MFU, "mfu"),
             (metrics.TRAIN_EXPERTS_UNUSED, "experts_unused"),

@@ -24,7 +24,7 @@ OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-shards test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images lint format generate verify path lock bench bench-decode bench-serve bench-shards bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-shards test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images prometheus lint format generate verify path lock bench bench-decode bench-serve bench-shards bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,12 +38,12 @@ setup-eval: setup ## Add the packages of `unmask eval --harness` and `--task` (3
 demo: setup ## Train a small diffusion model and generate with it, end to end, on this machine
 	@$(RUN) python examples/quickstart/demo.py
 
-test: setup-eval lint verify images ## Check and test everything, fast tests first
+test: setup-eval lint verify images prometheus ## Check and test everything, fast tests first
 	@$(PYTEST) $(SPREAD) -m "not ($(ON_A_NODE))"
 	@$(PYTEST) -m "$(ON_A_NODE)" $(OR_NONE)
 	@$(MAKE) test-torchx-nightly WHICH="$(SAMPLE_OF_SECOND)"
 
-test-fast: setup-eval ## Run the tests that take less than ten seconds each
+test-fast: setup-eval prometheus ## Run the tests that take less than ten seconds each
 	@$(PYTEST) $(SPREAD) -m "not slow"
 
 test-training: setup-eval ## Run the tests that prove the training invariants, on 1, 2 and 4 processes
@@ -94,13 +94,16 @@ test-cluster: setup-eval images ## Train on a real Kubernetes node, of this mach
 images: cluster-programs ## Build the operator's and the worker's image, without a registry, for the tests that run them
 	@PYTHONPATH=scripts $(PYTHON) -m real_cluster.images
 
+prometheus: setup ## Fetch Prometheus for the tests of alerts and dashboards (Debian's; nothing to do if it is there)
+	@PYTHONPATH=scripts $(PYTHON) -m observability.prometheus
+
 cluster: images setup ## Run a Kubernetes of one node in the foreground until Enter; prints its kubeconfig
 	@PYTHONPATH=scripts $(RUN) python -m real_cluster.running node
 
 bench-operator: setup cluster-programs ## Apply 250, 500 and 1,000 jobs at once to a real API server; prints JSON
 	@cd tests && PYTHONPATH=../scripts $(RUN) OMP_NUM_THREADS=1 python -m support.operator_scale
 
-test-full: setup-eval images ## Run every test at its full counts and write docs/reports/test-full.{md,json}
+test-full: setup-eval images prometheus ## Run every test at its full counts and write docs/reports/test-full.{md,json}
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full $(SPREAD) -m "not ($(ON_A_NODE))"
 	@UNMASK_FULL=1 $(PYTEST) --report=docs/reports/test-full --report-goes-on -m "$(ON_A_NODE)" $(OR_NONE)
 

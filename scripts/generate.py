@@ -9,6 +9,7 @@ memory first; what is committed is read by people and packaged into the wheel, a
 ``docs/reference/metrics.md``                  ``unmask.telemetry``
 ``docs/reference/operator-metrics.md``         ``unmask_operator.control.metrics``
 ``docs/reference/cli.md``                      the commands of ``unmask.cli``
+``deploy/helm/*/files/``, ``docs/runbooks/``   alerts and dashboards in ``observability``
 ``deploy/helm/*/``: values.schema.json,        each chart's values.yaml; ``unmask_api`` and
 README.md; definitions, permissions            ``unmask_operator.rbac``
 =============================================  ==========================================
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from observability import pages as observability
 
 import charts
 import cli_reference
@@ -32,10 +35,12 @@ _OWNED = (
     "workers/src/unmask/v1/*_pb2*",
     "deploy/crds/*",
     "deploy/helm/*/README.md",
+    "deploy/helm/*/files/*",
     "deploy/helm/*/values.schema.json",
     "deploy/helm/*/templates/_permissions.tpl",
     "deploy/helm/*/templates/crds/*",
     "docs/reference/*",
+    "docs/runbooks/*",
 )
 
 
@@ -45,6 +50,7 @@ def generated() -> dict[str, str]:
         **_wire(),
         **unmask_operator.generate.files(),
         **charts.files(),
+        **observability.files(),
         "docs/reference/metrics.md": metrics_reference.markdown(),
         "docs/reference/operator-metrics.md": operator_metrics_reference.markdown(),
         "docs/reference/cli.md": cli_reference.markdown(cli, "unmask"),

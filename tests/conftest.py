@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from support import charts, counts, networks, real_clusters
+from support import charts, counts, monitoring, networks, real_clusters
 
 pytest_plugins = ["support.report"]
 
@@ -62,6 +62,7 @@ def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Ite
         ("real_images", lambda: real_clusters.obstacle("node", with_images=True)),
         ("helm", charts.obstacle),
         ("own_network", networks.obstacle),
+        ("prometheus", monitoring.obstacle),
     ):
         needing = [item for item in items if item.get_closest_marker(marker)]
         if not needing or (reason := why()) is None:

@@ -1,5 +1,6 @@
 """The Helm charts, rendered: what would be applied, and what is refused."""
 
+import json
 import re
 import shlex
 from functools import cache
@@ -9,6 +10,8 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from observability.alerts import rules
+from observability.dashboards import dashboard
 
 import charts
 from support.charts import (
@@ -23,6 +26,7 @@ from support.charts import (
     PAGE,
     PEER,
     PLACED,
+    RUNBOOKS,
     SECURITY_PAGE,
     Json,
     helm,
@@ -229,6 +233,21 @@ def test_alerts_are_about_metrics_that_the_operator_has() -> None:
 
 
 # The engine
+
+
+def test_the_engine_s_alerts_and_dashboard_are_those_that_a_prometheus_was_asked() -> None:
+    objects = rendered("inference: everything")
+    service = next(one for one in of_kind(objects, "Service") if "clusterIP" not in one["spec"])["metadata"]
+    found = one(objects, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    pages = [rule["annotations"].pop("runbook_url") for rule in found]
+    assert found == rules(f'namespace="{service["namespace"]}",service="{service["name"]}"')
+    there = {f"{RUNBOOKS}/{page.name}" for page in (CHARTS.parents[1] / "docs/runbooks").glob("Unmask*.md")}
+    assert set(pages) == there and len(pages) == len(there)
+    held = one(objects, "ConfigMap", f"{service['name']}-dashboard")
+    assert held["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(held["data"]["unmask-serving.json"]) == json.loads(dashboard())
+    without = render(INFERENCE, MODEL | {"metrics": {"prometheusRule": {"enabled": True}}}, *EXTENSIONS)
+    assert one(without, "PrometheusRule")["spec"]["groups"][0]["rules"] == found
 
 
 def test_the_engine_s_arguments_are_those_of_its_values() -> None:
@@ -484,6 +503,7 @@ def test_a_wrong_value_is_refused_with_its_name(chart: str, given: Json, message
 
 
 OTHER: dict[str, Any] = {
+    "metrics.prometheusRule.runbooks": "https://pages.example",
     "affinity": PLACED["affinity"],
     "extraEnv": [{"name": "A", "value": "b"}],
     "extraVolumeMounts": [{"name": "tmp", "mountPath": "/more"}],
@@ -525,6 +545,7 @@ NEEDS: dict[str, Json] = {
     "tls.certManager.": {"tls": {"certManager": {"issuerRef": {"name": "i"}}}},
     "tls.clientCAKey": {"tls": {"clientCASecretName": "c"}},
     "tls.enabled": {"tls": {"secretName": "s"}},
+    "metrics.dashboard.": {"metrics": {"dashboard": {"enabled": True}}},
     "metrics.prometheusRule.": {"metrics": {"prometheusRule": {"enabled": True}}},
     "metrics.serviceMonitor.": {"metrics": {"serviceMonitor": {"enabled": True}}},
     "networkPolicy.": {"networkPolicy": {"enabled": True}},

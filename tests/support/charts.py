@@ -26,6 +26,7 @@ __all__ = [
     "PAGE",
     "PEER",
     "PLACED",
+    "RUNBOOKS",
     "SECURITY_PAGE",
     "Json",
     "Prompt",
@@ -71,6 +72,7 @@ PLACED: Json = {
 }  # fmt: skip
 PRIVATE = {"registry": "registry.example:5000", "digest": DIGEST, "pullSecrets": [{"name": "key"}]}
 MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
+RUNBOOKS = "https://pages.example/runbooks"
 BY_CERT_MANAGER = {"enabled": True, "certManager": {"issuerRef": {"name": "internal"}}}
 MUTUAL = {"enabled": True, "secretName": "words-tls", "clientCASecretName": "clients", "allow": ["a.example"]}
 MATRIX: dict[str, tuple[str, Json]] = {
@@ -97,7 +99,10 @@ MATRIX: dict[str, tuple[str, Json]] = {
     "inference: everything": (
         INFERENCE,
         MODEL | PLACED | {
-            "replicas": 3, "image": PRIVATE, "gpu": {"enabled": True}, "metrics": MONITORS,
+            "replicas": 3, "image": PRIVATE, "gpu": {"enabled": True},
+            "metrics": MONITORS | {
+                "prometheusRule": {"enabled": True, "labels": {"release": "p"}, "runbooks": RUNBOOKS},
+                "dashboard": {"enabled": True}},
             "strategy": {"maxSurge": "50%", "maxUnavailable": 0},
             "server": {"context": 512, "threads": 4, "extraArgs": ["--max-queue=9"]},
             "extraEnv": [{"name": "A", "value": "b"}],

@@ -12,6 +12,7 @@ from unmask.diffusion.decoding import DecodingParams
 from unmask.serving.model import ServedModel
 from unmask.serving.server import Server, ServerOptions
 from unmask.serving.weights import ServedWeights
+from unmask.telemetry import Recorder
 
 
 @dataclass(slots=True)
@@ -215,6 +216,7 @@ def running_server(
     model: ServedModel,
     *,
     weights: ServedWeights | None = None,
+    recorder: Recorder | None = None,
     complete: Callable[[], bool] = lambda: True,
     **options: object,
 ) -> Iterator[RunningServer]:
@@ -225,7 +227,7 @@ def running_server(
 
     async def start() -> Server:
         wanted = ServerOptions(port=0, metrics_port=0, **options)  # type: ignore[arg-type]
-        server = Server(batch, model, wanted, weights, complete=complete)
+        server = Server(batch, model, wanted, weights, recorder, complete)
         await server.start()
         return server
 

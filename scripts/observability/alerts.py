@@ -1,0 +1,281 @@
+"""When somebody should look at a server, and what they should do then."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from unmask.telemetry import metrics as m
+
+__all__ = ["ALERTS", "Alert", "rules"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """One alert.
+
+    Attributes:
+        name: In CamelCase.
+        expr: PromQL; ``$of`` stands for the label matchers of a release.
+        lasts: How long the query has to give something until the alert fires.
+        severity: ``critical`` for what users notice at once.
+        summary: One line; ``{{ $labels.x }}`` stands for a label of what the query gives.
+        means: What the query says, and why that matters.
+        look: What to look at, most telling first.
+        do: What to do then.
+    """
+
+    name: str
+    expr: str
+    lasts: str
+    severity: Literal["critical", "warning"]
+    summary: str
+    means: str
+    look: tuple[str, ...]
+    do: tuple[str, ...]
+
+
+_TPF = m.TOKENS_PER_FORWARD_DECODE.name
+_FRAMES = m.EXPERT_FRAMES.name
+
+ALERTS: tuple[Alert, ...] = (
+    Alert(
+        name="UnmaskServerDown",
+        expr="absent(up{$of}) or (up{$of} == 0)",
+        lasts="5m",
+        severity="critical",
+        summary="No metrics of an engine for five minutes.",
+        means=(
+            "Prometheus cannot read the metrics of an engine, or knows of none. As a rule its process "
+            "does not "
+            "run, or has not loaded its model yet."
+        ),
+        look=(
+            "`kubectl get pods` and `kubectl describe pod`: is it pending, starting, or restarted again "
+            "and again?",
+            "`kubectl logs --previous`: the exit code's line says what was wrong (64: arguments, 66: the "
+            "model's files)",
+            "the model's volume: is the claim bound, and the folder there?",
+            "a NetworkPolicy that keeps Prometheus out (`networkPolicy.metricsFrom` of the chart)",
+        ),
+        do=(
+            "mend what the log names; a model that loads slowly wants a longer startup probe",
+            "more replicas, so that one that is down turns nobody away",
+        ),
+    ),
+    Alert(
+        name="UnmaskServerStalled",
+        expr=(
+            f"(sum by (namespace, pod) (increase({m.FORWARDS.name}{{$of}}[5m])) == 0)"
+            f" and on (namespace, pod) (min_over_time({m.REQUESTS_RUNNING.name}{{$of}}[5m]) > 0)"
+        ),
+        lasts="2m",
+        severity="critical",
+        summary="{{ $labels.pod }} has requests and runs no forward passes.",
+        means=(
+            "Requests have rows in the batch, and the model has not computed anything for them in five "
+            "minutes. "
+            "Their users wait in vain."
+        ),
+        look=(
+            "`/livez` of the pod: `stuck` means that its event loop hangs, `failed` that its model has ended",
+            "with expert shards: UnmaskExpertShardsMissing, for a forward waits for parts that nobody holds",
+            "the log's last lines, and the device (`nvidia-smi`, out of memory, a driver's error in `dmesg`)",
+        ),
+        do=(
+            "delete the pod, if it is not restarted by its liveness probe: clients that know several "
+            "servers go on "
+            "elsewhere from their committed blocks",
+        ),
+    ),
+    Alert(
+        name="UnmaskTokensPerForwardDropped",
+        expr=(
+            f"(sum(rate({_TPF}_sum{{$of}}[30m])) / sum(rate({_TPF}_count{{$of}}[30m])))"
+            f" < 0.7 * (sum(increase({_TPF}_sum{{$of}}[1d] offset 1h)) / "
+            f"sum(increase({_TPF}_count{{$of}}[1d] offset 1h)))"
+        ),
+        lasts="30m",
+        severity="warning",
+        summary="A forward pass yields a third fewer tokens than the day before.",
+        means=(
+            "Tokens per forward of the last half hour are below 0.7 of those of the day before. Each "
+            "answer takes "
+            "so many more forwards, and the machine serves so many fewer users, though each forward is "
+            "as fast as ever."
+        ),
+        look=(
+            "was a model changed (`unmask_requests_total` restarts, Control.UpdateWeights in the log)? "
+            "One that is "
+            "less sure fills fewer positions at the same threshold",
+            "do requests ask for a higher threshold, a temperature, or another decoder than before?",
+            f"`{m.TOKENS_ACCEPTED_PER_STEP.name}` and `{m.FORWARDS_PER_BLOCK.name}`: fewer positions a "
+            f"step, or more steps a block?",
+            "what is asked: code and lists yield more tokens a forward than free text",
+        ),
+        do=(
+            "measure the new model's curve of tokens per forward against quality, and choose the "
+            "threshold anew",
+            "train it with the confidence loss, if it was left out",
+        ),
+    ),
+    Alert(
+        name="UnmaskRequestsTurnedAway",
+        expr=(
+            f'sum(rate({m.ADMISSION_REJECTIONS.name}{{$of,reason!="stopped"}}[10m]))'
+            f" > 0.01 * sum(rate({m.REQUESTS.name}{{$of}}[10m]))"
+        ),
+        lasts="10m",
+        severity="warning",
+        summary="More than one request in a hundred is turned away.",
+        means=(
+            "The queue is full, or so long that deadlines would pass in it. Clients get "
+            "RESOURCE_EXHAUSTED with a "
+            "time after which to try again."
+        ),
+        look=(
+            "the reason: `requests` and `tokens` are the queue's limits, `deadline` that calls wait less "
+            "long than the queue is",
+            f"`{m.QUEUE_SECONDS.name}` and `{m.BATCH_ROWS.name}`: are all rows taken?",
+            "UnmaskTokensPerForwardDropped and UnmaskServerDown: fewer tokens, or fewer servers, than before",
+        ),
+        do=(
+            "more replicas, or more rows (`server.rows`), if the device has memory and time for them",
+            "a longer queue only helps against bursts",
+        ),
+    ),
+    Alert(
+        name="UnmaskQueueIsSlow",
+        expr=f"histogram_quantile(0.95, sum by (le) (rate({m.QUEUE_SECONDS.name}_bucket{{$of}}[10m]))) > 10",
+        lasts="15m",
+        severity="warning",
+        summary="One request in twenty waits for more than ten seconds for its row.",
+        means="Requests wait long before anything is computed for them; nobody is turned away yet.",
+        look=(
+            f"`{m.REQUESTS_WAITING.name}` over the day: a burst, or growth?",
+            "long generations that hold rows: `unmask_e2e_seconds`",
+            "priorities: batch jobs belong below people who wait",
+        ),
+        do=("more replicas, or fewer long requests beside short ones; give batch jobs a lower priority",),
+    ),
+    Alert(
+        name="UnmaskRequestsFail",
+        expr=(
+            f'sum(rate({m.REQUESTS.name}{{$of,code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DATA_LOSS"}}[10m]))'
+            f" > 0.01 * sum(rate({m.REQUESTS.name}{{$of}}[10m]))"
+        ),
+        lasts="10m",
+        severity="critical",
+        summary="More than one request in a hundred ends with an error of the server's.",
+        means=(
+            "Requests end with a code that is not their fault. UNAVAILABLE can be tried again; INTERNAL "
+            "is a defect."
+        ),
+        look=(
+            "the code: `sum by (code) (rate(unmask_requests_total[10m]))`",
+            "UNAVAILABLE: a drain, or parts of the experts that cannot be had (UnmaskExpertShardsMissing)",
+            "INTERNAL, UNKNOWN: the server's log has the traceback",
+        ),
+        do=("a defect: keep the log, go back to the image before, and report it",),
+    ),
+    Alert(
+        name="UnmaskCacheFull",
+        expr=f"min_over_time({m.CACHE_USAGE.name}{{$of}}[15m]) > 0.95",
+        lasts="5m",
+        severity="warning",
+        summary="{{ $labels.pod }} has no room for keys and values to spare.",
+        means=(
+            "The memory for keys and values has been taken all the time. Requests wait for others to end "
+            "though rows are "
+            "free, and prompts that begin alike are computed again, for what is kept of them is let go first."
+        ),
+        look=(
+            f"`{m.PREFIX_HIT_TOKENS.name}` over `unmask_prompt_tokens_total`: does sharing still work?",
+            "the lengths that are asked for: each request is reserved what it may grow to",
+        ),
+        do=("more of `server.cacheMib`, fewer rows, or a shorter `server.context`",),
+    ),
+    Alert(
+        name="UnmaskExpertShardsMissing",
+        expr=f'{m.EXPERT_SHARDS.name}{{$of,state="lost"}} > 0',
+        lasts="2m",
+        severity="critical",
+        summary="{{ $labels.pod }} is without {{ $value }} of its expert shards.",
+        means=(
+            "An engine has no session with shards that it was told of. With replicas of their parts it "
+            "goes on, with less "
+            "to fall back on; without, its requests end with UNAVAILABLE."
+        ),
+        look=(
+            "the shards' pods, and the last line about each of them in the engine's log: connection, "
+            "certificate, or other weights",
+            "`unmask experts describe` against the shards that are left: which parts does nobody hold?",
+        ),
+        do=(
+            "start them again: they are taken up within seconds. If the machine is gone, start one of "
+            "the same number elsewhere",
+        ),
+    ),
+    Alert(
+        name="UnmaskExpertFramesAgain",
+        expr=(
+            f'sum(rate({_FRAMES}{{$of,why=~"hedge|failover"}}[10m]))'
+            f' > 0.05 * sum(rate({_FRAMES}{{$of,why="first"}}[10m]))'
+        ),
+        lasts="10m",
+        severity="warning",
+        summary="More than one frame in twenty is sent to a second shard.",
+        means="Answers of shards are late, refused or damaged. No token changes by that, but forwards wait.",
+        look=(
+            "`sum by (why) (rate(unmask_expert_frames_total[10m]))`: hedges are late answers, failovers "
+            "are lost shards or refusals",
+            '`unmask_shard_seconds{phase="queue"}`: several engines at one shard wait for one another',
+            "the engine's log names the shard; its machine may be shared with something that takes its cores",
+        ),
+        do=(
+            "move or replace the slow shard; more shards, or a higher replication, where all of them are "
+            "slow",
+        ),
+    ),
+    Alert(
+        name="UnmaskCertificateExpires",
+        expr=f"{m.TLS_CERTIFICATE_EXPIRY.name}{{$of}} - time() < 86400",
+        lasts="1h",
+        severity="warning",
+        summary="The certificate of {{ $labels.pod }}'s port {{ $labels.port }} expires within a day.",
+        means=(
+            "New connections will be refused by clients once it has expired. Files that change are read "
+            "without a restart."
+        ),
+        look=(
+            "the Certificate of cert-manager, if it makes them: `kubectl describe certificate`",
+            "the Secret: does it hold a newer one that the pod has not got?",
+        ),
+        do=("renew it; the server takes it up by itself when the files have changed",),
+    ),
+    Alert(
+        name="UnmaskCertificateNotTaken",
+        expr=f"increase({m.TLS_RELOAD_FAILURES.name}{{$of}}[15m]) > 0",
+        lasts="0m",
+        severity="warning",
+        summary="New certificate files of {{ $labels.pod }} cannot be used.",
+        means=(
+            "The files changed to something that is no pair of a certificate and its key, or no CA. What "
+            "was read before stays in force."
+        ),
+        look=("the log: it names the file and what is wrong with it",),
+        do=("put a certificate, its key and the CA into the Secret that belong together",),
+    ),
+)
+
+
+def rules(of: str) -> list[dict[str, object]]:
+    """The alerts as rules of Prometheus, for series with the label matchers ``of``."""
+    return [
+        {
+            "alert": alert.name,
+            "expr": alert.expr.replace("$of", of),
+            "for": alert.lasts,
+            "labels": {"severity": alert.severity},
+            "annotations": {"summary": alert.summary},
+        }
+        for alert in ALERTS
+    ]

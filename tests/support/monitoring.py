@@ -1,0 +1,101 @@
+"""A real Prometheus that reads servers of a test, and what it is asked."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from observability import prometheus
+
+__all__ = ["LABELS", "OF", "Monitor", "monitoring", "obstacle", "promtool"]
+
+LABELS = {"namespace": "place", "service": "words", "pod": "words-0"}
+"""What a ServiceMonitor adds to each series."""
+OF = 'namespace="place",service="words"'
+
+
+def obstacle() -> str | None:
+    """Return why there is no Prometheus, or ``None``."""
+    if all(map(prometheus.program, prometheus.PROGRAMS)):
+        return None
+    return f"no prometheus in {prometheus.folder()} or on PATH; `make prometheus` fetches it"
+
+
+def promtool(*arguments: str, where: Path) -> str:
+    """What a command of promtool prints, which must succeed."""
+    program = prometheus.program("promtool")
+    assert program is not None
+    done = subprocess.run([program, *arguments], cwd=where, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Monitor:
+    """A Prometheus that runs."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """The ``data`` of an answer of its API."""
+        url = f"http://{self._address}{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def values(self, query: str) -> list[float]:
+        """What a query gives now; none where there is no data, or no number."""
+        found = self.get("/api/v1/query", query=query)["result"]
+        return [value for one in found if (value := float(one["value"][1])) == value]
+
+
+@contextmanager
+def monitoring(folder: Path, targets: Sequence[str], rules: Sequence[object]) -> Iterator[Monitor]:
+    """A Prometheus that reads ``HOST:PORT`` of ``targets`` twice a second."""
+    program = prometheus.program("prometheus")
+    assert program is not None
+    (folder / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "unmask", "rules": list(rules)}]}))
+    settings = {
+        "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "1s"},
+        "rule_files": ["rules.yml"],
+        "scrape_configs": [
+            {"job_name": "words", "static_configs": [{"targets": list(targets), "labels": LABELS}]}
+        ],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+    log = folder / "prometheus.log"
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            [
+                program,
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                "--web.listen-address=127.0.0.1:0",
+            ],
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"GOMAXPROCS": "1"},
+        )
+    try:
+        yield Monitor(_address(log, process))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _address(log: Path, process: "subprocess.Popen[bytes]") -> str:
+    """Where it listens, once it says so."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if 'msg="Listening on"' in line:
+                return line.rpartition("address=")[2].strip('" ')
+        time.sleep(0.05)
+    raise AssertionError(f"Prometheus does not start: {log.read_text()[-2000:]}")

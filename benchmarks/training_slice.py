@@ -36,7 +36,7 @@ from unmask.training.distributed import World
 from unmask.training.learner import Learner
 from unmask.training.observation import StepWatch
 from unmask.training.sizing.flops import flops_of
-from unmask.training.steps import gradient_step, micro_batches
+from unmask.training.steps import Totals, gradient_step, micro_batches
 from unmask_api.train_job import Balance, Optimizer, TrainSpec
 
 Json = dict[str, Any]
@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989e12, help="the GPU's dense peak in bfloat16")
     parser.add_argument(
         "--deterministic", action="store_true", help="as `unmask train`: operations that repeat to the bit"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print what one more step spends the GPU's time on"
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -213,7 +216,8 @@ def training_slice(options: argparse.Namespace) -> Json:
     mask = config.mask_token_id
     shape, taken = shape_of(config), []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(options.steps + 2):
+
+    def step() -> Totals:
         torch.cuda.synchronize()
         started = time.perf_counter()
         watch = StepWatch(device)
@@ -228,10 +232,18 @@ def training_slice(options: argparse.Namespace) -> Json:
         ended = time.perf_counter()
         useful = flops_of(shape, watch.work(rows.ids.size)).useful
         taken.append((ended - started, learnt - started, watch.seconds["data"], useful))
+        return totals
+
+    for _ in range(options.steps + 2):
+        totals = step()
     counted = taken[2:]
     seconds, learning, data = (statistics.median(one[place] for one in counted) for place in range(3))
     useful = counted[-1][3]
     tokens = rows.ids.size
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            step()
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=40), flush=True)
     return {
         "layers": options.layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

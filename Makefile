@@ -136,7 +136,7 @@ ablations: setup ## Train the quickstart without each of its parts, over SEEDS s
 	@$(RUN) python benchmarks/ablations.py --seeds $(or $(SEEDS),3) --divide $(or $(DIVIDE),2) \
 	  --words $(or $(WORDS),1000) --report docs/reports/ablations
 
-bench-decode: setup ## Time decoding beside the plain and the published way; BENCH="--only p7" for a part (12 minutes)
+bench-decode: setup ## Time decoding beside the plain and the published way; BENCH="--only p7" for a part (long: a run of the published way takes minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/decode.py $(BENCH)
 
 bench-serve: setup ## Time a server's forwards and what its users wait for; BENCH="--only users" for a part (minutes)

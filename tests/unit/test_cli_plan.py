@@ -12,7 +12,9 @@ from unmask.training.sizing.devices import DEVICES
 
 ROOT = Path(__file__).parents[2]
 CONVERT = {"spec.stages[1].convertTo": "LLaDA2MoeModelLM"}
-EXAMPLES = sorted(ROOT.glob("examples/**/*.yaml"))
+EXAMPLES = sorted(
+    path for path in ROOT.glob("examples/**/*.yaml") if "kind: DiffusionTrainJob" in path.read_text("utf-8")
+)
 
 
 def run(capsys, *args):

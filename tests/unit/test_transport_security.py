@@ -32,8 +32,6 @@ from unmask.transport_security import (
 from unmask.transport_security.certificates import ServerContent, content_for
 from unmask.transport_security.pem import PemFile
 
-NOW = datetime.now(UTC)
-
 
 @pytest.fixture(scope="module")
 def ca() -> Authority:
@@ -261,18 +259,19 @@ def content(pair: Pair, client_ca: bytes | None = None) -> ServerContent:
 
 
 def test_the_decision_is_made_of_contents_and_a_time(ca: Authority, pair: Pair) -> None:
+    moment = datetime.now(UTC)
     now, later = content(pair, ca.pem), content(ca.issue("engine.example"), ca.pem)
-    assert content_for(now, content(pair, ca.pem), NOW) is None
-    assert content_for(now, later, NOW) is later
+    assert content_for(now, content(pair, ca.pem), moment) is None
+    assert content_for(now, later, moment) is later
     other_ca = content(pair, Authority().pem)
-    assert content_for(now, other_ca, NOW) is other_ca
+    assert content_for(now, other_ca, moment) is other_ca
     mixed = replace(later, certificate=now.certificate)
     with pytest.raises(UsageError, match="does not fit"):
-        content_for(now, mixed, NOW)
+        content_for(now, mixed, moment)
     with pytest.raises(UsageError, match="expired"):
-        content_for(now, later, NOW + timedelta(days=3))
+        content_for(now, later, moment + timedelta(days=3))
     # What is in force is not thrown away for its age: there is nothing better.
-    assert content_for(now, content(pair, ca.pem), NOW + timedelta(days=3)) is None
+    assert content_for(now, content(pair, ca.pem), moment + timedelta(days=3)) is None
 
 
 def test_no_key_is_in_what_is_printed(pair: Pair) -> None:

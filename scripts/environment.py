@@ -196,9 +196,14 @@ def _python(folder: Path) -> str:
 
 
 def _uv(folder: Path, *arguments: str, into: Path | None = None) -> None:
-    target = _python(into or folder)
-    command = [str(folder / "bin" / "uv"), "pip", "install", "--quiet", "--python", target]
-    _run([*command, *arguments], env={**os.environ, **_pip_index(folder)})
+    """Install, and compile what was installed.
+
+    Where PYTHONDONTWRITEBYTECODE is set, as in many container images, Python compiles the sources of torch
+    anew in every process that imports it, and the tests start thousands: that is most of what they take.
+    """
+    installer = [str(folder / "bin" / "uv"), "pip", "install", "--quiet", "--compile-bytecode"]
+    command = [*installer, "--python", _python(into or folder), *arguments]
+    _run(command, env={**os.environ, **_pip_index(folder)})
 
 
 def _pip_index(folder: Path) -> dict[str, str]:

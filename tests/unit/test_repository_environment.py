@@ -62,6 +62,7 @@ def test_the_second_environment_is_made_with_the_installer_of_the_first(script, 
     assert [command[0] for command in commands] == [str(first / "bin" / "uv")] * 2
     assert all(str(second / "bin" / "python") in command for command in commands)
     assert "--require-hashes" in commands[0] and commands[1][-1] == str(ROOT)
+    assert all("--compile-bytecode" in command for command in commands)
 
 
 def test_an_environment_without_its_stamp_is_made_anew_and_one_with_it_is_left_alone(

@@ -159,7 +159,7 @@ def test_ranks_that_are_killed_at_any_moment_lose_nothing(
 ):
     run, chance = quiet(ranks, steps=15), random.Random(ranks)
     kills, runs, saves = 0, 0, 0
-    while kills < counts.of(sample=2, full=40):
+    while kills < counts.of(sample=1, full=40):
         name = f"killed-{ranks}-{runs}"
         job = job_in(
             folder,
@@ -172,7 +172,7 @@ def test_ranks_that_are_killed_at_any_moment_lose_nothing(
         while any(codes):
             before = len(server.requests)
             processes = start_machines(job, server, tmp_path / name, ranks=ranks)
-            if kills < counts.of(sample=2, full=40):
+            if kills < counts.of(sample=1, full=40):
                 # So many requests later, which are most dense in saves.
                 until = before + chance.randrange(60)
                 wait_for(lambda until=until: len(server.requests) >= until, *processes)

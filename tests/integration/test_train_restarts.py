@@ -66,7 +66,7 @@ def test_a_run_killed_at_random_moments_computes_what_an_undisturbed_run_does(
     undisturbed, record_measurement
 ):
     folder, ranks = undisturbed
-    kills, runs = killed_until(counts.of(sample=8, full=150), folder, ranks=ranks)
+    kills, runs = killed_until(counts.of(sample=3, full=150), folder, ranks=ranks)
     _record(record_measurement, ranks, kills, runs)
 
 
@@ -75,7 +75,7 @@ def test_four_ranks_killed_at_random_moments_compute_what_an_undisturbed_run_doe
     tmp_path, record_measurement
 ):
     train_to_the_end(job_in(tmp_path, "undisturbed"), ranks=4)
-    kills, runs = killed_until(counts.of(sample=2, full=30), tmp_path, ranks=4)
+    kills, runs = killed_until(counts.of(sample=1, full=30), tmp_path, ranks=4)
     _record(record_measurement, 4, kills, runs)
 
 

@@ -26,8 +26,8 @@ from unmask.training.object_store import ObjectStore
 from unmask_api.model import JobModel
 from unmask_api.places import working_folder
 from unmask_api.train_job import DiffusionTrainJob
+from unmask_operator.job_models import look_up
 from unmask_operator.launch.supervisor import progress
-from unmask_operator.training.source import look_up
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/use-object-stores.md"
 SHARED = {"shard": "Full", "microBatchRows": 2}

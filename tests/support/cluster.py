@@ -13,8 +13,8 @@ from typing import Any
 from support.manifests import changed, train_job
 from unmask_operator.decision import Answer, Decision, JsonObject, Observed
 from unmask_operator.launch.admission import admit
+from unmask_operator.times import stamp
 from unmask_operator.training import Settings, reconciler
-from unmask_operator.training.times import stamp
 
 __all__ = ["START", "Cluster"]
 

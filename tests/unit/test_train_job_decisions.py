@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support import counts
 from support.cluster import RECONCILER, START, Cluster
 from unmask_operator.decision import Answer, Decision
+from unmask_operator.times import seconds, stamp
 from unmask_operator.training import Settings, reconciler
-from unmask_operator.training.times import seconds, stamp
 
 TWO_NODES = {"spec.parallelism.nodes": 2}
 EXIT = {
@@ -172,7 +172,7 @@ def test_a_job_waits_for_the_job_whose_model_it_begins_with_and_then_keeps_where
             None,
             other("Failed"),
             "ModelJobFailed",
-            "job first, whose model this one begins with, failed: as told",
+            "job first, whose model is needed here, failed: as told",
         ),
         ("b", other("Complete"), "ModelJobFailed", "exports no stage b: it exports a, c"),
         ("x", other(stages=[{"name": "x"}]), "ModelJobFailed", "exports no stage x: it exports none"),

@@ -14,7 +14,7 @@ from support.cluster import Cluster
 from support.fault_rig import Clock
 from unmask_operator.control.manager import Manager
 from unmask_operator.reconcilers import RECONCILERS
-from unmask_operator.training.times import seconds, stamp
+from unmask_operator.times import seconds, stamp
 
 
 def running(**more: object) -> Cluster:

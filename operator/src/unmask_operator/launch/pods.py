@@ -6,8 +6,6 @@ twice gives the same objects.
 """
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from unmask_operator.launch.amounts import GPU
 from unmask_operator.launch.application import of_job
 from unmask_operator.launch.attempts import FINAL
 from unmask_operator.launch.job_file import canonical
+from unmask_operator.launch.templates import amounts, container_security, cores, overlaid, pod_security
 from unmask_operator.launch.volumes import claims, resolve
 
 __all__ = [
@@ -55,7 +54,6 @@ _SCRATCH_FOLDER = "/scratch"
 _INDEX = "JOB_COMPLETION_INDEX"
 _INDEX_FIELD = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 _NCCL_PORTS = "40000 40999"
-_USER = 10001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +201,7 @@ def _template(attempt: Attempt) -> Json:
     if spec.credentials:  # what stands in env comes before them
         container["envFrom"] = [{"secretRef": {"name": name}} for name in spec.credentials]
     if spec.pod_template:
-        template = _overlaid(template, spec.pod_template)
+        template = overlaid(template, spec.pod_template)
         for one in template["spec"]["containers"]:
             if one["name"] == CONTAINER:
                 names = {entry["name"] for entry in protected}
@@ -262,14 +260,7 @@ def _harden(pod: Json, container: Json, attempt: Attempt) -> None:
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": spec.termination_grace_period_seconds,
         "schedulerName": scheduling.scheduler_name,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "fsGroup": _USER,
-            "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_security(),
         "nodeSelector": dict(spec.node_selector),
         "tolerations": [one.to_json_dict() for one in spec.tolerations],
         "volumes": _volumes(attempt),
@@ -287,14 +278,9 @@ def _harden(pod: Json, container: Json, attempt: Attempt) -> None:
         ports["metrics"] = spec.telemetry.port
     container |= {
         "imagePullPolicy": "IfNotPresent",
-        "resources": _resources(attempt.job),
+        "resources": amounts(spec.resources),
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "privileged": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": _mounts(attempt),
     }
@@ -328,14 +314,6 @@ def _mounts(attempt: Attempt) -> list[Json]:
     ]
 
 
-def _resources(job: DiffusionTrainJob) -> Json:
-    """Return requests and limits as text; what has a limit alone is requested as much."""
-    amounts = job.spec.resources
-    limits = {name: str(value) for name, value in amounts.limits.items()}
-    requests = limits | {name: str(value) for name, value in amounts.requests.items()}
-    return {"limits": limits, "requests": requests}
-
-
 def _needs_scratch(job: DiffusionTrainJob) -> bool:
     """Whether the run or a model that it begins with is in an object store, and so copied to the pod."""
     model = job.spec.model
@@ -349,15 +327,7 @@ def _gpus(job: DiffusionTrainJob) -> bool:
 
 def _threads(job: DiffusionTrainJob) -> int:
     """Return a process's fair share of the cores its pod asks for; one where that is not said."""
-    amounts = job.spec.resources
-    text = str(amounts.limits.get("cpu", amounts.requests.get("cpu", "1")))
-    try:
-        cores = float(text[:-1]) / 1000 if text.endswith("m") else float(text)
-    except ValueError:  # the API server will refuse it, with a better message
-        return 1
-    if not math.isfinite(cores):
-        return 1
-    return max(1, int(cores) // job.spec.parallelism.processes_per_node)
+    return max(1, cores(job.spec.resources) // job.spec.parallelism.processes_per_node)
 
 
 def _affinity(attempt: Attempt) -> Json:
@@ -383,31 +353,3 @@ def _least(job: DiffusionTrainJob) -> int:
 def _object(api_version: str, kind: str, attempt: Attempt) -> Json:
     metadata = {"name": attempt.name, "labels": attempt.labels}
     return {"apiVersion": api_version, "kind": kind, "metadata": metadata}
-
-
-def _overlaid(below: Any, above: Any) -> Any:
-    """Lay ``above`` over ``below``: objects merge, so do lists of named things, all else is replaced."""
-    if isinstance(below, Mapping) and isinstance(above, Mapping):
-        merged = dict(below)
-        for key, value in above.items():
-            if value is None:
-                merged.pop(key, None)
-            else:
-                merged[key] = _overlaid(merged[key], value) if key in merged else copy.deepcopy(value)
-        return merged
-    if _named(below) and _named(above):
-        merged_list = list(below)
-        places = {entry["name"]: place for place, entry in enumerate(merged_list)}
-        for entry in above:
-            if (place := places.get(entry["name"])) is None:
-                merged_list.append(copy.deepcopy(entry))
-            else:
-                merged_list[place] = _overlaid(merged_list[place], entry)
-        return merged_list
-    return copy.deepcopy(above)
-
-
-def _named(value: object) -> bool:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return False
-    return all(isinstance(entry, Mapping) and "name" in entry for entry in value)

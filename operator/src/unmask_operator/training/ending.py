@@ -4,11 +4,11 @@ from unmask_api.train_job import TrainSpec
 from unmask_api.train_status import Failure
 from unmask_operator.decision import Deletion, Event, JsonObject
 from unmask_operator.launch.report import CheckpointReport, Termination
+from unmask_operator.times import seconds, stamp
 from unmask_operator.training import reading
 from unmask_operator.training.failure import Action, action, cause
 from unmask_operator.training.passes import Pass
 from unmask_operator.training.progress import checkpoint, percentage
-from unmask_operator.training.times import seconds, stamp
 
 __all__ = ["clean_up", "end", "fail", "fail_if_late", "give_up", "next_attempt", "remember"]
 

@@ -17,7 +17,7 @@ from unmask_operator.decision import JsonObject
 from unmask_operator.launch.attempts import Next, after
 from unmask_operator.launch.pods import CONTAINER
 from unmask_operator.launch.report import Termination
-from unmask_operator.training.times import seconds, stamp
+from unmask_operator.times import seconds, stamp
 
 __all__ = ["Action", "action", "cause"]
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from unmask_api.train_job import DiffusionTrainJob, TrainSpec
+from unmask_operator import pods_seen
 from unmask_operator.decision import Event, JsonObject
+from unmask_operator.times import seconds, stamp
 from unmask_operator.training import reading
 from unmask_operator.training.ending import give_up, next_attempt, remember
 from unmask_operator.training.gang import DROPPED
 from unmask_operator.training.passes import Pass
 from unmask_operator.training.starting import objects_of, service_of
-from unmask_operator.training.times import seconds, stamp
 from unmask_operator.training.watching import watch
 
 __all__ = ["follow"]
@@ -34,7 +35,7 @@ def follow(turn: Pass, job: DiffusionTrainJob, current: JsonObject) -> None:
     _read_gang_back(turn, current)
     pods = turn.pods(current)
     nodes = current["spec"].get("parallelism", 1)
-    ready = [pod for pod in pods if reading.is_ready(pod)]
+    ready = [pod for pod in pods if pods_seen.is_ready(pod)]
     failed = [pod for pod in pods if pod.get("status", {}).get("phase") == "Failed"]
     turn.status["nodes"] = {"desired": nodes, "ready": len(ready), "failed": len(failed)}
     turn.conditions.set("Stalled", "False", "Following")
@@ -111,7 +112,7 @@ def _read_gang_back(turn: Pass, current: JsonObject) -> None:
 def _place(turn: Pass, spec: TrainSpec, current: JsonObject, pods: Sequence[JsonObject], nodes: int) -> str:
     """Say whether all pods have a machine; return what stands in the way, or nothing."""
     groups = [one for one in turn.children("PodGroup") if reading.attempt_of(one) == turn.number]
-    if text := reading.unplaced(pods, groups):
+    if text := pods_seen.unplaced(pods, groups):
         turn.conditions.set("Scheduled", "False", "Unschedulable", text)
         return text
     placed = [pod for pod in pods if pod.get("spec", {}).get("nodeName")]
@@ -121,7 +122,7 @@ def _place(turn: Pass, spec: TrainSpec, current: JsonObject, pods: Sequence[Json
     name = current["metadata"]["name"]
     reason, text = "Pending", f"{len(pods)} of {nodes} pods exist"
     if len(pods) < nodes:
-        word, said = reading.refused_pods(current, turn.children("JobWarning"))
+        word, said = pods_seen.refused_pods(current, turn.children("JobWarning"))
         reason = word or reason
         text = said or f"{text}; if that stays so, see: kubectl describe job {name}"
     turn.conditions.set("Scheduled", "False", reason, text)
@@ -132,7 +133,7 @@ def _starts(
     turn: Pass, spec: TrainSpec, current: JsonObject, pods: Sequence[JsonObject], waits_for: str
 ) -> None:
     """Wait for the pods to run, but not for ever."""
-    reason, text = reading.cannot_start(pods, turn.children("PodWarning"))
+    reason, text = pods_seen.cannot_start(pods, turn.children("PodWarning"))
     obstacle = text or waits_for or "the pods are starting"
     turn.conditions.set("Running", "False", reason or "Starting", obstacle)
     turn.set_state("Starting")

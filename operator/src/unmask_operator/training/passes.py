@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unmask_api.train_status import Failure
+from unmask_operator import pods_seen
+from unmask_operator.conditions import Conditions
 from unmask_operator.decision import Decision, Deletion, Event, JsonObject, Observed, Question
+from unmask_operator.times import stamp
 from unmask_operator.training import reading
-from unmask_operator.training.conditions import Conditions
-from unmask_operator.training.times import stamp
 
 __all__ = ["Pass", "Settings"]
 
@@ -120,7 +121,7 @@ class Pass:
         pods = [
             pod
             for pod in self.children("Pod")
-            if reading.attempt_of(pod) != self.number and reading.is_running(pod)
+            if reading.attempt_of(pod) != self.number and pods_seen.is_running(pod)
         ]
         if not old and not pods:  # their addresses and job files are of no use any more
             for kind in ("Service", "ConfigMap", "PodGroup"):

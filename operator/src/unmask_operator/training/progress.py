@@ -2,7 +2,7 @@
 
 from unmask_operator.decision import JsonObject
 from unmask_operator.launch.report import CheckpointReport, Report
-from unmask_operator.training.times import stamp
+from unmask_operator.times import stamp
 
 __all__ = ["checkpoint", "percentage", "progress"]
 

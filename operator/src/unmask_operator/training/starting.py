@@ -5,13 +5,13 @@ from collections.abc import Collection
 from unmask.errors import UsageError
 from unmask_api.train_job import DiffusionTrainJob, ModelInit, TrainSpec
 from unmask_operator.decision import Event, JsonObject
+from unmask_operator.job_models import look_up
 from unmask_operator.launch import pods as rendering
 from unmask_operator.launch.pods import Attempt, GangBy
+from unmask_operator.times import seconds
 from unmask_operator.training.ending import clean_up, fail
 from unmask_operator.training.gang import who_starts, without
 from unmask_operator.training.passes import Pass
-from unmask_operator.training.source import look_up
-from unmask_operator.training.times import seconds
 
 __all__ = ["objects_of", "service_of", "start"]
 

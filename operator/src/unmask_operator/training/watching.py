@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from unmask_api.train_job import TrainSpec
+from unmask_operator import pods_seen
 from unmask_operator.decision import JsonObject, Question
 from unmask_operator.launch.report import Report, StackReport
+from unmask_operator.times import seconds
 from unmask_operator.training import reading
 from unmask_operator.training.ending import give_up
 from unmask_operator.training.passes import Pass
 from unmask_operator.training.progress import checkpoint, progress
-from unmask_operator.training.times import seconds
 
 __all__ = ["watch"]
 
@@ -32,7 +33,7 @@ def watch(turn: Pass, spec: TrainSpec, current: JsonObject, ready: Sequence[Json
     report = Report.read(answer.text) if answer else None
     if answer and report and report.attempt == turn.status["attempt"]:
         _note(turn, report, answer.at)
-    since = max((reading.running_since(pod) or 0.0 for pod in ready), default=0.0)
+    since = max((pods_seen.running_since(pod) or 0.0 for pod in ready), default=0.0)
     _judge(turn, spec, current, ready, since or turn.now)
 
 
@@ -87,7 +88,7 @@ def _stacks(turn: Pass, pods: Sequence[JsonObject]) -> list[str]:
 
 
 def _question(spec: TrainSpec, pod: JsonObject, what: str) -> Question:
-    address = f"http://{reading.host(_address(pod))}:{spec.observability.port}"
+    address = f"http://{pods_seen.host(_address(pod))}:{spec.observability.port}"
     return Question(pod["metadata"]["uid"], f"{address}/{what}")
 
 

@@ -1,4 +1,4 @@
-"""The model of another job as a job's first weights: where it lies, or why it is not there."""
+"""The model that a training job has made, for another resource: where it lies, or why it is not there."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +32,7 @@ def look_up(source: JobModel, other: JsonObject | None) -> Found:
     conditions = {one["type"]: one for one in (other.get("status") or {}).get("conditions", ())}
     if conditions.get("Failed", {}).get("status") == "True":
         why = conditions["Failed"].get("message") or conditions["Failed"].get("reason")
-        return Found("Never", f"job {source.name}, whose model this one begins with, failed: {why}"[:2048])
+        return Found("Never", f"job {source.name}, whose model is needed here, failed: {why}"[:2048])
     if conditions.get("Complete", {}).get("status") != "True":
         state = (other.get("status") or {}).get("state") or "New"
         return Found("Waiting", f"waiting for the model of job {source.name}, which is {state}")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from unmask_operator.decision import JsonObject
-from unmask_operator.training.times import seconds
+from unmask_operator.times import seconds
 
 __all__ = ["Conditions"]
 

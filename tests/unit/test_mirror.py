@@ -388,6 +388,29 @@ def test_a_run_is_fetched_and_verified(machine, uri, tmp_path):
         fetch("/a/path", tmp_path / "other")
 
 
+def test_what_is_there_is_not_fetched_again_where_that_is_asked_for(machine, uri, tmp_path, monkeypatch):
+    mirror, _ = machine()
+    model_in(mirror, "model", b"first")
+    mirror.publish("model")
+    target = tmp_path / "copies" / "one"
+    first = fetch(f"{uri}/model", target, if_missing=True)
+    assert first is not None and first.files > 0
+    inside = (target / "model.safetensors").stat().st_mtime_ns
+    assert fetch(f"{uri}/model", target, if_missing=True) is None
+    assert (target / "model.safetensors").stat().st_mtime_ns == inside
+    other, download = tmp_path / "copies" / "other", ObjectStore.download
+
+    def while_another_is_faster(*values):
+        monkeypatch.setattr(ObjectStore, "download", download)
+        fetch(f"{uri}/model", other)
+        download(*values)
+
+    monkeypatch.setattr(ObjectStore, "download", while_another_is_faster)
+    assert fetch(f"{uri}/model", other, if_missing=True) is None
+    assert (other / "config.json").exists()
+    assert sorted(path.name for path in other.parent.iterdir()) == ["one", "other"], "nothing is left over"
+
+
 # The store itself
 
 

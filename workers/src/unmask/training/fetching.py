@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 from unmask.errors import ModelError, UnmaskError, UsageError
 from unmask.models.folder import CHECKSUMS, verify_checksums
@@ -25,16 +26,32 @@ class Fetched:
     """Of the files, those that were compared with a digest of theirs."""
 
 
-def fetch(uri: str, target: Path) -> Fetched:
+@overload
+def fetch(uri: str, target: Path, *, if_missing: Literal[False] = False) -> Fetched: ...
+
+
+@overload
+def fetch(uri: str, target: Path, *, if_missing: bool) -> Fetched | None: ...
+
+
+def fetch(uri: str, target: Path, *, if_missing: bool = False) -> Fetched | None:
     """Copy all objects below ``uri`` into the folder ``target``, which appears when all are there and right.
 
+    Args:
+        uri: A place in an object store.
+        target: The folder; its parents are made.
+        if_missing: Do nothing, and return ``None``, where it exists, also where another process has made it
+            meanwhile: several may share a volume.
+
     Raises:
-        UsageError: ``target`` exists, or ``uri`` is in no object store.
+        UsageError: ``target`` exists, and that is not allowed; or ``uri`` is in no object store.
         ModelError: There is nothing, or a file is not what its checksums or manifest say.
         UnmaskError: The store does not answer.
     """
     if not in_store(uri):
         raise UsageError(f"{uri}: not in an object store; give a uri such as s3://bucket/path")
+    if target.exists() and if_missing:
+        return None
     if target.exists():
         raise UsageError(f"{target}: exists already; choose another folder, or remove it")
     store = ObjectStore(uri)
@@ -51,7 +68,12 @@ def fetch(uri: str, target: Path) -> Fetched:
                 store.download(name, scratch / name)
             verified = _verify(scratch, store)
             scratch.chmod(0o755)
-            scratch.replace(target)
+            try:
+                scratch.replace(target)
+            except OSError:
+                if if_missing and target.is_dir():  # another process was faster
+                    return None
+                raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:

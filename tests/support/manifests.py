@@ -1,6 +1,6 @@
-"""Builders of DiffusionTrainJob manifests, and the table of those that must be refused.
+"""Builders of manifests of both kinds, and the tables of those that must be refused.
 
-The table is data, so that local admission and a real API server can be held to the same verdicts.
+The tables are data, so that local admission and a real API server can be held to the same verdicts.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import yaml
 
-__all__ = ["REFUSED", "Refused", "changed", "train_job"]
+__all__ = ["REFUSED", "REFUSED_SERVICES", "Refused", "changed", "inference_service", "train_job"]
 
 Json = dict[str, Any]
 
@@ -64,6 +64,18 @@ def train_job(**spec: Any) -> Json:
     return cast(Json, json.loads(json.dumps(job)))  # no part is shared
 
 
+def inference_service(**spec: Any) -> Json:
+    """Return a valid service of two groups, each an engine and two shards; ``spec`` replaces fields of its
+    spec."""
+    service = {
+        "apiVersion": "unmask.dev/v1alpha1",
+        "kind": "DiffusionInferenceService",
+        "metadata": {"name": "chat"},
+        "spec": {"model": {"uri": "pvc://models/mini"}, "replicas": 2, "group": {"shards": 2}} | spec,
+    }
+    return cast(Json, json.loads(json.dumps(service)))
+
+
 def changed(manifest: Json, values: Json, drop: tuple[str, ...] = ()) -> Json:
     """Return a copy with the fields of ``values`` (by path: ``spec.stages[1].name``) set, others dropped."""
     manifest = copy.deepcopy(manifest)
@@ -95,19 +107,20 @@ def _parent(manifest: Json, path: str) -> tuple[Any, str | int]:
     return target, last
 
 
-def _refused(entry: Json) -> Refused:
+def _refused(entry: Json, manifest: Json) -> Refused:
     values, drop = entry.get("set", {}), tuple(entry.get("drop", "").split())
     return Refused(
         why=entry["why"],
-        manifest=changed(train_job(), values, drop),
+        manifest=changed(manifest, values, drop),
         field=entry.get("field") or [*values, *drop][0],
         says=entry["says"],
     )
 
 
-REFUSED = tuple(
-    _refused(entry)
-    for entry in yaml.safe_load(
-        Path(__file__).with_name("refused_train_jobs.yaml").read_text(encoding="utf-8")
-    )
-)
+def _table(name: str, manifest: Json) -> tuple[Refused, ...]:
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    return tuple(_refused(entry, manifest) for entry in yaml.safe_load(text))
+
+
+REFUSED = _table("refused_train_jobs.yaml", train_job())
+REFUSED_SERVICES = _table("refused_inference_services.yaml", inference_service())

@@ -99,6 +99,7 @@ IDENTIFIER = r"^[A-Za-z_][A-Za-z0-9_]*$"
 URI = r"^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?|(/[^/]+)+/?)$"
 OBJECT_NAME = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 FILE_WORD = r"^[A-Za-z0-9_.-]+$"
+METRIC = r"^[a-zA-Z_:][a-zA-Z0-9_:]*$"
 STORE_URI = rf"{URI[:-2]}|(s3|gs|az|abfs)://[^ /]+(/[^ /]+)*/?)$"
 DATA_URI = rf"{URI[:-2]}|(file|memory|s3|gs|az|abfs|http|https|hf)://[^ ]+)$"
 
@@ -111,6 +112,7 @@ PATTERNS = {
     DATA_URI: "pvc://CLAIM/path, an absolute path inside the worker, or a file that fsspec reads, "
     "such as s3://BUCKET/path or gs://BUCKET/path",
     FILE_WORD: "letters, digits, dots, dashes and underscores",
+    METRIC: "the name of a metric of Prometheus: letters, digits, underscores and colons",
     URI: "pvc://CLAIM/path, or an absolute path inside the worker",
     STORE_URI: "pvc://CLAIM/path, an absolute path inside the worker, or a place in an object store, such as"
     " s3://BUCKET/path, gs://BUCKET/path or az://CONTAINER/path",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unmask_api.base import GROUP, ApiModel
+from unmask_api.inference_service import DiffusionInferenceService
 from unmask_api.train_job import DiffusionTrainJob
 
 __all__ = ["RESOURCES", "Column", "Resource", "definition", "schema"]
@@ -77,6 +78,27 @@ RESOURCES = (
             Column(name="Nodes", path=".spec.parallelism.nodes", type="integer", priority=1),
             Column(name="Checkpoint", path=".status.checkpoint.latestStep", type="integer", priority=1),
             Column(name="Reason", path=".status.failure.reason", priority=1),
+        ),
+    ),
+    Resource(
+        model=DiffusionInferenceService,
+        plural="diffusioninferenceservices",
+        short_name="dis",
+        scale={
+            "specReplicasPath": ".spec.replicas",
+            "statusReplicasPath": ".status.replicas",
+            "labelSelectorPath": ".status.selector",
+        },
+        columns=(
+            Column(name="State", path=".status.state"),
+            Column(name="Groups", path=".spec.replicas", type="integer"),
+            Column(name="Available", path=".status.availableReplicas", type="integer"),
+            Column(name="Updated", path=".status.updatedReplicas", type="integer"),
+            Column(name="Age", path=".metadata.creationTimestamp", type="date"),
+            Column(name="Shards", path=".spec.group.shards", type="integer", priority=1),
+            Column(name="Revision", path=".status.updateRevision", priority=1),
+            Column(name="Model", path=".status.model.uri", priority=1),
+            Column(name="Endpoint", path=".status.endpoint", priority=1),
         ),
     ),
 )

@@ -67,7 +67,7 @@ def _sections(path: str, node: Json) -> Iterator[str]:
     yield from ([""] if rules else [])
     yield from (f"- {rule['message']}: `{rule['rule']}`" for rule in rules)
     for key, child in node["properties"].items():
-        inner, suffix = (child["items"], "[]") if child["type"] == "array" else (child, "")
+        inner, suffix = (child["items"], "[]") if "items" in child else (child, "")
         if "properties" in inner:
             yield from _sections(f"{path}.{key}{suffix}", inner)
 
@@ -81,6 +81,6 @@ def _row(key: str, node: Json, required: bool) -> str:
 
 def _default(node: Json) -> str:
     """Return the default for a table; that of an object is told by its own fields."""
-    if "default" not in node or node["type"] == "object":
+    if "default" not in node or node.get("type") == "object":
         return ""
     return f"`{json.dumps(node['default'])}`"

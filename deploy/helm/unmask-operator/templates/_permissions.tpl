@@ -129,6 +129,33 @@
   - diffusiontrainjobs/status
   verbs:
   - get
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices
+  verbs:
+  - create
+  - delete
+  - deletecollection
+  - get
+  - list
+  - patch
+  - update
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/scale
+  verbs:
+  - get
+  - patch
+  - update
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/status
+  verbs:
+  - get
 {{- end }}
 
 {{- define "unmask-operator.viewerRules" -}}
@@ -150,6 +177,26 @@
   - unmask.dev
   resources:
   - diffusiontrainjobs/status
+  verbs:
+  - get
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices
+  verbs:
+  - get
+  - list
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/scale
+  verbs:
+  - get
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/status
   verbs:
   - get
 {{- end }}

@@ -8,7 +8,7 @@ the line, the field, what was found, and what is allowed.
 import difflib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from pydantic_core import ErrorDetails
 from unmask.errors import UsageError
 from unmask_api import crd
 from unmask_api.base import DECIMAL, GROUP, ApiModel, Rule
+from unmask_api.inference_service import DiffusionInferenceService
 from unmask_api.reference import allowed, type_name
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator import yaml_dialect
 
-__all__ = ["AdmissionError", "admit", "field_path", "read_manifest"]
+__all__ = ["AdmissionError", "admit", "admit_any", "admit_service", "field_path", "read_any", "read_manifest"]
 
 Json = dict[str, Any]
+Manifest = DiffusionTrainJob | DiffusionInferenceService
 _CONSEQUENCE = "default_factory_not_called"  # what pydantic adds to the error in another field
 FieldPath = tuple[str | int, ...]
 
@@ -40,23 +42,49 @@ class AdmissionError(UsageError):
 
 
 def read_manifest(path: Path) -> DiffusionTrainJob:
-    """Read and admit the manifest at ``path``; raises :class:`AdmissionError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise AdmissionError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
-    return admit(text, source=str(path))
+    """Read and admit the training job at ``path``; raises :class:`AdmissionError`."""
+    return admit(_text_of(path), source=str(path))
+
+
+def read_any(path: Path) -> Manifest:
+    """Read and admit the manifest at ``path``, of whichever kind; raises :class:`AdmissionError`."""
+    return admit_any(_text_of(path), source=str(path))
 
 
 def admit(text: str, *, source: str = "manifest") -> DiffusionTrainJob:
     """Return the job that ``text`` describes, with its defaults; raises :class:`AdmissionError`."""
+    admitted = _admit(text, source, (DiffusionTrainJob,))
+    assert isinstance(admitted, DiffusionTrainJob)
+    return admitted
+
+
+def admit_service(text: str, *, source: str = "manifest") -> DiffusionInferenceService:
+    """Return the service that ``text`` describes, with its defaults; raises :class:`AdmissionError`."""
+    admitted = _admit(text, source, (DiffusionInferenceService,))
+    assert isinstance(admitted, DiffusionInferenceService)
+    return admitted
+
+
+def admit_any(text: str, *, source: str = "manifest") -> Manifest:
+    """Return what ``text`` describes, of whichever kind; raises :class:`AdmissionError`."""
+    return _admit(text, source, (DiffusionTrainJob, DiffusionInferenceService))
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise AdmissionError(f"{path}: cannot be read ({reason}); give the path of a manifest") from None
+
+
+def _admit(text: str, source: str, models: Sequence[type[Manifest]]) -> Manifest:
     try:
         document = yaml_dialect.load(text)
     except yaml_dialect.YAMLError as error:
         raise AdmissionError(f"{source}: not valid YAML: {_one_line(error)}") from None
     try:
-        return _admit_object(document)
+        return _admit_object(document, models)
     except _RefusedError as refusal:
         path = field_path(refusal.path)
         where = f"{source}:{yaml_dialect.line_of(text, refusal.path)}"
@@ -77,20 +105,20 @@ class _RefusedError(Exception):
         self.problem = problem
 
 
-def _admit_object(document: object) -> DiffusionTrainJob:
-    resource = _resource_of(document)
-    schema = _schema_of(resource.model)
+def _admit_object(document: object, models: Sequence[type[Manifest]]) -> Manifest:
+    model = _model_of(document, models)
+    schema = _schema_of(model)
     try:
         text = json.dumps(_without_nulls(document, schema), allow_nan=False)
     except ValueError:
         raise _RefusedError((), "numbers must be finite: JSON has no infinity and no NaN") from None
     try:
-        job = DiffusionTrainJob.from_json(text)
+        admitted = model.from_json(text)
     except ValidationError as error:
         raise _structure_refusal(error, schema) from None
-    for path, rule in _broken_rules(job, ()):
+    for path, rule in _broken_rules(admitted, ()):
         raise _RefusedError((*path, *_parts(rule.field_path)), f": {rule.message}")
-    return job
+    return admitted
 
 
 @functools.cache
@@ -99,18 +127,17 @@ def _schema_of(model: type[ApiModel]) -> Json:
     return crd.schema(model)
 
 
-def _resource_of(document: object) -> crd.Resource:
+def _model_of(document: object, models: Sequence[type[Manifest]]) -> type[Manifest]:
     if not isinstance(document, dict):
         raise _RefusedError(
             (), f"got {_shown(document)}; a manifest is a mapping with apiVersion, kind, metadata and spec"
         )
-    for key, values in (
-        ("apiVersion", [f"{GROUP}/{resource.version}" for resource in crd.RESOURCES]),
-        ("kind", [resource.kind for resource in crd.RESOURCES]),
-    ):
+    versions = dict.fromkeys(f"{GROUP}/{one.version}" for one in crd.RESOURCES if one.model in models)
+    kinds = {model.__name__: model for model in models}
+    for key, values in (("apiVersion", list(versions)), ("kind", list(kinds))):
         if document.get(key) not in values:
             raise _RefusedError((key,), f": got {_shown(document.get(key))}; allowed: {' | '.join(values)}")
-    return next(resource for resource in crd.RESOURCES if resource.kind == document["kind"])
+    return kinds[document["kind"]]
 
 
 def _without_nulls(value: Any, node: Json) -> Any:

@@ -8,6 +8,7 @@ import click
 from unmask.errors import ModelError, UnmaskError, UsageError
 
 if TYPE_CHECKING:
+    from unmask_api.inference_service import DiffusionInferenceService
     from unmask_api.train_job import DiffusionTrainJob
 
 __all__ = ["command", "read_job"]
@@ -24,7 +25,7 @@ def command(context: click.Context, files: tuple[Path, ...]) -> None:
     code = 0
     for path in files:
         try:
-            click.echo(f"{path}: {summary(read_job(path))}")
+            click.echo(f"{path}: {_checked(path)}")
         except UnmaskError as error:
             click.echo(f"error: {error}", err=True)
             code = code or error.exit_code
@@ -32,10 +33,24 @@ def command(context: click.Context, files: tuple[Path, ...]) -> None:
 
 
 def read_job(path: Path) -> "DiffusionTrainJob":
-    """Read and admit the manifest at ``path``; an inline model config is checked too."""
+    """Read and admit the job at ``path``; an inline model config is checked too."""
     from unmask_operator.launch.admission import read_manifest
 
-    job = read_manifest(path)
+    return _with_model(path, read_manifest(path))
+
+
+def _checked(path: Path) -> str:
+    """Sum up the manifest at ``path``, of whichever kind, once it is admitted."""
+    from unmask_api.train_job import DiffusionTrainJob
+    from unmask_operator.launch.admission import read_any
+
+    manifest = read_any(path)
+    if isinstance(manifest, DiffusionTrainJob):
+        return summary(_with_model(path, manifest))
+    return _summary_of_service(manifest)
+
+
+def _with_model(path: Path, job: "DiffusionTrainJob") -> "DiffusionTrainJob":
     if job.spec.model.init.config is not None:
         from unmask.models.registry import parse_config
 
@@ -52,4 +67,13 @@ def summary(job: "DiffusionTrainJob") -> str:
     return (
         f"{job.kind} {job.metadata.name} is valid: {stages} stage{'s' * (stages > 1)},"
         f" {steps} step{'s' * (steps > 1)}"
+    )
+
+
+def _summary_of_service(service: "DiffusionInferenceService") -> str:
+    """Say in a line what ``service`` will be made of."""
+    groups, shards = service.spec.replicas, service.spec.group.shards
+    return (
+        f"{service.kind} {service.metadata.name} is valid: {groups} group{'s' * (groups != 1)}"
+        f" of an engine{f' and {shards} shard' if shards else ''}{'s' * (shards > 1)}"
     )

@@ -1,0 +1,1 @@
+"""DiffusionInferenceService on a cluster: pure decisions from what is observed to what should be."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from unmask_api.inference_service import ServedJob
 from unmask_api.train_job import JobModel
 from unmask_operator.decision import JsonObject
 
@@ -19,7 +20,7 @@ class Found:
     """The URI where it is ready, else a sentence for people."""
 
 
-def look_up(source: JobModel, other: JsonObject | None) -> Found:
+def look_up(source: JobModel | ServedJob, other: JsonObject | None) -> Found:
     """Return what there is of ``source``, ``other`` being the job of that name, if there is one."""
     if other is None:
         return Found("Missing", f"there is no DiffusionTrainJob {source.name} in this namespace: make it")

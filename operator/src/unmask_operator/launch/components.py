@@ -7,14 +7,16 @@ environment and resources of the role.
 ``unmask.train`` and ``unmask.serve`` are for ``torchx run`` on any of its schedulers.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchx.specs import NULL_RESOURCE, AppDef, Resource, Role, macros
 
+from unmask_api.inference_service import Group, Server
 from unmask_operator.launch.admission import read_manifest
 from unmask_operator.launch.amounts import resource
 
-__all__ = ["MEETING", "serve", "server", "train", "trainer"]
+__all__ = ["MEETING", "copier", "engine", "serve", "server", "shard", "train", "trainer"]
 
 MEETING = "UNMASK_MEETING_HOST_IN"
 """Variable that names the one in which a scheduler of TorchX puts the first node's address."""
@@ -108,6 +110,149 @@ def server(
         port_map={"grpc": port, "metrics": metrics_port},
         resource=amounts,
     )
+
+
+def engine(
+    model: str,
+    name: str,
+    answering: Server,
+    group: Group,
+    *,
+    shards: Sequence[str] = (),
+    shards_name: str = "",
+    certificates: Mapping[str, str],
+    image: str = "",
+    device: str = "cpu",
+    python: str = "python",
+) -> Role:
+    """Return the role of the engine of a group.
+
+    Args:
+        model: folder of the model.
+        name: what requests call it.
+        answering: how it answers.
+        group: what else the group is.
+        shards: HOST:PORT of each shard; empty where there are none.
+        shards_name: what the certificate of shards has to name.
+        certificates: folders of ``server``, ``clients`` and ``group``, as far as there is TLS.
+        image: container image.
+        device: where to compute.
+        python: the interpreter.
+    """
+    options: dict[str, object] = {
+        "host": "0.0.0.0",
+        "port": answering.port,
+        "metrics-port": answering.metrics_port,
+        "http-port": answering.http_port,
+        "name": name,
+        "rows": answering.rows,
+        "context": answering.context,
+        "cache-mib": answering.cache_mib,
+        "max-positions": answering.max_positions,
+        "max-queue": answering.max_queue,
+        "max-queue-tokens": answering.max_queue_tokens,
+        "max-request-seconds": answering.max_request_seconds,
+        "max-connection-age-seconds": answering.max_connection_age_seconds,
+        "drain-seconds": answering.drain_seconds,
+        "device": device,
+        "quantization": None if answering.quantization == "None" else answering.quantization.lower(),
+        "threads": answering.threads,
+    }
+    if answering.tls:
+        options |= _pair("tls", certificates["server"])
+        if answering.tls.client_ca_secret_name:
+            options["tls-client-ca"] = f"{certificates['clients']}/{answering.tls.client_ca_key}"
+            options["tls-allow"] = answering.tls.allow
+    if shards:
+        options |= {
+            "experts": ",".join(shards),
+            "experts-rows": group.rows.lower(),
+            "experts-wait-seconds": group.startup_timeout_seconds,
+        }
+        if group.tls:
+            options |= _pair("experts-tls", certificates["group"])
+            options["experts-tls-ca"] = f"{certificates['group']}/ca.crt"
+            options["experts-tls-server-name"] = shards_name
+    return Role(
+        name="engine",
+        image=image,
+        entrypoint=python,
+        args=["-m", _MAIN, "serve", model, *_flags(options)],
+    )
+
+
+def shard(
+    model: str,
+    number: str,
+    group: Group,
+    *,
+    port: int,
+    metrics_port: int,
+    certificates: Mapping[str, str],
+    image: str = "",
+    device: str = "cpu",
+    threads: int | None = None,
+    python: str = "python",
+) -> Role:
+    """Return the role of a shard of a group.
+
+    Args:
+        model: folder of the model.
+        number: which one, from 0; a macro or a variable of the pod.
+        group: what else the group is.
+        port: gRPC.
+        metrics_port: Prometheus metrics.
+        certificates: the folder of ``group``, where there is TLS.
+        image: container image.
+        device: where to compute.
+        threads: CPU threads; torch's own where ``None``.
+        python: the interpreter.
+    """
+    options: dict[str, object] = {
+        "shard": f"{number}/{group.shards}",
+        "replication": group.replication,
+        "host": "0.0.0.0",
+        "port": port,
+        "metrics-port": metrics_port,
+        "drain-seconds": group.shard_drain_seconds,
+        "device": device,
+        "threads": threads,
+    }
+    if group.tls:
+        # Only engines with a certificate of the same CA are let in.
+        options |= _pair("tls", certificates["group"]) | {"tls-client-ca": f"{certificates['group']}/ca.crt"}
+    return Role(
+        name="shard",
+        image=image,
+        entrypoint=python,
+        args=["-m", _MAIN, "shard", model, *_flags(options)],
+    )
+
+
+def copier(uri: str, folder: str, *, image: str = "", python: str = "python") -> Role:
+    """Return the role that copies a model from an object store, once.
+
+    Args:
+        uri: where it is.
+        folder: where it is to be; what is there already is whole and stays.
+        image: container image.
+        python: the interpreter.
+    """
+    args = ["-m", _MAIN, "fetch", uri, folder, "--if-missing"]
+    return Role(name="fetch", image=image, entrypoint=python, args=args)
+
+
+def _pair(prefix: str, folder: str) -> dict[str, object]:
+    return {f"{prefix}-cert": f"{folder}/tls.crt", f"{prefix}-key": f"{folder}/tls.key"}
+
+
+def _flags(options: Mapping[str, object]) -> list[str]:
+    """Return options as they stand on a command line; ``None`` leaves one out, a tuple repeats it."""
+    found = []
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        found += [f"--{name}={one}" for one in values]
+    return found
 
 
 def train(

@@ -14,7 +14,7 @@ from unmask_api.base import ApiModel
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator.launch.admission import FieldPath, field_path
 
-__all__ = ["claims", "resolve"]
+__all__ = ["claim_of", "claims", "resolve"]
 
 _SCHEME = "pvc://"
 
@@ -22,6 +22,20 @@ _SCHEME = "pvc://"
 def claims(job: DiffusionTrainJob) -> list[str]:
     """Return the names of the volumes that ``job`` mentions, in order."""
     return sorted({_claim(uri)[0] for _, uri in _uris(job, ()) if uri.startswith(_SCHEME)})
+
+
+def claim_of(uri: str, field: str) -> tuple[str, str] | None:
+    """Split ``pvc://NAME/path`` into name and path; ``None`` where ``uri`` is on no volume.
+
+    Raises:
+        UsageError: The path leaves its volume; the message blames ``field``.
+    """
+    if not uri.startswith(_SCHEME):
+        return None
+    name, below = _claim(uri)
+    if below.split("/")[0] == "..":
+        raise UsageError(f"{field}: the path leaves volume {name}; drop the '..'")
+    return name, below
 
 
 def resolve(job: DiffusionTrainJob, folders: Mapping[str, Path]) -> DiffusionTrainJob:

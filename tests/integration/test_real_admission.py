@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from support import real_api_server
-from support.manifests import REFUSED, Refused, changed, train_job
+from support.manifests import REFUSED, REFUSED_SERVICES, Refused, changed, inference_service, train_job
 from support.operated import RESTRICTED, namespace, until
 from support.real_api_server import DEFINITION, RealServer
 from unmask_operator.control.api import Api, ApiError, KubernetesTransport
 from unmask_operator.control.clock import SystemClock
 from unmask_operator.launch import pods
-from unmask_operator.launch.admission import admit
+from unmask_operator.launch.admission import admit, admit_service
+from unmask_operator.launch.groups import GroupOf, group_objects
 from unmask_operator.resources import RESOURCES
 
 Json = dict[str, Any]
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.real_api
 
 ROOT = Path(__file__).parents[2]
 TRAIN_JOB = RESOURCES["DiffusionTrainJob"]
+SERVICE = RESOURCES["DiffusionInferenceService"]
 PATH = TRAIN_JOB.path("ml")
+SERVICES = SERVICE.path("ml")
 STRICT = {"fieldValidation": "Strict"}  # as kubectl asks
 DRY = {"dryRun": "All"} | STRICT
 _MERGE = "application/merge-patch+json"
@@ -34,13 +37,10 @@ _MERGE = "application/merge-patch+json"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     with real_api_server.running(tmp_path_factory.mktemp("real"), "operator") as real:
         api = Api(KubernetesTransport(real.client()), SystemClock())
-        api.create(
-            DEFINITION,
-            None,
-            yaml.safe_load((ROOT / "deploy/crds/diffusiontrainjobs.unmask.dev.yaml").read_text()),
-        )
+        for path in sorted((ROOT / "deploy/crds").glob("*.yaml")):
+            api.create(DEFINITION, None, yaml.safe_load(path.read_text()))
         namespace(api, "ml", **RESTRICTED)
-        until(lambda: _lists(api), "the definition is served")
+        until(lambda: _lists(api), "the definitions are served")
         yield real
 
 
@@ -52,6 +52,7 @@ def api(server: RealServer) -> Api:
 def _lists(api: Api) -> bool:
     try:
         api.list(TRAIN_JOB, None)
+        api.list(SERVICE, None)
     except ApiError:
         return False
     return True
@@ -60,12 +61,13 @@ def _lists(api: Api) -> bool:
 # --- the definition -----------------------------------------------------------------------------------
 
 
-def test_the_definition_is_accepted_whole(api: Api) -> None:
-    there = api.get(DEFINITION, None, "diffusiontrainjobs.unmask.dev")
+@pytest.mark.parametrize("name", ["diffusiontrainjobs.unmask.dev", "diffusioninferenceservices.unmask.dev"])
+def test_the_definition_is_accepted_whole(api: Api, name: str) -> None:
+    there = api.get(DEFINITION, None, name)
     conditions = {one["type"]: one for one in there["status"]["conditions"]}
     assert conditions["NamesAccepted"]["status"] == conditions["Established"]["status"] == "True"
     assert "NonStructuralSchema" not in conditions
-    given = yaml.safe_load((ROOT / "deploy/crds/diffusiontrainjobs.unmask.dev.yaml").read_text())
+    given = yaml.safe_load((ROOT / f"deploy/crds/{name}.yaml").read_text())
     kept = there["spec"]["versions"][0]["schema"]
     assert kept == given["spec"]["versions"][0]["schema"], "nothing was dropped"
 
@@ -285,3 +287,79 @@ def test_the_server_and_not_we_refuse_what_an_overlay_must_not_ask_for(
     with pytest.raises(ApiError, match="PodSecurity|securityContext") as caught:
         admitted(api, {"spec.podTemplate": {"spec": overlay}})
     assert says in caught.value.message or "allowPrivilegeEscalation" in caught.value.message
+
+
+# --- services -----------------------------------------------------------------------------------------
+
+
+def test_a_service_goes_by_its_short_name_scales_and_has_the_defaults_of_local_admission(api: Api) -> None:
+    listed = {one["name"]: one for one in api._json("GET", "/apis/unmask.dev/v1alpha1")["resources"]}
+    assert listed["diffusioninferenceservices"]["shortNames"] == ["dis"]
+    made = api._json("POST", SERVICES, STRICT, inference_service())
+    local = admit_service(json.dumps(inference_service())).to_json_dict()
+    assert made["spec"] == local["spec"]
+    status = {"status": {"replicas": 2, "selector": "unmask.dev/service=chat"}}
+    api._json("PATCH", f"{SERVICES}/chat/status", {}, status, _MERGE)
+    scale = api._json("GET", f"{SERVICES}/chat/scale")
+    assert scale["status"] == {"replicas": 2, "selector": "unmask.dev/service=chat"}
+    api._json("PATCH", f"{SERVICES}/chat/scale", {}, {"spec": {"replicas": 4}}, _MERGE)
+    assert api.get(SERVICE, "ml", "chat")["spec"]["replicas"] == 4
+    with pytest.raises(ApiError, match=r"spec\.replicas"):
+        api._json("PATCH", f"{SERVICES}/chat/scale", {}, {"spec": {"replicas": 65}}, _MERGE)
+
+
+@pytest.mark.parametrize("case", REFUSED_SERVICES, ids=lambda case: case.why)
+def test_a_bad_service_is_refused_by_the_server_with_the_field_in_its_message(
+    api: Api, case: Refused
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        api._json("POST", SERVICES, DRY, case.manifest)
+    assert caught.value.status in (400, 404, 422)
+    assert _named(case.field, caught.value.message), caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("after", "blamed"),
+    [
+        ({"server": {"tls": {"secretName": "certificates"}}}, "spec.server"),
+        ({"model": {"name": "other"}}, "spec.model"),
+        ({"model": {"uri": "pvc://models/flash"}}, None),
+        ({"model": {"uri": None, "job": {"name": "mini"}}}, None),
+        ({"group": {"shards": 4}, "rollout": {"paused": True}}, None),
+        ({"autoscaling": {"maxReplicas": 4}}, None),
+    ],
+)
+def test_what_may_change_once_a_service_is_there(
+    api: Api, after: Json, blamed: str | None, request: pytest.FixtureRequest
+) -> None:
+    name = f"changing-{request.node.callspec.indices['after']}"
+    api._json("POST", SERVICES, STRICT, changed(inference_service(), {"metadata.name": name}))
+    if blamed is None:
+        api._json("PATCH", f"{SERVICES}/{name}", STRICT, {"spec": after}, _MERGE)
+        return
+    with pytest.raises(ApiError, match=blamed) as caught:
+        api._json("PATCH", f"{SERVICES}/{name}", STRICT, {"spec": after}, _MERGE)
+    assert caught.value.status == 422
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"spec.model.uri": "s3://bucket/mini", "spec.model.cache": {"sizeLimit": "64Gi"}},
+        {"spec.group": {"shards": 2, "tls": {"secretName": "inside"}}, "spec.server.httpPort": 8000},
+        {"spec.server.tls": {"secretName": "front", "clientCaSecretName": "clients"}},
+        {"spec.group": {"engineResources": {"limits": {"nvidia.com/gpu": 1}}}},
+    ],
+)
+def test_groups_of_every_kind_are_admitted_in_a_restricted_namespace(api: Api, values: Json) -> None:
+    plain = {"spec.image": "registry.example/unmask:1"}
+    spec = admit_service(json.dumps(changed(inference_service(), plain | values))).spec
+    group = GroupOf(service="chat", namespace="ml", ordinal=0, revision="abc234", spec=spec)
+    for made in group_objects(group):
+        api._json("POST", RESOURCES[made["kind"]].path("ml"), DRY, made)
+        if made["kind"] == "StatefulSet":
+            template = made["spec"]["template"]
+            body = {"apiVersion": "v1", "kind": "Pod", "spec": template["spec"]}
+            body["metadata"] = template["metadata"] | {"name": "tried"}
+            api._json("POST", RESOURCES["Pod"].path("ml"), DRY, body)

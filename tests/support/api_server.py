@@ -38,7 +38,6 @@ KINDS = (
     *RESOURCES.values(),
     EVENT,
     LEASE,
-    Resource("StatefulSet", "apps", "v1", "statefulsets"),
 )
 FAULTS = (
     "error before",  # 500, nothing done
@@ -57,10 +56,13 @@ _DEFAULTS: dict[str, Json] = {
     "Service": {"type": "ClusterIP", "sessionAffinity": "None"},
     "StatefulSet": {"replicas": 1},
 }
-_IMMUTABLE = {"Job": ("template", "completionMode", "selector")}
-_NO_GENERATION = {"ConfigMap", "Pod", "Service", "Event", "Lease"}
-_STATUS = {"Job", "Pod", "StatefulSet", "Service"}
-_SCALE = {"StatefulSet"}
+_IMMUTABLE = {
+    "Job": ("template", "completionMode", "selector"),
+    "StatefulSet": ("serviceName", "podManagementPolicy", "selector"),
+}
+_NO_GENERATION = {"ConfigMap", "ControllerRevision", "Pod", "Service", "Event", "Lease"}
+_STATUS = {"HorizontalPodAutoscaler", "Job", "Pod", "PodDisruptionBudget", "StatefulSet", "Service"}
+_SCALE = {"StatefulSet", "DiffusionInferenceService"}
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _FOREGROUND = "foregroundDeletion"
 _OWN_FIELDS = (
@@ -190,6 +192,30 @@ class ApiServer:
             new = copy.deepcopy(there)
             new["status"] = status
             self._save(store, new, there, "", "Update", "status")
+
+    def put(self, kind: str, namespace: str, body: Json, *, uid: str = "") -> None:
+        """Be the controller that makes or changes an object of its own; ``uid`` is that of a new one."""
+        with self.lock:
+            store = self.store(kind)
+            place = namespace, body["metadata"]["name"]
+            there = store.objects.get(place)
+            if there is None:
+                self._create(store, namespace, body, "controller", "")
+                if uid:
+                    for one in (store.objects[place], store.log[-1][2]):
+                        one["metadata"]["uid"] = uid
+                if "status" in body:
+                    self.set_status(kind, *place, body["status"])
+                return
+            new = copy.deepcopy(there) | copy.deepcopy(_without(body, "metadata"))
+            self._save(store, new, there, "controller", "Update", "")
+
+    def take(self, kind: str, namespace: str, name: str) -> None:
+        """Be somebody who deletes an object, if it is there, and nothing with it."""
+        with self.lock:
+            store = self.store(kind)
+            if (namespace, name) in store.objects:
+                self._gone(store, (namespace, name))
 
     def compact(self) -> None:
         """Forget what happened so far: a watch from before now is told 410."""
@@ -636,6 +662,8 @@ class ApiServer:
             for key in _IMMUTABLE.get(kind, ()):
                 if (new.get("spec") or {}).get(key) != (there.get("spec") or {}).get(key):
                     raise _Refused(422, "Invalid", f"{kind} is invalid: spec.{key}: field is immutable")
+            if kind == "ControllerRevision" and new.get("data") != there.get("data"):
+                raise _Refused(422, "Invalid", "ControllerRevision is invalid: data: field is immutable")
             if kind == "ConfigMap" and there.get("immutable") and new.get("data") != there.get("data"):
                 raise _Refused(
                     422, "Invalid", "ConfigMap is invalid: data: field is immutable when `immutable` is set"

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from support import attempts_reconciler, counts, manifests
+from support import attempts_reconciler, counts, inference_life, manifests
 from support.api_server import FAULTS, ApiServer, Crash, DirectTransport
-from unmask_operator import training
+from unmask_operator import serving, training
 from unmask_operator.control import controller, executor, reflector, workqueue
 from unmask_operator.control.api import Api, ApiError, Reply, Request, Unreachable
 from unmask_operator.control.manager import Manager
@@ -171,6 +171,9 @@ class World:
         self.clock = Clock()
         self.server.now = self.clock.now
         self.reconciler = reconciler
+        services = reconciler.kind == inference_life.KIND
+        self.chapters = inference_life.CHAPTERS if services else CHAPTERS
+        self.controllers = inference_life.Controllers(self.server) if services else None
         self.life = Life()
         self._plan = plan
         self._asked = 0
@@ -219,7 +222,10 @@ class World:
             idle = self._asked == before and self.operator.quiet(self.server) and self.server.frozen is None
             calm = calm + 1 if idle else 0
             if calm >= 3:
-                return
+                # Others act only where the operator waits for them, so that all lives go the same way.
+                if self.controllers is None or not self.controllers.act():
+                    return
+                calm = 0
             self.clock.time += 1.0
         self.life.stuck = self.life.stuck or chapter
 
@@ -228,7 +234,7 @@ class World:
         self.life.chapters.append(snapshot(self.server))
 
     def live(self) -> Life:
-        for name, change in CHAPTERS.items():
+        for name, change in self.chapters.items():
             with self.by_people() as people:
                 change(self, people)
             self.chapter(name)
@@ -260,6 +266,8 @@ class World:
 
 TRAINING = training.reconciler(training.Settings(image="registry.example/unmask:1"))
 """The operator's own; a smaller one of the same shape is what bugs are planted in."""
+SERVING = serving.reconciler(serving.Settings(image="registry.example/unmask:1"))
+"""The operator's other one, with a life of its own."""
 TRAIN_JOB: Json = manifests.train_job(runPolicy={"maxRestarts": 3, "restartBackoffSeconds": 1}) | {
     "metadata": {"name": "mini", "namespace": NAMESPACE}
 }
@@ -669,8 +677,13 @@ def main(arguments: Sequence[str]) -> int:
     """Run all of it; return the exit code."""
     logging.disable(logging.CRITICAL)
     number = int(arguments[0]) if arguments else counts.of(sample=150, full=1000)
-    run_, wrong = differing(TRAINING, number)
-    paused, broken = pauses(TRAINING, counts.of(sample=20, full=100))
+    run_, wrong, paused, broken = 0, list[str](), 0, list[str]()
+    for reconciler in (TRAINING, SERVING):
+        tried, differs = differing(reconciler, number)
+        stopped, late = pauses(reconciler, counts.of(sample=20, full=100))
+        run_, paused = run_ + tried, paused + stopped
+        wrong += [f"{reconciler.kind}: {line}" for line in differs]
+        broken += [f"{reconciler.kind}: {line}" for line in late]
     missed = [name for name in PLANTED if not caught(name)]
     for line in wrong + broken + [f"planted and not caught: {name}" for name in missed]:
         sys.stdout.write(f"{line}\n")

@@ -24,13 +24,14 @@ from unmask_operator.control.clock import SystemClock
 from unmask_operator.reconcilers import RECONCILERS
 from unmask_operator.resources import MANAGER, RESOURCES, Resource
 
-__all__ = ["ACCOUNT", "IMAGE", "Operated", "install", "operating", "started"]
+__all__ = ["ACCOUNT", "IMAGE", "SERVICE", "TRAIN_JOB", "Operated", "Place", "install", "operating", "started"]
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 ACCOUNT = f"system:serviceaccount:{rbac.SYSTEM_NAMESPACE}:{MANAGER}"
 IMAGE = "registry.example/unmask@sha256:" + "0" * 64
 TRAIN_JOB = RESOURCES["DiffusionTrainJob"]
+SERVICE = RESOURCES["DiffusionInferenceService"]
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 _MERGE = "application/merge-patch+json"
 _BATCH = "batch.kubernetes.io/"
@@ -47,16 +48,17 @@ def until(true: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
 
 
 def install(api: Api) -> None:
-    """Make what `kubectl apply` of deploy/ makes: definition, account, permissions."""
-    definition = yaml.safe_load((ROOT / "deploy/crds/diffusiontrainjobs.unmask.dev.yaml").read_text())
-    api.create(DEFINITION, None, definition)
+    """Make what `kubectl apply` of deploy/ makes: definitions, account, permissions."""
+    for path in sorted((ROOT / "deploy/crds").glob("*.yaml")):
+        api.create(DEFINITION, None, yaml.safe_load(path.read_text()))
     namespace(api, rbac.SYSTEM_NAMESPACE)
     for body in rbac.manifests(RECONCILERS, None):
         group, _, version = body["apiVersion"].rpartition("/")
         plural = f"{body['kind'].lower()}s"
         resource = Resource(body["kind"], group, version, plural)
         api.create(resource, body["metadata"].get("namespace"), body)
-    real_api_server.until_served(api, TRAIN_JOB)
+    for resource in (TRAIN_JOB, SERVICE):
+        real_api_server.until_served(api, resource)
 
 
 def namespace(api: Api, name: str, **labels: str) -> str:
@@ -86,12 +88,13 @@ class Operated:
     folder: Path
     api: Api
     nodes: Nodes
+    lease_seconds: float = 3.0
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def start(self, *flags: str, program: str = "") -> None:
-        """Start an operator; one that is killed takes its lease with it for three seconds."""
-        flags = ("--lease-seconds=3", "--qps=200", "--burst=400", *flags)
+        """Start an operator; one that is killed takes its lease with it for as long as that holds."""
+        flags = (f"--lease-seconds={self.lease_seconds:g}", "--qps=200", "--burst=400", *flags)
         process = self._stack.enter_context(started(self.server, self.folder, *flags, program=program))
         self.processes.append(process)
 
@@ -215,13 +218,13 @@ class Place:
 
 
 @contextlib.contextmanager
-def operating(folder: Path, *, pod_groups: bool = False) -> Iterator[Operated]:
-    """Run a control plane with controllers, kubelets and an operator."""
+def operating(folder: Path, *, pod_groups: bool = False, lease_seconds: float = 3.0) -> Iterator[Operated]:
+    """Run a control plane with controllers, kubelets and an operator, which leads for ``lease_seconds``."""
     with real_api_server.running(folder, ACCOUNT, controllers=True, pod_groups=pod_groups) as server:
         api = Api(KubernetesTransport(server.client()), SystemClock(), timeout=60.0)
         install(api)
         with Nodes(api).running() as nodes:
-            operated = Operated(server, folder, api, nodes)
+            operated = Operated(server, folder, api, nodes, lease_seconds)
             with operated._stack:
                 operated.start()
                 yield operated

@@ -25,7 +25,8 @@ NAMESPACE = Resource("Namespace", "", "v1", "namespaces")
 DEFINITION = Resource("CustomResourceDefinition", "apiextensions.k8s.io", "v1", "customresourcedefinitions")
 _POD_GROUPS = "scheduling.k8s.io/v1beta1"
 _CONTROLLERS = (
-    "--controllers=job-controller,garbage-collector-controller,namespace-controller,resourcequota-controller,"
+    "--controllers=job-controller,statefulset-controller,endpointslice-controller,disruption-controller,"
+    "garbage-collector-controller,namespace-controller,resourcequota-controller,"
     "serviceaccount-controller,podgroup-protection-controller,pod-garbage-collector-controller"
 )
 _FAST = ("--kube-api-qps=200", "--kube-api-burst=400")
@@ -72,8 +73,8 @@ def running(
     Args:
         folder: for what they write.
         account: the user (of the operator) whose permissions are those of RBAC.
-        controllers: whether the controllers of Jobs, owners, quotas, accounts and namespaces run, and the
-            scheduler.
+        controllers: whether the controllers of Jobs, StatefulSets, Services, budgets, owners, quotas,
+            accounts and namespaces run, and the scheduler.
         pod_groups: whether it has native PodGroups, which are off in a cluster as it comes.
     """
     tokens = folder / "tokens.csv"

@@ -28,6 +28,9 @@ class Nodes:
         self._told: set[str] = set()
         self.waiting: Callable[[Json], Json | None] = lambda pod: None
         """Asked of each pod that has got a machine: why its container cannot start, if it cannot."""
+        self.address: Callable[[Json], str] = lambda pod: "127.0.0.1"
+        """Address of each pod. Nobody listens at this one, so that questions are refused and not waited for;
+        Services have no endpoints there."""
         self.ending: Callable[[Json], int | None] = lambda pod: None
         """Asked of each pod that is told to end: its exit code; ``None``: it is gone without a word."""
         self.told_to_end: dict[str, int] = {}
@@ -110,8 +113,9 @@ class Nodes:
             self._told.add(metadata["uid"])
             why = self.waiting(pod)
             state = {"waiting": why} if why else {"running": {"startedAt": metadata["creationTimestamp"]}}
-            # Nobody listens there, so that questions are refused and not waited for.
-            status: Json = {"phase": "Pending" if why else "Running", "podIP": "127.0.0.1"}
+            address = self.address(pod)
+            status: Json = {"phase": "Pending" if why else "Running", "podIP": address}
+            status["podIPs"] = [{"ip": address}]
             status["conditions"] = [
                 {"type": "PodScheduled", "status": "True"},
                 {"type": "Ready", "status": "False" if why else "True"},

@@ -1,4 +1,4 @@
-"""Every training manifest that the tree shows to people is one that a cluster takes, and so are its parts."""
+"""Every manifest that the tree shows to people is one that a cluster takes, and so are its parts."""
 
 import json
 import re
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from support.manifests import train_job
-from unmask_operator.launch.admission import admit
+from support.manifests import inference_service, train_job
+from unmask_operator.launch.admission import admit, admit_any, admit_service
 
 ROOT = Path(__file__).parents[2]
+SERVICES = "docs/how-to/serve-on-a-cluster.md"
+"""The page whose parts of manifests are those of services."""
 FENCED = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -29,12 +31,16 @@ def shown() -> dict[str, str]:
 
 
 def shown_manifests() -> dict[str, str]:
-    return {where: part for where, part in shown().items() if "kind: DiffusionTrainJob" in part}
+    return {where: part for where, part in shown().items() if "apiVersion: unmask.dev/" in part}
 
 
-def shown_parts() -> dict[str, str]:
+def shown_parts(*, of_services: bool = False) -> dict[str, str]:
     """Return what stands below ``spec`` of a manifest that is not shown whole."""
-    return {where: part for where, part in shown().items() if part.startswith("spec:\n")}
+    return {
+        where: part
+        for where, part in shown().items()
+        if part.startswith("spec:\n") and where.startswith(SERVICES) == of_services
+    }
 
 
 def laid(below: Any, above: Any) -> Any:
@@ -42,12 +48,14 @@ def laid(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     kept = {key: value for key, value in below.items() if key != "init" or "init" not in above}
+    if "job" in above:
+        kept.pop("uri", None)
     return kept | {key: laid(kept[key], value) if key in kept else value for key, value in above.items()}
 
 
 @pytest.mark.parametrize("where", shown_manifests())
 def test_a_manifest_that_is_shown_is_valid(where: str) -> None:
-    admit(shown_manifests()[where], source=where)
+    admit_any(shown_manifests()[where], source=where)
 
 
 @pytest.mark.parametrize("where", shown_parts())
@@ -57,6 +65,14 @@ def test_a_part_that_is_shown_fits_into_a_manifest(where: str) -> None:
     whole = laid(plain, yaml.safe_load(shown_parts()[where]))
     assert whole != plain
     admit(json.dumps(whole), source=where)
+
+
+@pytest.mark.parametrize("where", shown_parts(of_services=True))
+def test_a_part_that_is_shown_fits_into_a_service(where: str) -> None:
+    plain = inference_service()
+    whole = laid(plain, yaml.safe_load(shown_parts(of_services=True)[where]))
+    assert whole != plain
+    admit_service(json.dumps(whole), source=where)
 
 
 def test_manifests_and_parts_are_shown_at_all() -> None:

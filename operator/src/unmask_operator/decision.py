@@ -81,7 +81,7 @@ class Observed:
     answers: Mapping[str, Answer] = field(default_factory=dict)
     """Pod's ``metadata.uid`` -> its last answer to what earlier decisions asked."""
     referred: Mapping[str, JsonObject] = field(default_factory=dict)
-    """Name -> resource of the same kind and namespace that the reconciler's ``refers`` named, if there."""
+    """Name -> resource of the same namespace that the reconciler's ``refers`` named, if there."""
     served: frozenset[str] = frozenset()
     """Group and version of the APIs that the cluster serves, such as ``scheduling.k8s.io/v1beta1``."""
 
@@ -159,4 +159,8 @@ class Reconciler:
     optional: Sequence[str] = ()
     """Kinds it applies and deletes where the cluster serves them."""
     refers: Callable[[JsonObject], Sequence[str]] = lambda resource: ()
-    """Names of resources of the same kind and namespace that a decision looks at, too."""
+    """Names of resources of the same namespace that a decision looks at, too."""
+    expires: bool = False
+    """Whether it deletes resources of its own kind, when their time to live is over."""
+    refers_to: str = ""
+    """Kind of these; left out, that of the resource itself."""

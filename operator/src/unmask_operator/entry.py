@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="file that says where the cluster is; by default the pod's own account, or $KUBECONFIG",
     )
-    flags.add_argument("--image", help="container image of jobs that name none")
+    flags.add_argument("--image", help="container image of jobs and services that name none")
     flags.add_argument("--workers", type=_count, default=4, help="resources worked on at once (default: 4)")
     flags.add_argument(
         "--qps", type=_positive, default=20.0, help="requests a second in the long run (default: 20)"

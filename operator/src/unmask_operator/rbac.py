@@ -37,13 +37,13 @@ def rules(reconcilers: Sequence[Reconciler]) -> list[JsonObject]:
 
     for reconciler in reconcilers:
         own = RESOURCES[reconciler.kind]
-        allow(own, "delete", "list", "watch")  # delete: its time to live is over
+        allow(own, "list", "watch", *(["delete"] if reconciler.expires else []))
         allow(own, "patch", subresource="status")
         # Asked for by clusters that protect owners against being held up by what they own.
         allow(own, "update", subresource="finalizers")
         for kind in (*reconciler.owns, *reconciler.optional):
             allow(RESOURCES[kind], "create", "delete", "get", "list", "patch", "watch")
-        for kind in reconciler.reads:
+        for kind in (*reconciler.reads, *filter(None, [reconciler.refers_to])):
             allow(WARNINGS[kind] if kind in WARNINGS else RESOURCES[kind], "list", "watch")
     allow(EVENT, "create", "patch")
     return [

@@ -58,6 +58,11 @@ RESOURCES = {
         Resource("Service", "", "v1", "services"),
         Resource("Job", "batch", "v1", "jobs"),
         Resource("PodGroup", "scheduling.k8s.io", "v1beta1", "podgroups"),
+        Resource("StatefulSet", "apps", "v1", "statefulsets"),
+        Resource("ControllerRevision", "apps", "v1", "controllerrevisions"),
+        Resource("PodDisruptionBudget", "policy", "v1", "poddisruptionbudgets"),
+        Resource("HorizontalPodAutoscaler", "autoscaling", "v2", "horizontalpodautoscalers"),
+        Resource("EndpointSlice", "discovery.k8s.io", "v1", "endpointslices"),
     )
 }
 """Kind -> where it is, for every kind that a reconciler may own or read."""
@@ -66,11 +71,12 @@ WARNINGS = {
     name: Resource("Event", EVENT.group, EVENT.version, EVENT.plural, fields=fields)
     for name, fields in (
         ("JobWarning", "regarding.kind=Job,reason=FailedCreate"),
+        ("StatefulSetWarning", "regarding.kind=StatefulSet,reason=FailedCreate"),
         ("PodWarning", "regarding.kind=Pod,reason=FailedMount"),
     )
 }
 """Name -> events that a reconciler may read: what the cluster says in them and nowhere else.
 
-``JobWarning``: a pod was refused, by a quota or for want of its service account. ``PodWarning``: a volume
-cannot be mounted, for want of its Secret or ConfigMap.
+``JobWarning``, ``StatefulSetWarning``: a pod was refused, by a quota or for want of its service account.
+``PodWarning``: a volume cannot be mounted, for want of its Secret or ConfigMap.
 """

@@ -31,6 +31,39 @@
   - patch
   - watch
 - apiGroups:
+  - apps
+  resources:
+  - controllerrevisions
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - apps
+  resources:
+  - statefulsets
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - autoscaling
+  resources:
+  - horizontalpodautoscalers
+  verbs:
+  - create
+  - delete
+  - get
+  - list
+  - patch
+  - watch
+- apiGroups:
   - batch
   resources:
   - jobs
@@ -42,11 +75,29 @@
   - patch
   - watch
 - apiGroups:
+  - discovery.k8s.io
+  resources:
+  - endpointslices
+  verbs:
+  - list
+  - watch
+- apiGroups:
   - events.k8s.io
   resources:
   - events
   verbs:
   - create
+  - list
+  - patch
+  - watch
+- apiGroups:
+  - policy
+  resources:
+  - poddisruptionbudgets
+  verbs:
+  - create
+  - delete
+  - get
   - list
   - patch
   - watch
@@ -61,6 +112,25 @@
   - list
   - patch
   - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices
+  verbs:
+  - list
+  - watch
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/finalizers
+  verbs:
+  - update
+- apiGroups:
+  - unmask.dev
+  resources:
+  - diffusioninferenceservices/status
+  verbs:
+  - patch
 - apiGroups:
   - unmask.dev
   resources:

@@ -60,6 +60,7 @@ class Controller:
         self._clock = clock
         self._metrics = metrics
         self._served = served
+        self._referred_kind = reconciler.refers_to or reconciler.kind
         self._questions = Questions(clock)
         self._expectations = Expectations(caches)
         self._executor = Executor(api, EventRecorder(api, clock, identity), self._expectations, metrics.wrote)
@@ -71,14 +72,16 @@ class Controller:
         self._refused: dict[str, tuple[float, Outcome]] = {}
 
     def notice(self, item: JsonObject) -> None:
-        """Ask for the custom resource that a changed object is, or belongs to."""
+        """Ask for the custom resource that a changed object is, or belongs to, or is looked at by."""
         metadata = item["metadata"]
-        if item.get("kind") == self.reconciler.kind:
-            key = metadata["namespace"], metadata["name"]
+        key = metadata["namespace"], metadata["name"]
+        if item.get("kind") == self._referred_kind:
             with self._references:
                 watchers = sorted(self._watchers.get(key, ()))
-            for one in (key, *watchers):
+            for one in watchers:
                 self.queue.add(one)
+        if item.get("kind") == self.reconciler.kind:
+            self.queue.add(key)
             return
         for owner in owners(item):
             if owner["kind"] == self.reconciler.kind:
@@ -173,8 +176,8 @@ class Controller:
                     children[kind].append(one)
         for of_kind in children.values():
             of_kind.sort(key=lambda one: str(one["metadata"]["name"]))
-        own = self._caches[self.reconciler.kind]
-        others = {name: own.get(namespace, name) for name in self.reconciler.refers(resource)}
+        known = self._caches[self._referred_kind]
+        others = {name: known.get(namespace, name) for name in self.reconciler.refers(resource)}
         answers = {uid: answer for uid, answer in self._questions.answers().items() if uid in seen}
         observed = Observed(
             resource,

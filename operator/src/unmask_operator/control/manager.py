@@ -82,7 +82,11 @@ class Manager:
         self._namespace = namespace
         self._jitter = jitter
         self._served: frozenset[str] = frozenset()
-        kinds = dict.fromkeys(kind for one in reconcilers for kind in (one.kind, *one.owns, *one.reads))
+        kinds = dict.fromkeys(
+            kind
+            for one in reconcilers
+            for kind in (one.kind, *filter(None, [one.refers_to]), *one.owns, *one.reads)
+        )
         self.caches = {kind: self._cache(kind) for kind in kinds}
         self._optional = {kind for one in reconcilers for kind in one.optional}
         self._awaited: dict[str, Reflector] = {}

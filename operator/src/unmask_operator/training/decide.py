@@ -42,6 +42,7 @@ def reconciler(settings: Settings) -> Reconciler:
         reads=("Pod", "JobWarning", "PodWarning"),
         optional=("PodGroup",),
         refers=_refers,
+        expires=True,
     )
 
 

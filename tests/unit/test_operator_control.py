@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from support import attempts_reconciler, fault_rig
+from support import attempts_reconciler, fault_rig, manifests
 from support.api_server import ApiServer, DirectTransport
 from support.fault_rig import Clock
 from unmask_operator import rbac
 from unmask_operator.control.api import Api, ApiError, Fenced, Request, Unreachable
+from unmask_operator.control.clock import SystemClock
 from unmask_operator.control.executor import contains
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.lease import Elector
@@ -33,7 +34,7 @@ from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
 from unmask_operator.decision import Question
-from unmask_operator.reconcilers import RECONCILERS
+from unmask_operator.reconcilers import RECONCILERS, reconcilers
 from unmask_operator.resources import LEASE, RESOURCES
 
 Json = dict[str, Any]
@@ -125,6 +126,56 @@ def test_a_bucket_lets_its_burst_through_and_then_its_rate() -> None:
 
 
 # Copies
+
+
+def test_one_of_our_kinds_is_worked_on_without_the_definition_of_the_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = ApiServer()
+    undefined = {"diffusiontrainjobs", "diffusioninferenceservices"}
+
+    def refusal(request: Request) -> tuple[int, str, str] | None:
+        missing = any(plural in request.path for plural in undefined)
+        return (404, "NotFound", "the server could not find the requested resource") if missing else None
+
+    server.refusal = refusal
+    manager = Manager(
+        DirectTransport(server),
+        SystemClock(),
+        reconcilers("registry.example/unmask:1"),
+        identity="one",
+        namespace=None,
+        lease_namespace="system",
+    )
+    people = Api(DirectTransport(server, "people"), SystemClock())
+
+    def until(true: Callable[[], object]) -> None:
+        end = time.monotonic() + 60.0
+        while not true():
+            assert time.monotonic() < end, caplog.text[-3000:]
+            time.sleep(0.01)
+
+    def acted_upon(kind: str) -> bool:
+        return bool(server.objects(kind)[0].get("status"))
+
+    running = threading.Thread(target=manager.run, daemon=True)
+    running.start()
+    try:
+        until(lambda: all(cache.answered.is_set() for cache in manager.caches.values()))
+        assert manager.ready() == "DiffusionTrainJob not listed yet, DiffusionInferenceService not listed yet"
+        undefined.remove("diffusioninferenceservices")
+        people.create(RESOURCES["DiffusionInferenceService"], "team", manifests.inference_service())
+        until(lambda: acted_upon("DiffusionInferenceService"))
+        assert (manager.ready(), manager.alive()) == ("", "")
+        # Asked for at longer and longer intervals, and found once it is there.
+        assert "diffusiontrainjobs: not defined here: apply deploy/crds" in caplog.text
+        undefined.clear()
+        people.create(RESOURCES["DiffusionTrainJob"], "team", manifests.train_job())
+        until(lambda: acted_upon("DiffusionTrainJob"))
+    finally:
+        manager.stop.set()
+        running.join(timeout=60)
+    assert not running.is_alive()
 
 
 class Following:

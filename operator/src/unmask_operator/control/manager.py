@@ -148,18 +148,19 @@ class Manager:
         for cache in self.caches.values():
             self._start(f"watch-{cache.resource.plural}", cache.run, self.stop)
         # A standby keeps its copies warm, so that it can take over at once.
-        synced = all(self._wait(cache.synced) for cache in self.caches.values())
-        if synced:
+        answered = all(self._wait(cache.answered) for cache in self.caches.values())
+        if answered:
             self.discover()
             self._follow_optional()
             self._start("lease", self.elector.run, self.stop, self._led, lost.set)
-        if synced and self._wait(self._led):
+        if answered and self._wait(self._led):
             _log.info("leading")
-            for controller in self.controllers:
-                for number in range(self._workers):
-                    self._start(f"{controller.reconciler.kind}-{number}", controller.run, self.stop)
+            idle = list(self.controllers)
             looked = self._clock.steady()
-            while not lost.is_set() and not self._clock.wait(0.2, self.stop):
+            while not lost.is_set() and not self.stop.is_set():
+                idle = self._start_controllers(idle)
+                if self._clock.wait(0.2, self.stop):
+                    break
                 if self._clock.steady() - looked > _DISCOVERY:
                     self.discover()
                     self._follow_optional()
@@ -173,6 +174,18 @@ class Manager:
         self.elector.release()
         return not lost.is_set()
 
+    def _start_controllers(self, idle: Sequence[Controller]) -> list[Controller]:
+        """Start those whose kind is served; return the others, which wait for its definition."""
+        waiting = []
+        for controller in idle:
+            kind = controller.reconciler.kind
+            if not self.caches[kind].synced.is_set():
+                waiting.append(controller)
+                continue
+            for number in range(self._workers):
+                self._start(f"{kind}-{number}", controller.run, self.stop)
+        return waiting
+
     def alive(self) -> str:
         """Return what hangs, or nothing."""
         hung = [kind for kind, cache in list(self.caches.items()) if cache.stirred() > _HUNG]
@@ -183,7 +196,10 @@ class Manager:
 
     def ready(self) -> str:
         """Return what is missing before decisions can be made, or nothing."""
-        missing = [kind for kind, cache in list(self.caches.items()) if not cache.synced.is_set()]
+        missing = [kind for kind, cache in list(self.caches.items()) if not cache.answered.is_set()]
+        own = [controller.reconciler.kind for controller in self.controllers]
+        if not any(self.caches[kind].synced.is_set() for kind in own):
+            missing = list(dict.fromkeys(missing + own))  # one of its kinds is enough, none is not
         old = [
             kind for kind, cache in list(self.caches.items()) if cache.synced.is_set() and cache.age() > _HUNG
         ]

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 30.0
 _IDLE = 90.0  # a bookmark comes once a minute
+_UNDEFINED = "not defined here: apply deploy/crds, or install the chart with crds.install; going on without"
 
 Place = tuple[str, str]
 
@@ -71,6 +72,8 @@ class Reflector:
         self._stirred = clock.steady()
         self.synced = threading.Event()
         """Set once the first list is complete."""
+        self.answered = threading.Event()
+        """Set once it is known what there is, be it that one of our own kinds is not defined."""
         self.lists = 0
         """How many times all objects were listed."""
         self.failures = 0
@@ -130,6 +133,9 @@ class Reflector:
             self._failures = 0
             return self._jitter() if quick else 0.0
         except ApiError as error:
+            if error.status == 404 and self.resource.custom and not self.synced.is_set():
+                _log.warning("%s: %s", self.resource.plural, _UNDEFINED)
+                self.answered.set()
             if error.status == 410 and self._version is not None:
                 _log.info("%s: the watch is too old, listing anew", self.resource.plural)
                 self._version = None
@@ -167,6 +173,7 @@ class Reflector:
         for item in gone + changed:
             self._on_change(item)
         self.synced.set()
+        self.answered.set()
 
     def _watch(self) -> None:
         assert self._version is not None

@@ -156,7 +156,7 @@ def test_without_an_image_nothing_is_made_and_it_says_so() -> None:
     resource["metadata"] |= {"namespace": "ml", "uid": "u", "generation": 1}
     children: dict[str, list[Json]] = {kind: [] for kind in (*reconciler.owns, *reconciler.reads)}
     decision = reconciler.decide(Observed(resource, children, 0.0))
-    assert {one["kind"] for one in decision.apply} == {"Service", "PodDisruptionBudget"}
+    assert {one["kind"] for one in decision.apply} == {"Service", "PodDisruptionBudget", "NetworkPolicy"}
     assert decision.status is not None
     stalled = {one["type"]: one for one in decision.status["conditions"]}["Stalled"]
     assert (stalled["status"], stalled["reason"]) == ("True", "InvalidSpec")
@@ -279,6 +279,17 @@ def test_what_no_pod_is_made_from_replaces_none() -> None:
             "service": {"annotations": {"a": "b"}},
         }
     ).settle()
+    assert {one["metadata"]["uid"] for one in stage.world.server.objects("Pod")} == uids
+
+
+def test_who_may_connect_changes_without_replacing_a_pod() -> None:
+    stage = Stage().settle()
+    uids = {one["metadata"]["uid"] for one in stage.world.server.objects("Pod")}
+    assert stage.names("NetworkPolicy") == ["chat-shards"]
+    stage.patch({"network": {"clients": [{"namespaceSelector": {}}]}}).settle()
+    assert stage.names("NetworkPolicy") == ["chat-engines", "chat-shards"]
+    stage.patch({"network": {"clients": [], "isolateShards": False}}).settle()
+    assert stage.names("NetworkPolicy") == []
     assert {one["metadata"]["uid"] for one in stage.world.server.objects("Pod")} == uids
 
 

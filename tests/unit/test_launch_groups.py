@@ -78,6 +78,7 @@ EVERYTHING: Json = {
     "spec.serviceAccountName": "serving",
     "spec.autoscaling": {"maxReplicas": 4},
     "spec.service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
+    "spec.network": {"clients": [{"podSelector": {"matchLabels": {"app": "gateway"}}}]},
 }
 TLS: Json = {
     "spec.server.tls": {
@@ -99,7 +100,7 @@ TLS: Json = {
 def test_every_object_is_one_that_kubernetes_takes(values: Json) -> None:
     one = service(values)
     made = [*group_objects(group(values)), fronts.public_service(one), fronts.engines_service(one)]
-    made.append(fronts.disruption_budget(one))
+    made += [fronts.disruption_budget(one), *fronts.network_policies(one)]
     if one.spec.autoscaling:
         made.append(fronts.autoscaler(one, one.spec.autoscaling))
     for each in made:
@@ -417,3 +418,26 @@ def test_the_autoscaler_scales_the_service_itself() -> None:
     assert (spec["minReplicas"], spec["maxReplicas"]) == (1, 4)
     (metric,) = spec["metrics"]
     assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "2500m"}
+
+
+def test_engines_alone_reach_shards_and_only_the_clients_that_are_named_reach_engines() -> None:
+    (shards,) = fronts.network_policies(service())
+    template = shard_set(group())["spec"]["template"]
+    assert shards["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    asks, metrics = shards["spec"]["ingress"]
+    (peer,) = asks["from"]
+    engine = engine_set(group())["spec"]["template"]["metadata"]["labels"]
+    chosen = peer["podSelector"]["matchLabels"].items()
+    assert chosen <= engine.items() and not chosen <= template["metadata"]["labels"].items()
+    assert "from" not in metrics, "whoever collects metrics may"
+    opened = {one["name"] for one in container(shard_set(group()))["ports"]}
+    assert {one["port"] for rule in (asks, metrics) for one in rule["ports"]} == opened
+
+    both = {one["metadata"]["name"]: one["spec"] for one in fronts.network_policies(service(EVERYTHING))}
+    assert both.keys() == {"chat-shards", "chat-engines"}
+    asks, metrics = both["chat-engines"]["ingress"]
+    assert asks["from"] == EVERYTHING["spec.network"]["clients"]
+    opened = {one["name"] for one in container(engine_set(group(EVERYTHING)))["ports"]}
+    assert {one["port"] for rule in (asks, metrics) for one in rule["ports"]} == opened
+    for values in ({"spec.group": {}}, {"spec.network": {"isolateShards": False}}):
+        assert fronts.network_policies(service(values)) == []

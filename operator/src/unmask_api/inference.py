@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from unmask_api.base import FILE_WORD, METRIC, ApiModel, ObjectName, Rule
-from unmask_api.cluster import Label, PodResources, Port, Quantity, Topology
+from unmask_api.cluster import CoreObject, Label, PodResources, Port, Quantity, Topology
 
 __all__ = [
     "Autoscaling",
@@ -13,6 +13,7 @@ __all__ = [
     "Front",
     "Group",
     "GroupTls",
+    "Network",
     "Placement",
     "PodsMetric",
     "Rollout",
@@ -220,6 +221,15 @@ class Front(ApiModel):
     """Who can reach it."""
     annotations: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Notes for load balancers and the like."""
+
+
+class Network(ApiModel):
+    """Who may connect to the pods: NetworkPolicies, which the cluster's network has to enforce."""
+
+    isolate_shards: bool = True
+    """Whether the engines of the service alone may connect to its shards; metrics are for all."""
+    clients: Annotated[tuple[CoreObject, ...], Field(max_length=32)] = ()
+    """Peers, as a NetworkPolicy has them, that alone may ask the engines; empty, everybody may."""
 
 
 class Placement(ApiModel):

@@ -16,6 +16,7 @@ from unmask_api.inference import (
     Group,
     Groups,
     GroupTls,
+    Network,
     Placement,
     PodsMetric,
     Rollout,
@@ -38,6 +39,7 @@ __all__ = [
     "InferenceStatus",
     "ModelCache",
     "ModelStatus",
+    "Network",
     "Placement",
     "PodResources",
     "PodsMetric",
@@ -97,6 +99,8 @@ class InferenceSpec(ApiModel):
     """What the cluster may take away of its own accord."""
     service: Front = Front()
     """The Service that clients connect to."""
+    network: Network = Network()
+    """Who may connect to the pods."""
     scheduling: Placement = Placement()
     """Who decides where the pods run."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None

@@ -62,6 +62,7 @@ RESOURCES = {
         Resource("ControllerRevision", "apps", "v1", "controllerrevisions"),
         Resource("PodDisruptionBudget", "policy", "v1", "poddisruptionbudgets"),
         Resource("HorizontalPodAutoscaler", "autoscaling", "v2", "horizontalpodautoscalers"),
+        Resource("NetworkPolicy", "networking.k8s.io", "v1", "networkpolicies"),
         Resource("EndpointSlice", "discovery.k8s.io", "v1", "endpointslices"),
     )
 }

@@ -1,14 +1,23 @@
-"""What a service has once: addresses for clients, a budget for disruptions, an autoscaler.
+"""What a service has once: addresses for clients, a budget for disruptions, an autoscaler, who may connect.
 
 All are functions of the manifest and are applied in each pass, unlike groups, which are made once.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from unmask_api.inference_service import Autoscaling, DiffusionInferenceService
 from unmask_operator.launch.groups import ROLE_LABEL, SERVICE_LABEL
 
-__all__ = ["autoscaler", "disruption_budget", "engines_service", "public_service", "selector"]
+__all__ = [
+    "autoscaler",
+    "disruption_budget",
+    "engines_service",
+    "network_policies",
+    "public_service",
+    "selector",
+]
 
 Json = dict[str, Any]
 
@@ -76,6 +85,42 @@ def autoscaler(service: DiffusionInferenceService, scaling: Autoscaling) -> Json
             "maxReplicas": scaling.max_replicas,
             "metrics": metrics,
             "behavior": {"scaleDown": {"stabilizationWindowSeconds": scaling.scale_down_seconds}},
+        }
+    }
+
+
+def network_policies(service: DiffusionInferenceService) -> list[Json]:
+    """Return who may connect to shards, and to engines where the manifest names clients.
+
+    Metrics are for all, and the kubelet's probes always pass.
+    """
+    name, network, group = service.metadata.name, service.spec.network, service.spec.group
+    found = []
+    if group.shards and network.isolate_shards:
+        engines = {"podSelector": {"matchLabels": selector(name)}}
+        found.append(_policy(service, "shard", ["grpc"], [engines]))
+    if network.clients:
+        ports = ["grpc", "http"] if service.spec.server.http_port else ["grpc"]
+        found.append(_policy(service, "engine", ports, network.clients))
+    return found
+
+
+def _policy(
+    service: DiffusionInferenceService, role: str, ports: Sequence[str], peers: Sequence[Json]
+) -> Json:
+    def at(*names: str) -> list[Json]:
+        return [{"protocol": "TCP", "port": name} for name in names]
+
+    name = service.metadata.name
+    made = _object("networking.k8s.io/v1", "NetworkPolicy", service, f"{name}-{role}s")
+    return made | {
+        "spec": {
+            "podSelector": {"matchLabels": {SERVICE_LABEL: name, ROLE_LABEL: role}},
+            "policyTypes": ["Ingress"],
+            "ingress": [
+                {"from": copy.deepcopy(list(peers)), "ports": at(*ports)},
+                {"ports": at("metrics")},
+            ],
         }
     }
 

@@ -2,7 +2,7 @@
 
 In each pass, from what there is alone:
 
-1. What a service has once is applied: addresses, the budget for disruptions, the autoscaler.
+1. What a service has once is applied: addresses, the budget for disruptions, the autoscaler, who may connect.
 2. The model is looked up, and the spec becomes a revision, which is kept. While there is no model, or no
    image, the revision that was rolled out last goes on being what groups are made of.
 3. Groups that end are taken down in their order: the engine drains, then its shards go, then their names.
@@ -44,6 +44,7 @@ def reconciler(settings: Settings) -> Reconciler:
             "StatefulSet",
             "PodDisruptionBudget",
             "HorizontalPodAutoscaler",
+            "NetworkPolicy",
         ),
         decide=lambda observed: decide(observed, settings),
         reads=("Pod", "EndpointSlice", "StatefulSetWarning", "PodWarning"),
@@ -120,7 +121,12 @@ def _front(turn: Pass) -> None:
         fronts.public_service(service),
         fronts.engines_service(service),
         fronts.disruption_budget(service),
+        *(policies := fronts.network_policies(service)),
     ]
+    wanted = {one["metadata"]["name"] for one in policies}
+    for one in turn.children("NetworkPolicy"):
+        if one["metadata"]["name"] not in wanted:
+            turn.remove(one)
     if service.spec.autoscaling and not service.spec.stopped:
         turn.apply.append(fronts.autoscaler(service, service.spec.autoscaling))
     else:  # a stopped service has nothing to count, and says so itself

@@ -4,6 +4,7 @@ Every namespace enforces restricted Pod Security. The job is the quickstart's sm
 process each.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ import yaml
 from parent_death import bound
 from real_cluster import programs
 from support import real_clusters
+from support.certificates import Authority, client_tls
 from support.charts import PAGE, Prompt, page_commands
 from support.object_stores import BUCKET, store_server
 from support.quickstart import EXAMPLE, load_module
@@ -80,13 +84,14 @@ class Place:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.story(name)}") from None
 
-    def story(self, name: str) -> str:
-        """Return what helps whoever reads of a failure."""
-        told = [json.dumps(self.job(name).get("status"), indent=1)]
+    def story(self, name: str, kind: str = "dtj", label: str = "unmask.dev/job") -> str:
+        """Return what helps whoever reads of a failure of a job, or of a service."""
+        found = self.cluster.get(kind, name, "-n", TRAINING) or {}
+        told = [json.dumps(found.get("status"), indent=1)]
         for arguments in (
             ["describe", "pods", "-n", TRAINING],
             ["get", "events", "-n", TRAINING],
-            ["logs", "-n", TRAINING, "-l", f"unmask.dev/job={name}", "--tail=30", "--prefix"],
+            ["logs", "-n", TRAINING, "-l", f"{label}={name}", "--tail=30", "--prefix"],
             ["logs", "-n", SYSTEM, "-l", "app.kubernetes.io/name=unmask-operator", "--tail=30"],
         ):
             done = subprocess.run(self.cluster.command(*arguments), capture_output=True, text=True)
@@ -400,6 +405,129 @@ def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
 
     place.prompt.run(remove)
     cluster.until(lambda: not cluster.items("all", *chosen), "nothing of the release is left")
+
+
+def service_of_shards(name: str, job: str) -> Any:
+    """Return a service of what ``job`` trained: an engine and two shards a group, TLS everywhere."""
+    secret = f"{name}-tls"
+    return {
+        "apiVersion": "unmask.dev/v1alpha1",
+        "kind": "DiffusionInferenceService",
+        "metadata": {"name": name, "namespace": TRAINING},
+        "spec": {
+            "model": {"job": {"name": job}},
+            "group": {"shards": 2, "replication": 2, "tls": {"secretName": secret}},
+            "server": {
+                "threads": 1,
+                "drainSeconds": 5,
+                "preStopSeconds": 1,
+                "tls": {"secretName": secret, "clientCaSecretName": secret},
+            },
+        },
+    }
+
+
+def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_and_scaling(
+    place: Place, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    demo, cluster, name = load_module("demo"), place.cluster, "chat"
+    words = [[{"role": "user", "content": word}] for word in ("hello", "diffusion", "unmasked")]
+
+    def answers(client: Client) -> list[list[int]]:
+        found = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
+        assert all(one.usage.tpf > 0 for one in found)
+        return [list(one.token_ids) for one in found]
+
+    with (
+        demo.serving(place.volumes / "run" / "quiet" / "model", log=tmp_path / "log") as local,
+        Client(local) as client,
+    ):
+        expected = answers(client)
+
+    authority, server_name = Authority(), f"{name}.{TRAINING}.svc"
+    pair = authority.issue(server_name)
+    files = {"tls.crt": pair.certificate, "tls.key": pair.key, "ca.crt": authority.pem}
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": f"{name}-tls", "namespace": TRAINING},
+        "data": {key: base64.b64encode(value).decode() for key, value in files.items()},
+    }
+    cluster.kubectl("apply", "-f", "-", given=[secret, service_of_shards(name, "quiet")])
+    tls = client_tls(tmp_path / "tls", authority.pem, authority.issue("client"), server_name=server_name)
+
+    def pods() -> dict[str, Any]:
+        found = cluster.items("pods", "-n", TRAINING, "-l", f"unmask.dev/service={name}")
+        return {pod["metadata"]["name"]: pod for pod in found}
+
+    def until_ready(groups: int) -> list[str]:
+        """Wait until the service is as it should be; return its groups."""
+
+        def reached() -> Any:
+            one = cluster.get("dis", name, "-n", TRAINING)
+            status = one.get("status", {})
+            ready = [each for each in status.get("conditions", ()) if each["type"] == "Ready"]
+            current = one["metadata"]["generation"] == status.get("observedGeneration")
+            settled = current and ready and ready[0]["status"] == "True" and len(pods()) == 3 * groups
+            return settled and [each["name"] for each in status["groups"]]
+
+        try:
+            return list(cluster.until(reached, f"{groups} groups of {name} are ready", 400))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{place.story(name, 'dis', 'unmask.dev/service')}") from None
+
+    (group,) = until_ready(1)
+    found: list[list[list[int]]] = []
+    enough = threading.Event()
+
+    def ask() -> None:
+        with forwarded(cluster, f"service/{name}", 50051) as address, Client(address, tls=tls) as client:
+            while not enough.is_set():
+                found.append(answers(client))
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            cluster.until(lambda: len(found) >= 2 or asking.done(), "answers", 120)
+            lost = pods()[f"{group}-s-0"]["metadata"]["uid"]
+            kill(lost)
+            before = len(found)
+            # Asked all the time, so some of it was being generated at the kill, and more is while it is away.
+            cluster.until(lambda: len(found) >= before + 2 or asking.done(), "answers without the shard", 120)
+
+            def is_back() -> bool:
+                pod = pods()[f"{group}-s-0"]
+                assert pod["metadata"]["uid"] == lost
+                (state,) = pod["status"]["containerStatuses"]
+                return bool(state["restartCount"] and state["ready"])
+
+            assert not is_back(), "answered while the shard was away"
+            cluster.until(is_back, "the shard is back", 180)
+        finally:
+            enough.set()
+        asking.result(timeout=120)
+    assert all(one == expected for one in found)
+
+    for groups in (2, 1):
+        cluster.kubectl("scale", f"dis/{name}", "-n", TRAINING, f"--replicas={groups}")
+        for one in until_ready(groups):
+            with forwarded(cluster, f"pod/{one}-e-0", 50051) as address, Client(address, tls=tls) as client:
+                assert answers(client) == expected
+
+    told = cluster.kubectl("describe", "dis", name, "-n", TRAINING)
+    assert "Routable" in told and "clients can connect to" in told, told
+    cluster.kubectl("delete", f"dis/{name}", f"secret/{name}-tls", "-n", TRAINING, "--wait")
+    kinds = (
+        "statefulsets,pods,services,endpointslices,controllerrevisions,pdb,hpa,networkpolicies,secrets,dis"
+    )
+
+    def left() -> list[str]:
+        items = cluster.items(kinds, "-n", TRAINING)
+        return [one["metadata"]["name"] for one in items if one["metadata"]["name"].startswith(name)]
+
+    cluster.until(lambda: not left(), "nothing of the service is left")
+    assert {one["metadata"]["name"] for one in cluster.items("pvc", "-n", TRAINING)} == {"data", "run"}
 
 
 def test_deleting_jobs_leaves_only_what_they_wrote(place: Place, undisturbed: str) -> None:

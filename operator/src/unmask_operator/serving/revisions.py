@@ -46,9 +46,7 @@ REVISED = frozenset(
     }
 )
 """Fields of a spec that pods are made from: a change of one makes another revision."""
-NOT_REVISED = frozenset(
-    {"stopped", "replicas", "rollout", "autoscaling", "disruption", "service", "network"}
-)
+NOT_REVISED = frozenset({"stopped", "replicas", "rollout", "autoscaling", "disruption", "service", "network"})
 """All others: a change of one replaces no pod."""
 
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"

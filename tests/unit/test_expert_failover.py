@@ -2,7 +2,8 @@
 
 import pytest
 
-from unmask.experts.failover import Pace, Standing, Timing, next_holder
+from unmask.experts.failover import Pace, Timing, next_holder
+from unmask.standing import Standing
 
 
 def test_waits_follow_what_answers_take() -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unmask.diffusion.batch import ForwardLost
 from unmask.experts.answering import all_finite
-from unmask.experts.failover import Pace, Standing, next_holder
+from unmask.experts.failover import Pace, next_holder
 from unmask.experts.frames import (
     ABSENT,
     FrameError,
@@ -42,6 +42,7 @@ from unmask.experts.links import Arrived, Began, Inbox, Link, Lost, News
 from unmask.experts.placement import Bounds, HeldParts, best_epoch, holders_of
 from unmask.experts.proving import Known, Proofs, difference
 from unmask.models.moe import Routing
+from unmask.standing import Standing
 from unmask.telemetry import Recorder, metrics
 
 __all__ = ["Exchange", "Flight"]

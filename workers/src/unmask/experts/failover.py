@@ -3,23 +3,21 @@
 A frame goes to one shard that holds the part. Where the answer is late beyond what late answers usually are,
 the same frame goes to another one as well (a hedge), and the first answer counts: both are the same to the
 bit. Where it is later still, or where a shard's connection breaks or its answer is damaged, the shard is
-passed over for a while, which doubles with each such time and is forgotten with each good answer.
+passed over for a while (:mod:`unmask.standing`).
 
 Times are in seconds, on any monotonic clock.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-__all__ = ["Pace", "Standing", "Timing", "next_holder"]
+__all__ = ["Pace", "Timing", "next_holder"]
 
 _HEDGE_S = (0.02, 0.5)
 """Shortest and longest wait until a frame is sent to a second shard."""
 _GIVE_UP_S = (0.1, 1.0)
 """Shortest and longest wait until the first one is held to be out."""
-_BAN_S = (0.25, 8.0)
-"""For the first time, and at most."""
 _ENOUGH = 32
 _REMEMBERED = 256
 _AGAIN_AFTER = 32
@@ -59,27 +57,6 @@ class Pace:
             p95, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.95, 0.99))
             hedge = _within(2 * p95, _HEDGE_S)
             self.timing = Timing(hedge, max(hedge, _within(4 * p99, _GIVE_UP_S)))
-
-
-@dataclass(slots=True)
-class Standing:
-    """What an engine thinks of a shard."""
-
-    strikes: int = 0
-    banned_until: float = field(default=float("-inf"))
-
-    def strike(self, now: float) -> None:
-        """It failed, or was far too late."""
-        self.banned_until = now + _within(_BAN_S[0] * 2.0**self.strikes, _BAN_S)
-        self.strikes += 1
-
-    def answered(self) -> None:
-        """It gave a good answer in time."""
-        self.strikes = max(0, self.strikes - 1)
-
-    def is_banned(self, now: float) -> bool:
-        """Whether it is passed over."""
-        return now < self.banned_until
 
 
 def next_holder(

@@ -477,6 +477,7 @@ def test_a_stream_goes_on_at_another_server_where_the_first_one_ended(
 ) -> None:
     with Client(server.address) as client:
         undisturbed = list(client.stream("w5 w6", max_tokens=40))
+    before = server.server.recorder.value(metrics.QUEUE_SECONDS)
     gate = GatedBatch(batch(network, rows=1))
     with (
         running_server(gate, model) as first,
@@ -502,4 +503,8 @@ def test_a_stream_goes_on_at_another_server_where_the_first_one_ended(
     assert sum(isinstance(event, Started) for event in events) == 1
     finished = events[-1]
     assert isinstance(finished, Finished)
-    assert finished.usage.completion_tokens < 40
+    assert server.server.recorder.value(metrics.QUEUE_SECONDS) == before + 1
+    expected = undisturbed[-1]
+    assert isinstance(expected, Finished)
+    assert finished.usage.completion_tokens == expected.usage.completion_tokens == 40
+    assert finished.usage.forwards_denoise == expected.usage.forwards_denoise

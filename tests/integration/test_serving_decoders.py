@@ -378,7 +378,8 @@ def test_a_stream_goes_on_at_a_server_with_other_defaults(
     model = described(served_folder(tmp_path / "first", golden=golden, **{"threshold": 1.0, **wish}), rows=1)
     gate = GatedBatch(model.batch(networks[kind]))
     other = {"vicinity": options["vicinity"]} if "vicinity" in options else {}
-    events = []
+    recorder = served[kind].server.server.recorder
+    events, before = [], recorder.value(metrics.QUEUE_SECONDS)
     with (
         running_server(gate, model) as first,
         Client([first.address, served[kind].server.address], timeout_s=30) as client,
@@ -394,7 +395,10 @@ def test_a_stream_goes_on_at_a_server_with_other_defaults(
     tokens = [token for event in events if isinstance(event, BlockCommitted) for token in event.token_ids]
     assert tokens == offline(networks[kind], PROMPTS[3], options, 80).token_ids
     finished = events[-1]
-    assert isinstance(finished, Finished) and finished.usage.completion_tokens < 80
+    assert recorder.value(metrics.QUEUE_SECONDS) == before + 1
+    eos = model.defaults.eos_token_id
+    assert isinstance(finished, Finished)
+    assert finished.usage.completion_tokens == (tokens.index(eos) if eos in tokens else len(tokens))
 
 
 def test_forwards_on_a_canvas_are_all_denoise(

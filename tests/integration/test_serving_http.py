@@ -20,9 +20,9 @@ import pytest
 from support.folders import served_folder
 from support.serving import CountingBatch, GatedBatch, RunningServer, running_server, wait_until
 from unmask.client import Client
+from unmask.fronts.http_front import HttpLimits
 from unmask.models.loading import load
 from unmask.models.registry import read_config
-from unmask.serving.http_front import HttpLimits
 from unmask.serving.model import ServedModel
 from unmask.telemetry import metrics
 

@@ -316,13 +316,13 @@ def test_a_server_whose_loop_no_longer_turns_is_neither_well_nor_alive(
 ) -> None:
     with serving(files, model, CountingBatch()) as running:
         go_on = threading.Event()
-        monkeypatch.setattr("unmask.serving.server._TURN_S", 0.5)
+        monkeypatch.setattr("unmask.fronts.process._TURN_S", 0.5)
         running.server._loop.call_soon_threadsafe(go_on.wait, 60)
         try:
             assert asked(running, "healthz") == asked(running, "livez") == (503, "stuck")
         finally:
             go_on.set()
-        monkeypatch.setattr("unmask.serving.server._TURN_S", 30)
+        monkeypatch.setattr("unmask.fronts.process._TURN_S", 30)
         assert (asked(running, "healthz"), asked(running, "livez")) == ((200, "serving"), (200, "alive"))
 
 
@@ -395,7 +395,7 @@ def test_what_cannot_be_used_leaves_the_old_in_force(
 def test_files_are_looked_at_though_nobody_connects(
     files: Files, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmask.serving.server._READ_S", 0.05)
+    monkeypatch.setattr("unmask.fronts.grpc_port._READ_S", 0.05)
     with serving(files, model, CountingBatch()) as server:
         recorder = server.server.recorder
         first = recorder.value(metrics.TLS_CERTIFICATE_EXPIRY, port="grpc")

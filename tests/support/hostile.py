@@ -16,8 +16,8 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from support.mutations import mutated
+from unmask.fronts.openai_wire import ChatRequest, CompletionRequest
 from unmask.serving.decoders import DECODERS, Decoder
-from unmask.serving.openai_wire import ChatRequest, CompletionRequest
 from unmask.v1 import control_pb2
 from unmask.v1 import generation_pb2 as pb
 

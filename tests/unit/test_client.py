@@ -23,12 +23,14 @@ from unmask.client import (
     UnsupportedRequest,
 )
 from unmask.client.channels import addresses
-from unmask.client.continuation import Continuation
+from unmask.client.continuation import Continuation, OtherWeights
 from unmask.client.errors import error_of
 from unmask.client.events import event_of
 from unmask.client.options import DECODERS, GenerateOptions, request_of
+from unmask.client.usage import total
+from unmask.diffusion.batch import ForwardCounts
 from unmask.errors import UsageError
-from unmask.serving.refusals import Refused, Violation
+from unmask.fronts.refusals import Refused, Violation
 from unmask.v1 import generation_pb2 as pb
 
 # Requests
@@ -270,7 +272,7 @@ def committed(*token_ids: int, offset: int = 0) -> pb.GenerateStreamResponse:
 def test_what_is_left_is_asked_for_with_what_was_in_force() -> None:
     generation = Continuation(pb.GenerateRequest(text="w5"), canvas=True)
     assert generation.request().request == pb.GenerateRequest(text="w5")
-    for message in (started(), committed(11, 12), committed(13)):
+    for message in (started(), committed(11, 12), committed(13, offset=2)):
         assert generation.take(message) is not None
     request = generation.request()
     assert list(request.request.committed_token_ids) == [11, 12, 13]
@@ -282,8 +284,94 @@ def test_what_is_left_is_asked_for_with_what_was_in_force() -> None:
 
 def test_a_continuation_leaves_the_callers_request_alone() -> None:
     request = pb.GenerateRequest(text="w5")
-    Continuation(request, canvas=False).take(committed(11))
+    generation = Continuation(request, canvas=False)
+    generation.take(started())
+    generation.take(committed(11))
     assert request == pb.GenerateRequest(text="w5")
+
+
+def counted(kept: int, denoise: int, prefill: int = 0) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=3,
+        completion_tokens=kept,
+        forwards_prefill=prefill,
+        forwards_denoise=denoise,
+        forwards_persist=0,
+        positions_evaluated=10 * (denoise + prefill),
+        tpf=kept / (denoise + prefill),
+        tpf_decode=kept / denoise,
+        tpf_denoise=kept / denoise,
+    )
+
+
+def finished(usage: pb.Usage) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(finished=pb.Finished(usage=usage))
+
+
+def test_usage_is_that_of_all_servers_as_far_as_blocks_were_committed() -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=False)
+    for number, message in enumerate((committed(1, 2), committed(3, 4, offset=2))):
+        message.block_committed.usage.CopyFrom(counted(2 * number + 2, 3 * number + 3, prefill=1))
+        if not number:
+            generation.take(started())
+        generation.take(message)
+    generation.take(started())  # elsewhere: what the first one took since its last block is not known
+    third = committed(5, 6, offset=4)
+    third.block_committed.usage.CopyFrom(counted(2, 5, prefill=2))
+    heard = generation.hear(third)
+    assert heard is not None and heard.block_committed.usage == counted(6, 11, prefill=3)
+    generation.take(started())  # a third one, which is lost before it commits anything
+    generation.take(started())
+    last = generation.hear(finished(counted(1, 4, prefill=3)))
+    assert last is not None and last.finished.usage == counted(7, 15, prefill=6)
+
+
+def test_usage_of_one_server_alone_is_passed_on_as_it_is() -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=False)
+    generation.take(started())
+    told = finished(pb.Usage(completion_tokens=3, tpf=0.123))
+    heard = generation.hear(told)
+    assert heard is not None and heard.finished.usage == pb.Usage(completion_tokens=3, tpf=0.123)
+
+
+def test_what_several_calls_took_is_counted_as_the_forwards_of_one() -> None:
+    parts = [counted(6, 11, prefill=3), counted(0, 2, prefill=1), counted(5, 9, prefill=2)]
+    together = ForwardCounts(prefill=6, denoise=22, positions=280)
+    assert total(parts) == pb.Usage(
+        prompt_tokens=3,
+        completion_tokens=11,
+        forwards_prefill=6,
+        forwards_denoise=22,
+        forwards_persist=0,
+        positions_evaluated=280,
+        tpf=together.tpf(11),
+        tpf_decode=together.tpf_decode(11),
+        tpf_denoise=together.tpf_denoise(11),
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_gap_between_blocks_is_not_passed_over(offset: int) -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=False)
+    generation.take(started())
+    generation.take(committed(11, 12))
+    with pytest.raises(ServerFailed, match=f"begins at token {offset}, 2 came before"):
+        generation.take(committed(13, offset=offset))
+
+
+@pytest.mark.parametrize("later", ["b" * 64, None])
+def test_an_answer_is_of_one_revision(later: str | None) -> None:
+    generation = Continuation(pb.GenerateRequest(text="w5"), canvas=False)
+    first, second = started(), started()
+    first.started.revision = "a" * 64
+    if later is not None:
+        second.started.revision = later
+    generation.take(first)
+    generation.take(committed(11))
+    with pytest.raises(OtherWeights, match="begun with the weights aaaa"):
+        generation.take(second)
+    assert generation.revision == "a" * 64 and generation.committed == 1
+    assert generation.take(first) is None
 
 
 def test_a_stream_that_ends_early_is_not_taken_for_a_whole() -> None:

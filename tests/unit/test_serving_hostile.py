@@ -20,15 +20,16 @@ from google.protobuf.message_factory import GetMessageClass
 from support import counts, hostile
 from support.folders import served_folder
 from unmask.diffusion.batch import Finished
+from unmask.fronts.generation import check_canvas
+from unmask.fronts.openai_wire import ChatRequest, CompletionRequest, error_of, read_body
+from unmask.fronts.refusals import Refused
 from unmask.models.loading import load
 from unmask.models.registry import read_config
 from unmask.serving.engine import Engine, Request
 from unmask.serving.model import ServedModel
 from unmask.serving.narration import Narration
-from unmask.serving.openai_wire import ChatRequest, CompletionRequest, error_of, read_body
 from unmask.serving.outbox import Outbox
-from unmask.serving.refusals import Refused
-from unmask.serving.requests import Order, check_canvas, read_order
+from unmask.serving.requests import Order, read_order
 from unmask.serving.tracing import TraceLog
 from unmask.telemetry import Recorder
 from unmask.v1 import generation_pb2 as pb

@@ -11,10 +11,11 @@ from support.folders import served_folder
 from support.training import write_lines
 from unmask.client.options import Message, request_of
 from unmask.diffusion.decoding import Credit, DecodingParams, Sampling, Vicinity
+from unmask.fronts.generation import check_canvas
+from unmask.fronts.refusals import Refused, Violation, invalid
 from unmask.models.registry import read_config
 from unmask.serving.model import ServedModel
-from unmask.serving.refusals import Refused, Violation, invalid
-from unmask.serving.requests import check_canvas, read_order
+from unmask.serving.requests import read_order
 from unmask.training.encoding import encode
 from unmask.training.records import Messages, read_records
 from unmask.v1 import generation_pb2 as pb

@@ -7,7 +7,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from unmask.client.channels import DEFAULT_TIMEOUT_S, Connecting, Deadline, addresses
-from unmask.client.continuation import Continuation
+from unmask.client.continuation import Continuation, OtherWeights
 from unmask.client.errors import RequestError, Unavailable, error_of
 from unmask.client.events import Event, Generation, ModelInfo, generation_of, model_info_of
 from unmask.client.options import GenerateOptions, request_of
@@ -82,8 +82,8 @@ class Client:
     ) -> Iterator[Event]:
         """Generate, and yield events as they happen; the last one is Finished.
 
-        To stop early, close the iterator. Where the generation was continued on another server, Finished
-        tells what that one did.
+        To stop early, close the iterator. Where the generation was continued on another server, the usage in
+        Finished is of both, but for the block that was lost; its trace is of the last one alone.
 
         Args:
             prompt: Text to continue; or give ``messages`` or ``token_ids``.
@@ -119,6 +119,8 @@ class Client:
                         yield event
                 generation.check_finished(address)
                 return
+            except OtherWeights as other:
+                failure = other
             except grpc.RpcError as error:
                 failure = error_of(error, address)
                 if not isinstance(failure, Unavailable):

@@ -1,56 +1,33 @@
 """What every call goes through, however it came in: a request of the engine, its events, and its end.
 
 However a call ends (done, refused, cancelled, past its deadline, client gone), its request leaves the engine:
-at once from the queue, within one forward from the batch. The gRPC service and the HTTP front differ in how
-they read a request and write an answer, in nothing else.
+at once from the queue, within one forward from the batch.
 """
 
 import asyncio
-import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 
 import grpc
 
 from unmask.diffusion.batch import Finished
 from unmask.errors import UsageError
+from unmask.fronts.generating import Accounts, Ending, failure
+from unmask.fronts.refusals import Refused, quoted
 from unmask.serving.engine import Engine, EngineStopped, Interrupted, ModelFailed, QueueFull, Request
 from unmask.serving.model import ServedModel
 from unmask.serving.narration import Narration
 from unmask.serving.outbox import Failed, Item, Outbox
-from unmask.serving.refusals import Refused, quoted
 from unmask.serving.requests import Order, read_order
 from unmask.serving.tracing import TraceLog
 from unmask.telemetry import Recorder, metrics
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["Calls", "Ending", "gather"]
-
-logger = logging.getLogger(__name__)
-
-_CLOSE_TO_DEADLINE_S = 0.05
-"""A cancellation with less time left is the deadline's: the client's clock runs a little ahead of ours."""
+__all__ = ["Calls"]
 
 
 class Aborted(Exception):
     """Whoever runs the server has ended the call."""
-
-
-class Ending:
-    """How a call ended, for its count, and by when it has to."""
-
-    def __init__(self, *, deadline: float) -> None:
-        self.deadline = deadline
-        """On the monotonic clock."""
-        self.code = grpc.StatusCode.OK
-        self.finish_reason = ""
-
-    def by(self, event: pb.GenerateStreamResponse) -> None:
-        """Note the reason, if ``event`` is the last."""
-        if event.HasField("finished"):
-            name = pb.FinishReason.Name(event.finished.reason)
-            self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
 
 
 class Calls:
@@ -61,19 +38,31 @@ class Calls:
         model: What they are checked against.
         recorder: Takes the metrics of calls.
         max_request_s: The most time a call gets, and what it gets if it brings no deadline.
+        revision: Of the weights that answers are of.
     """
 
     def __init__(
-        self, engine: Engine, model: ServedModel, recorder: Recorder, *, max_request_s: float
+        self,
+        engine: Engine,
+        model: ServedModel,
+        recorder: Recorder,
+        *,
+        max_request_s: float,
+        revision: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self._revision = revision
         self._engine = engine
         self._model = model
         self._recorder = recorder
-        self._max_request_s = max_request_s
+        self._accounts = Accounts(max_request_s=max_request_s, refusal=_refusal, ended=self._count)
         self._live: dict[str, Request] = {}
 
-    @asynccontextmanager
-    async def accounted(self, remaining: Callable[[], float | None]) -> AsyncIterator[Ending]:
+    @property
+    def model_name(self) -> str:
+        """What requests call the model."""
+        return self._model.name
+
+    def accounted(self, remaining: Callable[[], float | None]) -> AbstractAsyncContextManager[Ending]:
         """Bound a call's time, give its errors their status, and count how it ended.
 
         Args:
@@ -82,21 +71,7 @@ class Calls:
         Raises:
             Refused: Whatever ended the call other than its being cancelled.
         """
-        left_s = self._time_left(remaining)
-        ending = Ending(deadline=time.monotonic() + left_s)
-        try:
-            async with asyncio.timeout(left_s):
-                yield ending
-        except asyncio.CancelledError:
-            late = self._time_left(remaining) < _CLOSE_TO_DEADLINE_S
-            ending.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            raise
-        except Exception as error:
-            refused = _refusal(error)
-            ending.code = refused.code
-            raise refused from error
-        finally:
-            self._count(ending)
+        return self._accounts.accounted(remaining)
 
     async def events(
         self, request: pb.GenerateRequest, *, deadline: float | None = None, canvas: bool = False
@@ -113,7 +88,7 @@ class Calls:
         """
         # Tokenising a long prompt takes a while, and the loop has other clients to serve.
         order = await asyncio.to_thread(read_order, request, self._model)
-        narration = Narration(order, self._model)
+        narration = Narration(order, self._model, revision=self._revision)
         ready = asyncio.Event()
         submitted = _request(order, ready, deadline=deadline, canvas=canvas)
         with self._named(order.request_id, submitted):
@@ -166,10 +141,6 @@ class Calls:
         finally:
             del self._live[request_id]
 
-    def _time_left(self, remaining: Callable[[], float | None]) -> float:
-        left = remaining()
-        return self._max_request_s if left is None else min(left, self._max_request_s)
-
     def _count(self, ending: Ending) -> None:
         self._recorder.count(metrics.REQUESTS, code=ending.code.name, finish_reason=ending.finish_reason)
         if ending.code is grpc.StatusCode.CANCELLED:
@@ -195,48 +166,17 @@ def _request(order: Order, ready: asyncio.Event, *, deadline: float | None, canv
     )
 
 
-def gather(event: pb.GenerateStreamResponse, response: pb.GenerateResponse) -> None:
-    """Add one event of a stream to the answer of a call that wants it whole."""
-    match event.WhichOneof("event"):
-        case "started":
-            response.request_id = event.started.request_id
-        case "block_committed":
-            response.token_ids.extend(event.block_committed.token_ids)
-            response.text += event.block_committed.text_delta
-            response.logprobs.extend(event.block_committed.logprobs)
-        case "finished":
-            response.text += event.finished.text_delta
-            response.finish_reason = event.finished.reason
-            response.usage.CopyFrom(event.finished.usage)
-            if event.finished.HasField("trace"):
-                response.trace.CopyFrom(event.finished.trace)
-            match event.finished.WhichOneof("stopped_by"):
-                case "stop":
-                    response.stop = event.finished.stop
-                case "stop_token_id":
-                    response.stop_token_id = event.finished.stop_token_id
-
-
-def _refusal(error: Exception) -> Refused:
-    """The status that an error ends a call with; what is not foreseen is told to the log alone."""
+def _refusal(error: Exception) -> Refused | None:
+    """The status that an error ends a call with; None for one that is not foreseen."""
     match error:
-        case Refused():
-            return error
         case QueueFull():
             return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s=error.retry_after_s)
         case Aborted():
             return Refused(grpc.StatusCode.ABORTED, str(error))
         case ModelFailed():
-            return _failure()
+            return failure()
         case EngineStopped() | Interrupted():
             return Refused(grpc.StatusCode.UNAVAILABLE, str(error))
-        case TimeoutError():
-            return Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "the call's time is over")
         case UsageError():
             return Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    logger.error("a call failed", exc_info=error)
-    return _failure()
-
-
-def _failure() -> Refused:
-    return Refused(grpc.StatusCode.INTERNAL, "the server has failed; its log says why")
+    return None

@@ -10,9 +10,9 @@ import grpc
 from grpc.aio import ServicerContext
 
 from unmask.errors import UnmaskError
+from unmask.fronts.refusals import Refused, Violation, invalid, quoted
 from unmask.serving.calls import Calls
 from unmask.serving.engine import Engine, EngineStopped, ModelFailed
-from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.serving.weights import ServedWeights
 from unmask.v1 import control_pb2 as pb
 from unmask.v1.control_pb2_grpc import ControlServicer

@@ -7,7 +7,7 @@ Joined, the ``text_delta`` of all events are the text of all tokens; neither hol
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unmask.diffusion.batch import Committed, Filled, Finished, FinishReason, ForwardCounts
 from unmask.serving.decoders import diffusion_params
@@ -34,9 +34,12 @@ def finish_reason(reason: FinishReason) -> pb.FinishReason:
 class Narration:
     """Turns the items of one request's outbox, in order, into its stream's events."""
 
-    def __init__(self, order: Order, model: ServedModel) -> None:
+    def __init__(
+        self, order: Order, model: ServedModel, *, revision: Callable[[], str | None] = lambda: None
+    ) -> None:
         self._order = order
         self._model = model
+        self._revision = revision
         self._text = StoppableText(model.tokenizer, strings=order.stop, token_ids=order.stop_token_ids)
         self._offset = len(order.committed)
         # The caller has what these tokens say, but for what the former server held back.
@@ -106,6 +109,7 @@ class Narration:
             block_length=params.block_length,
             sampling=self._sampling(),
             diffusion=diffusion_params(self._order.decoder, params),
+            revision=self._revision(),
         )
 
     def _sampling(self) -> pb.SamplingParams:
@@ -146,17 +150,23 @@ class Narration:
     def _block_committed(self, item: Committed) -> pb.BlockCommitted:
         piece = self._piece(item)
         offset, self._offset = self._offset, self._offset + piece.tokens
-        logprobs: Sequence[float] = ()
-        if self._order.logprobs:
-            logprobs = [_logarithm(confidence) for confidence in item.confidences[: piece.tokens]]
-        return pb.BlockCommitted(
+        token_ids = item.token_ids[: piece.tokens]
+        told = pb.BlockCommitted(
             block_index=item.block_index,
             offset=offset,
-            token_ids=item.token_ids[: piece.tokens],
+            token_ids=token_ids,
             text_delta=piece.text,
             forwards=item.forwards,
-            logprobs=logprobs,
+            usage=_usage(self._order.prompt, self._usage, self._kept_of_text(token_ids)),
         )
+        if self._order.logprobs:
+            told.logprobs.extend(_logarithm(confidence) for confidence in item.confidences[: piece.tokens])
+            told.token_texts.extend(map(self._text_of, token_ids))
+        return told
+
+    def _kept_of_text(self, last: Sequence[int]) -> int:
+        """Tokens told so far, an end of text, which comes last, not counted."""
+        return self.kept - (self._order.params.eos_token_id in last[-1:])
 
     def _piece(self, item: Committed) -> Piece:
         piece = self._text.push(item.token_ids)

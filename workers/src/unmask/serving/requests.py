@@ -15,6 +15,7 @@ import grpc
 
 from unmask.diffusion.decoding import DecodingParams, Sampling
 from unmask.errors import ModelError, UsageError
+from unmask.fronts.refusals import Refused, Violation, invalid, quoted
 from unmask.models.conversation import Turn, tool, tool_call, turn
 from unmask.serving.decoders import DECODERS, Decoder, listed
 from unmask.serving.model import (
@@ -24,10 +25,9 @@ from unmask.serving.model import (
     MAX_POST_EDIT_STEPS,
     ServedModel,
 )
-from unmask.serving.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["Order", "check_canvas", "read_order"]
+__all__ = ["Order", "read_order"]
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_CACHE_SALT_BYTES = 128
@@ -97,19 +97,6 @@ def read_order(request: pb.GenerateRequest, model: ServedModel) -> Order:
         priority=request.priority,
         trace=request.trace,
     )
-
-
-def check_canvas(options: pb.StreamOptions) -> bool:
-    """Whether a stream wants canvas updates.
-
-    Raises:
-        Refused: The mode is not one we know.
-    """
-    if options.canvas not in pb.CanvasMode.values():
-        raise invalid(
-            [Violation("options.canvas", f"got {options.canvas}, {_allowed(pb.CanvasMode.keys())}")]
-        )
-    return options.canvas == pb.CANVAS_MODE_DIFF
 
 
 class _Reader:
@@ -286,10 +273,6 @@ class _Reader:
 
     def _wrong(self, field: str, description: str) -> None:
         self.violations.append(Violation(field, description))
-
-
-def _allowed(names: Sequence[str]) -> str:
-    return "allowed are " + ", ".join(name for name in names if not name.endswith("_UNSPECIFIED"))
 
 
 def _turn(message: pb.ChatMessage, place: str) -> Turn:

@@ -7,8 +7,6 @@ whoever started it can start it again.
 
 import asyncio
 import logging
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +18,15 @@ from grpc_reflection.v1alpha import reflection
 
 from unmask.diffusion.batch import Batch
 from unmask.errors import UsageError
+from unmask.fronts.generation import GenerationService
+from unmask.fronts.grpc_port import GrpcLimits, GrpcPort, address_of, follow_certificates
+from unmask.fronts.http_front import HttpFront, HttpLimits
+from unmask.fronts.process import asked_to_end, turns
 from unmask.serving.calls import Calls
 from unmask.serving.control import ControlService, Gate
 from unmask.serving.engine import Engine
-from unmask.serving.grpc_port import GrpcLimits, GrpcPort, address_of
-from unmask.serving.http_front import HttpFront, HttpLimits
 from unmask.serving.model import ServedModel
-from unmask.serving.service import GenerationService, ModelsService
+from unmask.serving.service import ModelsService
 from unmask.serving.weights import ServedWeights
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
@@ -46,11 +46,6 @@ _LOOK_S = 0.5
 """How often it is looked whether all of the model can be had."""
 _CONTROL_CALLS = 64
 """At a time, of those who run the server."""
-_READ_S = 10.0
-"""How often the files of certificates are read. Each new connection has them read as well: this is for the
-metrics and the log of a server that nobody connects to."""
-_TURN_S = 8.0
-"""That the event loop may take to turn; probes wait ten seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +122,13 @@ class Server:
             recorder=self.recorder,
             refused=self._count_refused,
         )
-        calls = Calls(self.engine, model, self.recorder, max_request_s=options.max_request_s)
+        revision = (lambda: weights.revision) if weights else (lambda: None)
+        calls = Calls(
+            self.engine, model, self.recorder, max_request_s=options.max_request_s, revision=revision
+        )
         server = self._grpc.server
         add_GenerationServicer_to_server(GenerationService(calls), server)
-        revision = (lambda: weights.revision) if weights else (lambda: None)
-        add_ModelsServicer_to_server(ModelsService(model, revision), server)
+        add_ModelsServicer_to_server(ModelsService(model, self.engine, revision), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -147,7 +144,7 @@ class Server:
             add_ControlServicer_to_server(control, self._control.server)
         self._following: asyncio.Task[None] | None = None
         self._metrics: Listener | None = None
-        self._http = HttpFront(calls, model, HttpLimits(body_bytes=options.max_message_bytes))
+        self._http = HttpFront(calls, HttpLimits(body_bytes=options.max_message_bytes))
         self.port = 0
         self.metrics_port = 0
         self.http_port: int | None = None
@@ -189,9 +186,8 @@ class Server:
         if self._control is not None:
             await self._control.server.start()
         self._metrics.start()
-        secured = [port for port in (self._grpc, self._control) if port is not None and port.secured]
-        if secured:
-            self._following = asyncio.create_task(_follow_certificates(secured))
+        ports = [port for port in (self._grpc, self._control) if port is not None]
+        self._following = asyncio.create_task(follow_certificates(ports))
         await self._tell(True)
         self._looking = asyncio.create_task(self._look_for_parts())
 
@@ -220,12 +216,10 @@ class Server:
 
     def _alive(self) -> tuple[bool, dict[str, Any]]:
         """Whether the process can go on by itself; otherwise to be started again is what mends it."""
-        turned = threading.Event()
-        self._loop.call_soon_threadsafe(turned.set)
         if self._failed.is_set():
             status = "failed"
-        else:  # what a probe over gRPC would notice by itself
-            status = "alive" if turned.wait(_TURN_S) else "stuck"
+        else:
+            status = "alive" if turns(self._loop) else "stuck"
         return status == "alive", {"status": status}
 
     async def _look_for_parts(self) -> None:
@@ -274,10 +268,7 @@ async def serve(
         RuntimeError: The model failed; the log has the traceback.
     """
     server = Server(batch, model, options, weights, recorder, complete)
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+    asked = asked_to_end()
     await server.start()
     ready(server)
     waits = {asyncio.create_task(asked.wait()), asyncio.create_task(server.failed())}
@@ -297,10 +288,3 @@ def _limits(options: ServerOptions, calls: int) -> GrpcLimits:
         connection_age_s=options.max_connection_age_s,
         grace_s=options.max_request_s,
     )
-
-
-async def _follow_certificates(ports: list[GrpcPort]) -> None:
-    while True:
-        await asyncio.sleep(_READ_S)
-        for port in ports:
-            await asyncio.to_thread(port.look)

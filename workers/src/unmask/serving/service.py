@@ -1,69 +1,32 @@
-"""The gRPC services: a call's events, written as they come or gathered into one answer."""
+"""``unmask.v1.Models``: what is served, and how busy the server is."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 from grpc.aio import ServicerContext
 
-from unmask.serving.calls import Calls, Ending, gather
 from unmask.serving.decoders import diffusion_params
+from unmask.serving.engine import Engine
 from unmask.serving.model import DEFAULT_MAX_TOKENS, ServedModel
-from unmask.serving.refusals import Refused
-from unmask.serving.requests import check_canvas
 from unmask.v1 import generation_pb2 as pb
-from unmask.v1.generation_pb2_grpc import GenerationServicer, ModelsServicer
+from unmask.v1.generation_pb2_grpc import ModelsServicer
 
-__all__ = ["GenerationService", "ModelsService"]
+__all__ = ["ModelsService"]
 
 Context = ServicerContext[Any, Any]
 
 
-class GenerationService(GenerationServicer):
-    """``unmask.v1.Generation``."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    async def Generate(  # noqa: N802
-        self, request: pb.GenerateRequest, context: Context
-    ) -> pb.GenerateResponse:
-        """One whole generation."""
-        response = pb.GenerateResponse()
-        async with self._answered(context) as ended:
-            async with aclosing(self._calls.events(request, deadline=ended.deadline)) as events:
-                async for event in events:
-                    gather(event, response)
-                    ended.by(event)
-        return response
-
-    async def GenerateStream(  # type: ignore[override]  # noqa: N802
-        self, request: pb.GenerateStreamRequest, context: Context
-    ) -> None:
-        """Events as they happen; a coroutine that writes, so that a cancelled call ends here and now."""
-        async with self._answered(context) as ended:
-            canvas = check_canvas(request.options)
-            told = self._calls.events(request.request, deadline=ended.deadline, canvas=canvas)
-            async with aclosing(told) as events:
-                async for event in events:
-                    await context.write(event)
-                    ended.by(event)
-
-    @asynccontextmanager
-    async def _answered(self, context: Context) -> AsyncIterator[Ending]:
-        """A call, whose refusal becomes the stream's status."""
-        try:
-            async with self._calls.accounted(context.time_remaining) as ending:
-                yield ending
-        except Refused as refused:
-            await context.abort_with_status(refused.status())
-
-
 class ModelsService(ModelsServicer):
-    """``unmask.v1.Models``."""
+    """The service.
 
-    def __init__(self, model: ServedModel, revision: Callable[[], str | None]) -> None:
-        self._revision = revision
+    Args:
+        model: What is described.
+        engine: How busy it is.
+        revision: Of its weights.
+    """
+
+    def __init__(self, model: ServedModel, engine: Engine, revision: Callable[[], str | None]) -> None:
+        self._engine, self._revision = engine, revision
         defaults, decoder = model.defaults, model.default_decoder
         params = model.params(decoder, pb.DiffusionParams(), max_new_tokens=model.context_length)
         self._info = pb.GetModelInfoResponse(
@@ -90,3 +53,8 @@ class ModelsService(ModelsServicer):
         if (revision := self._revision()) is not None:
             info.revision = revision
         return info
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:  # noqa: N802
+        """How busy it is."""
+        running, waiting = self._engine.load
+        return pb.GetLoadResponse(running=running, waiting=waiting)

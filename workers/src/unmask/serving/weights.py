@@ -11,12 +11,12 @@ from typing import Literal
 
 from unmask.diffusion.batch import Batch
 from unmask.errors import ModelError, UsageError
+from unmask.fronts.refusals import quoted
 from unmask.models.base import LanguageModel
 from unmask.models.checkpoint_files import Checkpoint
 from unmask.models.int8 import check_int8
 from unmask.models.loading import Quantization, digest_of, load_open
 from unmask.models.replacement import Replacement
-from unmask.serving.refusals import quoted
 
 __all__ = ["ServedWeights"]
 

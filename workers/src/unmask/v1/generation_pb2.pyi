@@ -183,7 +183,7 @@ class StreamOptions(_message.Message):
     def __init__(self, canvas: _Optional[_Union[CanvasMode, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "token_ids", "text", "finish_reason", "usage", "logprobs", "stop", "stop_token_id", "trace")
+    __slots__ = ("request_id", "token_ids", "text", "finish_reason", "usage", "logprobs", "stop", "stop_token_id", "token_texts", "trace")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +192,7 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -201,8 +202,9 @@ class GenerateResponse(_message.Message):
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     stop: str
     stop_token_id: int
+    token_texts: _containers.RepeatedScalarFieldContainer[str]
     trace: Trace
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[float]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., logprobs: _Optional[_Iterable[float]] = ..., stop: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., token_texts: _Optional[_Iterable[str]] = ..., trace: _Optional[_Union[Trace, _Mapping]] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("started", "canvas_update", "block_committed", "finished")
@@ -217,7 +219,7 @@ class GenerateStreamResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., canvas_update: _Optional[_Union[CanvasUpdate, _Mapping]] = ..., block_committed: _Optional[_Union[BlockCommitted, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_tokens", "queue_seconds", "block_length", "sampling", "diffusion")
+    __slots__ = ("request_id", "model", "prompt_tokens", "queue_seconds", "block_length", "sampling", "diffusion", "revision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +227,7 @@ class Started(_message.Message):
     BLOCK_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DIFFUSION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_tokens: int
@@ -232,7 +235,8 @@ class Started(_message.Message):
     block_length: int
     sampling: SamplingParams
     diffusion: DiffusionParams
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., block_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ...) -> None: ...
+    revision: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., block_length: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class CanvasUpdate(_message.Message):
     __slots__ = ("block_index", "step", "positions", "token_ids", "confidences", "texts", "masks_left", "edited", "block_end")
@@ -257,20 +261,24 @@ class CanvasUpdate(_message.Message):
     def __init__(self, block_index: _Optional[int] = ..., step: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., texts: _Optional[_Iterable[str]] = ..., masks_left: _Optional[int] = ..., edited: _Optional[int] = ..., block_end: _Optional[int] = ...) -> None: ...
 
 class BlockCommitted(_message.Message):
-    __slots__ = ("block_index", "offset", "token_ids", "text_delta", "forwards", "logprobs")
+    __slots__ = ("block_index", "offset", "token_ids", "text_delta", "forwards", "logprobs", "token_texts", "usage")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_DELTA_FIELD_NUMBER: _ClassVar[int]
     FORWARDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     offset: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text_delta: str
     forwards: int
     logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, block_index: _Optional[int] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text_delta: _Optional[str] = ..., forwards: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    token_texts: _containers.RepeatedScalarFieldContainer[str]
+    usage: Usage
+    def __init__(self, block_index: _Optional[int] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text_delta: _Optional[str] = ..., forwards: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., token_texts: _Optional[_Iterable[str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "text_delta", "usage", "stop", "stop_token_id", "trace")
@@ -387,3 +395,15 @@ class GetModelInfoResponse(_message.Message):
     default_diffusion: DiffusionParams
     revision: str
     def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., block_length: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., eos_token_id: _Optional[int] = ..., mask_token_id: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., default_max_tokens: _Optional[int] = ..., decoders: _Optional[_Iterable[_Union[Decoder, str]]] = ..., default_diffusion: _Optional[_Union[DiffusionParams, _Mapping]] = ..., revision: _Optional[str] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("running", "waiting")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ...) -> None: ...

@@ -167,6 +167,11 @@ class ModelsStub:
                 request_serializer=unmask_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=unmask_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/unmask.v1.Models/GetLoad',
+                request_serializer=unmask_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=unmask_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class ModelsServicer:
@@ -180,6 +185,13 @@ class ModelsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Says how busy the server is, for whoever spreads calls over several. Cheap.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -187,6 +199,11 @@ def add_ModelsServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=unmask_dot_v1_dot_generation__pb2.GetModelInfoRequest.FromString,
                     response_serializer=unmask_dot_v1_dot_generation__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=unmask_dot_v1_dot_generation__pb2.GetLoadRequest.FromString,
+                    response_serializer=unmask_dot_v1_dot_generation__pb2.GetLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class Models:
             '/unmask.v1.Models/GetModelInfo',
             unmask_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
             unmask_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/unmask.v1.Models/GetLoad',
+            unmask_dot_v1_dot_generation__pb2.GetLoadRequest.SerializeToString,
+            unmask_dot_v1_dot_generation__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,7 @@ of a request with ``trace`` has one, in the form in which our client has it and 
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -26,9 +26,9 @@ from google.protobuf.json_format import ParseDict, ParseError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unmask.client.events import trace_of
-from unmask.diffusion.batch import ForwardCounts
-from unmask.serving.decoders import DECODERS
-from unmask.serving.refusals import Refused, Violation, invalid, quoted
+from unmask.client.options import DECODERS
+from unmask.client.usage import total
+from unmask.fronts.refusals import Refused, Violation, invalid, quoted
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = [
@@ -69,8 +69,18 @@ _REASONS = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
 }
-_DECODERS = {decoder.name: decoder.wire for decoder in DECODERS}
+_DECODERS = {str(name): number for name, number in DECODERS.items()}
 _DIFFUSION_FIELDS = pb.DiffusionParams.DESCRIPTOR.fields_by_name.keys()
+_FORWARDS = (
+    "forwards_prefill",
+    "forwards_denoise",
+    "forwards_persist",
+    "positions_evaluated",
+    "tpf",
+    "tpf_decode",
+    "tpf_denoise",
+)
+"""Of the wire's ``Usage``, under ``usage.unmask``."""
 _LONGEST_FIELD = 64
 _Body = TypeVar("_Body", bound="_Request")
 
@@ -344,7 +354,6 @@ class Answer(ABC):
     Args:
         model: Its name.
         created: Time in seconds since 1970.
-        text_of: The text of a token on its own.
         logprobs: Whether the probabilities of tokens are told.
     """
 
@@ -352,11 +361,8 @@ class Answer(ABC):
     piece: str
     prefix: str
 
-    def __init__(
-        self, model: str, *, created: int, text_of: Callable[[int], str], logprobs: bool = False
-    ) -> None:
-        self._model, self._created = model, created
-        self._text_of, self._logprobs = text_of, logprobs
+    def __init__(self, model: str, *, created: int, logprobs: bool = False) -> None:
+        self._model, self._created, self._logprobs = model, created, logprobs
         self._id = ""
         self._lengths: Counter[int] = Counter()
         """Of the token texts that have been told of each answer."""
@@ -368,7 +374,7 @@ class Answer(ABC):
             self.choice(response.text)
             | {
                 "index": index,
-                "logprobs": self._told(index, response.token_ids, response.logprobs),
+                "logprobs": self._told(index, response.token_texts, response.logprobs),
                 "finish_reason": _REASONS[response.finish_reason],
             }
             | _traced(response)
@@ -385,7 +391,7 @@ class Answer(ABC):
                 return self.opening(index)
             case "block_committed":
                 block = event.block_committed
-                logprobs = self._told(index, block.token_ids, block.logprobs)
+                logprobs = self._told(index, block.token_texts, block.logprobs)
                 if not block.text_delta and logprobs is None:
                     return []
                 return [self._chunk(index, block.text_delta, logprobs=logprobs)]
@@ -416,10 +422,9 @@ class Answer(ABC):
     def logprobs(self, tokens: Sequence[str], logprobs: Sequence[float], *, start: int) -> Json:
         """The probabilities of tokens, given by their texts, which begin at the character ``start``."""
 
-    def _told(self, index: int, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json | None:
+    def _told(self, index: int, tokens: Sequence[str], logprobs: Sequence[float]) -> Json | None:
         if not self._logprobs:
             return None
-        tokens = [self._text_of(token) for token in token_ids]
         start = self._lengths[index]
         self._lengths[index] += sum(map(len, tokens))
         return self.logprobs(tokens, logprobs, start=start)
@@ -520,24 +525,10 @@ def error_of(refused: Refused) -> Json:
 
 def usage_of(usages: Sequence[pb.Usage]) -> Json:
     """What the answers to one request took together; the prompt counts once, as OpenAI counts it."""
-    total = ForwardCounts(
-        prefill=sum(usage.forwards_prefill for usage in usages),
-        denoise=sum(usage.forwards_denoise for usage in usages),
-        persist=sum(usage.forwards_persist for usage in usages),
-        positions=sum(usage.positions_evaluated for usage in usages),
-    )
-    prompt, completion = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
+    whole = total(usages)
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "unmask": {
-            "forwards_prefill": total.prefill,
-            "forwards_denoise": total.denoise,
-            "forwards_persist": total.persist,
-            "positions_evaluated": total.positions,
-            "tpf": total.tpf(completion),
-            "tpf_decode": total.tpf_decode(completion),
-            "tpf_denoise": total.tpf_denoise(completion),
-        },
+        "prompt_tokens": whole.prompt_tokens,
+        "completion_tokens": whole.completion_tokens,
+        "total_tokens": whole.prompt_tokens + whole.completion_tokens,
+        "unmask": {name: getattr(whole, name) for name in _FORWARDS},
     }

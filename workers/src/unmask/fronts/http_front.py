@@ -18,9 +18,8 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
-from unmask.serving.calls import Calls, gather
-from unmask.serving.model import ServedModel
-from unmask.serving.openai_wire import (
+from unmask.fronts.generating import Generating, gather
+from unmask.fronts.openai_wire import (
     Answer,
     ChatAnswer,
     ChatRequest,
@@ -30,7 +29,7 @@ from unmask.serving.openai_wire import (
     http_status,
     read_body,
 )
-from unmask.serving.refusals import Refused, quoted
+from unmask.fronts.refusals import Refused, quoted
 from unmask.v1 import generation_pb2 as pb
 
 __all__ = ["HttpFront", "HttpLimits"]
@@ -53,10 +52,10 @@ class HttpLimits:
 
 
 class HttpFront:
-    """The HTTP interface of one server. Use from one event loop."""
+    """The HTTP interface of what answers. Use from one event loop."""
 
-    def __init__(self, calls: Calls, model: ServedModel, limits: HttpLimits) -> None:
-        self._calls, self._model, self._limits = calls, model, limits
+    def __init__(self, answers: Generating, limits: HttpLimits) -> None:
+        self._answers, self._limits = answers, limits
         self._started = int(time.time())
         app = web.Application(client_max_size=limits.body_bytes, middlewares=[self._framed])
         app.router.add_get("/v1/models", self._models)
@@ -133,13 +132,14 @@ class HttpFront:
 
     async def _one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        if name != self._model.name:
-            message = f"model: got {quoted(name)}, served here is {self._model.name!r}"
+        if name != (served := self._answers.model_name):
+            message = f"model: got {quoted(name)}, served here is {served!r}"
             raise Refused(grpc.StatusCode.NOT_FOUND, message)
         return web.json_response(self._described())
 
     def _described(self) -> dict[str, Any]:
-        return {"id": self._model.name, "object": "model", "created": self._started, "owned_by": "unmask"}
+        name = self._answers.model_name
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "unmask"}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, CompletionRequest, CompletionAnswer)
@@ -165,12 +165,7 @@ class HttpFront:
         words: type[Answer],
     ) -> web.StreamResponse:
         body = read_body(kind, await self._body(request))
-        answer = words(
-            self._model.name,
-            created=int(time.time()),
-            text_of=lambda token: self._model.tokenizer.decode([token]),
-            logprobs=body.wants_logprobs,
-        )
+        answer = words(self._answers.model_name, created=int(time.time()), logprobs=body.wants_logprobs)
         if body.stream:
             return await self._stream(request, body, answer)
         wanted = body.choices()
@@ -230,8 +225,8 @@ class HttpFront:
         in_turn = asyncio.Lock()
 
         async def carry_out(index: int, request: pb.GenerateRequest) -> None:
-            async with self._calls.accounted(lambda: None) as ended:
-                async with aclosing(self._calls.events(request, deadline=ended.deadline)) as events:
+            async with self._answers.accounted(lambda: None) as ended:
+                async with aclosing(self._answers.events(request, deadline=ended.deadline)) as events:
                     async for event in events:
                         async with in_turn:
                             await take(index, event)

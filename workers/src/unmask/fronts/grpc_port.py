@@ -1,17 +1,22 @@
 """One gRPC port: its limits, its certificates, and who may call."""
 
+import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from unmask.errors import UsageError
-from unmask.serving.unreadable import UnreadableRefused
+from unmask.fronts.unreadable import UnreadableRefused
 from unmask.telemetry import Recorder, metrics
 from unmask.transport_security import AsyncPeersAllowed, ServerCertificates, ServerTls
 
-__all__ = ["GrpcLimits", "GrpcPort", "address_of"]
+__all__ = ["GrpcLimits", "GrpcPort", "address_of", "follow_certificates"]
+
+_READ_S = 10.0
+"""How often the files of certificates are read. Each new connection has them read as well: this is for the
+metrics and the log of a server that nobody connects to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +99,15 @@ class GrpcPort:
         """See whether there are other certificates; blocks for as long as the files take."""
         if self._certificates is not None:
             self._certificates.look()
+
+
+async def follow_certificates(ports: Sequence[GrpcPort]) -> None:
+    """Look for other certificates of these ports, for ever."""
+    secured = [port for port in ports if port.secured]
+    while secured:
+        await asyncio.sleep(_READ_S)
+        for port in secured:
+            await asyncio.to_thread(port.look)
 
 
 def address_of(host: str, port: int) -> str:

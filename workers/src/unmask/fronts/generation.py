@@ -1,0 +1,72 @@
+"""``unmask.v1.Generation``: a call's events, written as they come or gathered into one answer."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from grpc.aio import ServicerContext
+
+from unmask.fronts.generating import Ending, Generating, gather
+from unmask.fronts.refusals import Refused, Violation, invalid
+from unmask.v1 import generation_pb2 as pb
+from unmask.v1.generation_pb2_grpc import GenerationServicer
+
+__all__ = ["GenerationService", "check_canvas"]
+
+Context = ServicerContext[Any, Any]
+
+
+class GenerationService(GenerationServicer):
+    """The service.
+
+    Args:
+        answers: Where answers come from.
+    """
+
+    def __init__(self, answers: Generating) -> None:
+        self._answers = answers
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Context
+    ) -> pb.GenerateResponse:
+        """One whole generation."""
+        response = pb.GenerateResponse()
+        async with self._answered(context) as ended:
+            async with aclosing(self._answers.events(request, deadline=ended.deadline)) as events:
+                async for event in events:
+                    gather(event, response)
+                    ended.by(event)
+        return response
+
+    async def GenerateStream(  # type: ignore[override]  # noqa: N802
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> None:
+        """Events as they happen; a coroutine that writes, so that a cancelled call ends here and now."""
+        async with self._answered(context) as ended:
+            canvas = check_canvas(request.options)
+            told = self._answers.events(request.request, deadline=ended.deadline, canvas=canvas)
+            async with aclosing(told) as events:
+                async for event in events:
+                    await context.write(event)
+                    ended.by(event)
+
+    @asynccontextmanager
+    async def _answered(self, context: Context) -> AsyncIterator[Ending]:
+        """A call, whose refusal becomes the stream's status."""
+        try:
+            async with self._answers.accounted(context.time_remaining) as ending:
+                yield ending
+        except Refused as refused:
+            await context.abort_with_status(refused.status())
+
+
+def check_canvas(options: pb.StreamOptions) -> bool:
+    """Whether a stream wants canvas updates.
+
+    Raises:
+        Refused: The mode is not one we know.
+    """
+    if options.canvas not in pb.CanvasMode.values():
+        allowed = ", ".join(name for name in pb.CanvasMode.keys() if not name.endswith("_UNSPECIFIED"))
+        raise invalid([Violation("options.canvas", f"got {options.canvas}, allowed are {allowed}")])
+    return options.canvas == pb.CANVAS_MODE_DIFF

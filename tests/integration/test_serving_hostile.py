@@ -3,6 +3,7 @@
 ``tests/unit/test_serving_hostile`` gives as many as are asked for to the functions behind. Through sockets go
 some more: for each thousand, 40 calls over gRPC and 20 of those who run the server, 500 of them over one
 connection; 20 bodies and 10 heads of HTTP and 4 times what is no HTTP/2, each over a connection of its own.
+Ten calls and five bodies go through a gateway.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ import pytest
 
 from support import counts, hostile
 from support.folders import served_folder
+from support.gateways import RunningGateway, running_gateway
 from support.serving import CountingBatch, RunningServer, running_server, wait_until
 from unmask.client import Client, Control
 from unmask.models.loading import build, save
@@ -222,7 +224,11 @@ def test_any_bytes_to_the_port_of_those_who_run_the_server_are_answered_too(
 async def exchanged(server: RunningServer, content: bytes, *, patience_s: float) -> bytes:
     """What answers ``content`` until the connection ends, which is ended from here after a while."""
     assert server.server.http_port
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.server.http_port)
+    return await exchanged_at(server.server.http_port, content, patience_s=patience_s)
+
+
+async def exchanged_at(port: int, content: bytes, *, patience_s: float) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
     try:
         writer.write(content)
@@ -363,3 +369,52 @@ def test_what_is_no_http_2_does_not_disturb_the_others(server: RunningServer) ->
             writer.transport.abort()
 
     in_batches(MESSAGES // 250, server, one)
+
+
+@pytest.fixture
+def gateway(server: RunningServer) -> Iterator[RunningGateway]:
+    """One that afterwards holds nothing and holds nothing against its replica."""
+    with running_gateway(server, http_port=0) as running:
+        yield running
+        wait_until(lambda: running.recorder.value(metrics.GATEWAY_REQUESTS_RUNNING) == 0)
+        assert running.recorder.value(metrics.GATEWAY_REPLICA_FAILURES) == 0
+
+
+def serves_through(gateway: RunningGateway) -> None:
+    with Client(gateway.address, timeout_s=60) as client:
+        assert client.generate("w5", max_tokens=3).token_ids == (6, 7, 8)
+
+
+@pytest.mark.timeout(1800)
+def test_any_bytes_to_a_gateway_are_answered_with_a_status_that_tells_why(
+    gateway: RunningGateway, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    dice, found = random.Random(10), Counter[str]()
+
+    async def one(channel: grpc.aio.Channel) -> None:
+        method = dice.choice([*METHODS, *list(METHODS)[:2] * 4])
+        code = await call(channel, method, METHODS[method](dice), allowed=ALLOWED)
+        found[code.name] += 1
+
+    call_in_batches(MESSAGES // 100, gateway.address, one, lambda: serves_through(gateway))
+    record_measurement("calls through a gateway", str(dict(found)))
+    assert min(found["OK"], found["INVALID_ARGUMENT"], found["UNIMPLEMENTED"]) > 0, found
+
+
+@pytest.mark.timeout(1800)
+def test_any_body_over_http_to_a_gateway_is_answered_with_a_status_that_tells_why(
+    gateway: RunningGateway, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    dice, found = random.Random(11), Counter[str]()
+
+    async def one() -> None:
+        assert gateway.gateway.http_port
+        content = framed(*hostile.body(dice))
+        answer = await exchanged_at(gateway.gateway.http_port, content, patience_s=60)
+        assert len(statuses(answer)) == 1, (content[:2000], answer)
+        checked(content, answer, found)
+
+    asyncio.run(in_crowds(MESSAGES // 200, one))
+    serves_through(gateway)
+    record_measurement("bodies through a gateway", str(dict(found)))
+    assert min(found["200"], found["400"]) > 0, found

@@ -1,7 +1,7 @@
 """A server of :class:`support.serving.CountingBatch` in a process of its own, whose forwards wait for a line.
 
 ``python -m support.counting_server FOLDER ROWS QUEUE`` prints its ports as one JSON object, and ends when its
-standard input does.
+standard input does. A line with a number lets so many forwards through, an empty one all.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from unmask.serving.server import Server, ServerOptions
 
 
 async def main(folder: Path, rows: int, queue: int) -> None:
-    """Serve until standard input ends; its first line lets the forwards through."""
+    """Serve until standard input ends."""
     model = ServedModel.describe(folder, read_config(folder), name=None, rows=rows, context_length=64)
     batch = GatedBatch(CountingBatch(rows=rows))
     options = ServerOptions(
@@ -35,9 +35,11 @@ async def main(folder: Path, rows: int, queue: int) -> None:
     loop = asyncio.get_running_loop()
 
     def listen() -> None:
-        sys.stdin.readline()
-        batch.open()
-        sys.stdin.read()
+        for line in sys.stdin:
+            if forwards := line.strip():
+                batch.let(int(forwards))
+            else:
+                batch.open()
         loop.call_soon_threadsafe(ended.set)
 
     threading.Thread(target=listen, daemon=True).start()

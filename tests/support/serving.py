@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from unmask.diffusion.batch import Batch, Committed, Event, Filled, Finished, ForwardCounts, ForwardLost
 from unmask.diffusion.decoding import DecodingParams
@@ -103,7 +103,7 @@ class CountingBatch:
         yield Filled(ticket, block, len(row.tokens) - 1, (position,), (token,), (0.5,), left)
         done = row.total == row.params.max_new_tokens
         if done or not left:
-            yield Committed(ticket, block, tuple(row.tokens), len(row.tokens))
+            yield Committed(ticket, block, tuple(row.tokens), len(row.tokens), usage=replace(row.usage))
             row.tokens = []
         if done:
             del self._rows[ticket]

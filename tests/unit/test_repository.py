@@ -118,6 +118,7 @@ TORCH_FREE = [
     "unmask.cli.main",
     "unmask.client",
     "unmask.errors",
+    "unmask.gateway.server",
     "unmask.models.registry",
     "unmask.telemetry",
     "unmask.v1.generation_pb2_grpc",

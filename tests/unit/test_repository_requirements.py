@@ -124,6 +124,11 @@ def test_the_second_lock_differs_from_the_first_in_what_it_must_alone():
     assert other == {"kubernetes", "urllib3"}
 
 
+def test_a_gateway_imports_what_its_extra_declares():
+    parts = [f"workers/src/unmask/{part}" for part in ("gateway", "fronts", "client", "telemetry", "v1")]
+    assert imports(*parts) <= {*declared(), *declared("gateway")}
+
+
 def test_what_the_sources_import_is_declared():
     everything = {*declared(), *declared("worker", "operator", "data", "eval")}
     assert imports("operator/src", "workers/src") <= everything

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from unmask.telemetry import SERVING, Recorder, metrics
-from unmask.telemetry.metrics import SHARD, TRAINING, Metric
+from unmask.telemetry.metrics import GATEWAY, SHARD, TRAINING, Metric
 
 
 def use(recorder: Recorder, metric: Metric) -> None:
@@ -18,7 +18,7 @@ def use(recorder: Recorder, metric: Metric) -> None:
             recorder.observe(metric, 1, **labels)
 
 
-@pytest.mark.parametrize("metric", SERVING + SHARD + TRAINING, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", SERVING + SHARD + GATEWAY + TRAINING, ids=lambda metric: metric.name)
 def test_a_metric_is_exported_under_the_name_and_type_of_the_table(metric: Metric) -> None:
     recorder = Recorder([metric])
     use(recorder, metric)
@@ -27,7 +27,7 @@ def test_a_metric_is_exported_under_the_name_and_type_of_the_table(metric: Metri
     assert recorder.value(metric, **dict.fromkeys(metric.labels, "some")) == 1
 
 
-@pytest.mark.parametrize("metric", SERVING + SHARD + TRAINING, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", SERVING + SHARD + GATEWAY + TRAINING, ids=lambda metric: metric.name)
 def test_names_follow_prometheus_conventions(metric: Metric) -> None:
     assert metric.name.startswith("unmask_")
     assert metric.name.endswith("_total") == (metric.kind == "counter")
@@ -37,7 +37,7 @@ def test_names_follow_prometheus_conventions(metric: Metric) -> None:
 
 def test_the_table_holds_every_metric_that_the_module_declares() -> None:
     declared = [value for value in vars(metrics).values() if isinstance(value, Metric)]
-    assert declared == [*SERVING, *SHARD, *TRAINING]
+    assert declared == [*SERVING, *SHARD, *GATEWAY, *TRAINING]
 
 
 def test_two_recorders_do_not_share_counts() -> None:

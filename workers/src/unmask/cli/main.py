@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "Train: one worker process of a job.",
     "plot": "Draw the curves of a training run.",
     "serve": "Answer generation requests over gRPC.",
+    "gateway": "Spread calls over several servers.",
     "shard": "Compute experts for servers.",
     "experts": "Say what expert shards hold, and move experts between them.",
     "generate": "Ask a server to write.",

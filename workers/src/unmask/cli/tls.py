@@ -14,7 +14,7 @@ from unmask.errors import UsageError
 if TYPE_CHECKING:
     from unmask.transport_security import ServerTls
 
-__all__ = ["client_tls", "experts_tls", "server_and_control_tls", "server_tls"]
+__all__ = ["client_tls", "experts_tls", "replica_tls", "server_and_control_tls", "server_tls"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -66,6 +66,11 @@ def client_tls(act: _Command) -> Callable[..., Any]:
 def experts_tls(act: _Command) -> Callable[..., Any]:
     """Give a command those of a client of expert shards; it gets ``experts_tls``."""
     return _client(act, "--experts-tls", "shard")
+
+
+def replica_tls(act: _Command) -> Callable[..., Any]:
+    """Give a command those of a client of replicas; it gets ``replica_tls``."""
+    return _client(act, "--replica-tls", "replica")
 
 
 def _server_options(ports: str) -> Callable[[_Command], _Command]:

@@ -124,6 +124,8 @@ class AsyncClient:
             except OtherWeights as other:
                 failure = other
             except grpc.aio.AioRpcError as error:
+                if generation.finished:
+                    return
                 failure = error_of(error, address)
                 if not isinstance(failure, Unavailable):
                     break

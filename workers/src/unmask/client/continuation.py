@@ -21,6 +21,7 @@ class Continuation:
 
     Attributes:
         revision: Of the weights that the answer is of; None before they are known, or if they have none.
+        finished: Whether the answer is complete, whatever becomes of the stream.
     """
 
     def __init__(self, request: pb.GenerateRequest, *, canvas: bool) -> None:
@@ -30,7 +31,7 @@ class Continuation:
         self._options = pb.StreamOptions(canvas=mode)
         self._taken: list[pb.Usage] = []
         """What each attempt has taken, as far as it was told; the last one's grows."""
-        self._finished = False
+        self.finished = False
         self.revision: str | None = None
 
     @property
@@ -72,7 +73,7 @@ class Continuation:
                 self._request.committed_token_ids.extend(block.token_ids)
                 self._add_up(block.usage)
             case "finished":
-                self._finished = True
+                self.finished = True
                 self._add_up(message.finished.usage)
         return message
 
@@ -82,7 +83,7 @@ class Continuation:
         Raises:
             ServerFailed: It was not.
         """
-        if not self._finished:
+        if not self.finished:
             raise ServerFailed(
                 f"{address}: the stream ended before the generation was finished", code="UNKNOWN"
             )

@@ -122,6 +122,8 @@ class Client:
             except OtherWeights as other:
                 failure = other
             except grpc.RpcError as error:
+                if generation.finished:
+                    return
                 failure = error_of(error, address)
                 if not isinstance(failure, Unavailable):
                     break

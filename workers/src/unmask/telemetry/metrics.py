@@ -11,7 +11,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-__all__ = ["SERVING", "SHARD", "TRAINING", "Metric", "Recorder"]
+__all__ = ["GATEWAY", "SERVING", "SHARD", "TLS", "TRAINING", "Metric", "Recorder"]
 
 _PER_FORWARD = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -291,6 +291,58 @@ SHARD_WEIGHT_BYTES = Metric(
 )
 
 SHARD: tuple[Metric, ...] = (SHARD_FRAMES, SHARD_ROWS, SHARD_SECONDS, SHARD_WEIGHT_BYTES)
+
+GATEWAY_REQUESTS = Metric(
+    name="unmask_gateway_requests_total",
+    kind="counter",
+    help="Calls of Generate and GenerateStream that ended, by gRPC status code and, where OK, by reason.",
+    labels=("code", "finish_reason"),
+)
+GATEWAY_REQUESTS_RUNNING = Metric(
+    name="unmask_gateway_requests_running", kind="gauge", help="Calls that the gateway has."
+)
+GATEWAY_ROUTED = Metric(
+    name="unmask_gateway_routed_total",
+    kind="counter",
+    help="Calls to replicas, by what chose the replica: prefix (it may have the prompt's beginning in its "
+    "cache) or load (the least).",
+    labels=("by",),
+)
+GATEWAY_ATTEMPTS = Metric(
+    name="unmask_gateway_attempts_total",
+    kind="counter",
+    help="Calls to replicas, by why: first, again (the one before came to nothing, and had committed "
+    "nothing), or resume (from committed blocks).",
+    labels=("why",),
+)
+GATEWAY_STALL_SECONDS = Metric(
+    name="unmask_gateway_stall_seconds",
+    kind="histogram",
+    help="From the failure of a replica that a call was at to the first that is heard of the next one.",
+    buckets=_LATENCY,
+)
+GATEWAY_REPLICAS = Metric(
+    name="unmask_gateway_replicas",
+    kind="gauge",
+    help="Replicas by state: ready, banned (passed over for a while, for calls failed there), or out (not "
+    "there, or takes nothing new).",
+    labels=("state",),
+)
+GATEWAY_REPLICA_FAILURES = Metric(
+    name="unmask_gateway_replica_failures_total",
+    kind="counter",
+    help="Calls that failed by a replica's fault, so that it was passed over for a while.",
+)
+
+GATEWAY: tuple[Metric, ...] = (
+    GATEWAY_REQUESTS,
+    GATEWAY_REQUESTS_RUNNING,
+    GATEWAY_ROUTED,
+    GATEWAY_ATTEMPTS,
+    GATEWAY_STALL_SECONDS,
+    GATEWAY_REPLICAS,
+    GATEWAY_REPLICA_FAILURES,
+)
 
 
 TRAIN_STEP = Metric(name="unmask_train_step", kind="gauge", help="Steps done in the run.")

@@ -1,6 +1,6 @@
 """The reference page of the metrics, written from their table."""
 
-from unmask.telemetry.metrics import SERVING, SHARD, TRAINING, Metric
+from unmask.telemetry.metrics import GATEWAY, SERVING, SHARD, TRAINING, Metric
 
 __all__ = ["markdown"]
 
@@ -44,6 +44,16 @@ the shard drains.
 |---|---|---|---|
 """
 
+_GATEWAY = """
+## The gateway
+
+`unmask gateway` exports these, with TLS also `unmask_tls_...` as above, `/healthz`, which answers 503 while
+no replica takes calls and once the gateway drains, and `/livez`, which answers 503 when it is stuck.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+
 _BUCKETS = """
 ## Buckets
 
@@ -57,8 +67,13 @@ def markdown() -> str:
     rows = "\n".join(_row(metric) for metric in SERVING)
     training = "\n".join(_row(metric) for metric in TRAINING)
     shard = "\n".join(_row(metric) for metric in SHARD)
-    bounds = "\n".join(_bounds(metric) for metric in (*SERVING, *TRAINING, *SHARD) if metric.buckets)
-    return f"{_INTRODUCTION}{rows}\n{_TRAINING}{training}\n{_SHARD}{shard}\n{_BUCKETS}{bounds}\n"
+    gateway = "\n".join(_row(metric) for metric in GATEWAY)
+    tables = (*SERVING, *TRAINING, *SHARD, *GATEWAY)
+    bounds = "\n".join(_bounds(metric) for metric in tables if metric.buckets)
+    return (
+        f"{_INTRODUCTION}{rows}\n{_TRAINING}{training}\n{_SHARD}{shard}\n{_GATEWAY}{gateway}\n"
+        f"{_BUCKETS}{bounds}\n"
+    )
 
 
 def _row(metric: Metric) -> str:

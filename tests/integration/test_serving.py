@@ -452,6 +452,8 @@ def test_an_old_connection_is_given_up_and_the_call_on_it_comes_to_its_end(model
         request.sampling.max_tokens = 8
         stream = GenerationStub(channel).GenerateStream(pb.GenerateStreamRequest(request=request), timeout=60)
         next(stream)
+        # It is told after the stream may have begun.
+        wait_until(lambda: grpc.ChannelConnectivity.READY in seen)
         wait_until(
             lambda: grpc.ChannelConnectivity.IDLE in seen[seen.index(grpc.ChannelConnectivity.READY) :]
         )

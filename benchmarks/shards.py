@@ -46,7 +46,6 @@ from unmask.experts.connecting import connected
 from unmask.experts.exchange import Exchange
 from unmask.experts.frames import Message, Request, encode_reply
 from unmask.experts.holding import Holding, shape_of_experts
-from unmask.experts.links import shard_channel
 from unmask.experts.mixture import shard_experts
 from unmask.experts.placement import even_bounds, held_by
 from unmask.experts.planning.constants import Constants, Transport
@@ -69,6 +68,8 @@ BLOCK, BATCH, CONTEXT = 32, 8, 128
 WARMUP = 5
 _CONTEXT = multiprocessing.get_context("spawn")
 _BARE = "/bench.Bare/Stream"
+_BARE_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+"""On both sides; no pings, which a server without our options takes for an attack and ends the connection."""
 
 
 def main() -> None:
@@ -140,8 +141,7 @@ def _bare(ready: Connection) -> None:
     handler = grpc.method_handlers_generic_handler(
         "bench.Bare", {"Stream": grpc.stream_stream_rpc_method_handler(echo)}
     )
-    options = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
-    server = grpc.server(ThreadPoolExecutor(4), handlers=[handler], options=options)
+    server = grpc.server(ThreadPoolExecutor(4), handlers=[handler], options=_BARE_OPTIONS)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     ready.send(port)
@@ -223,7 +223,7 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
     config = _wide(folder)
     rows, routing = _rows(ROWS, torch.bfloat16)
     layers = cycle(range(1, 1 + LAYERS))
-    payload = bytes(ROWS * WIDTH * 2)
+    payload = os.urandom(ROWS * WIDTH * 2)  # new zeros would all be one page, which is always in cache
     shard_socket, bare_socket = folder / "shard.sock", folder / "bare.sock"
 
     def exchange(address: str) -> AbstractContextManager[Exchange]:
@@ -266,7 +266,7 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
 def _bare_stream(port: int) -> Iterator[Callable[[bytes], bytes]]:
     """Bytes over a stream, as plainly as gRPC has them."""
     outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-    with shard_channel(f"127.0.0.1:{port}", max_bytes=64 << 20) as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=_BARE_OPTIONS) as channel:
         answers = channel.stream_stream(_BARE)(iter(outgoing.get, None))
 
         def ask(payload: bytes) -> bytes:

@@ -50,11 +50,13 @@ def shard(folder: Path) -> Iterator[Shard]:
 
 def good(sequence: int, **changes: object) -> bytes:
     header = Header(epoch=1, part=0, layer=LAYER, sequence=sequence, tokens=0)
-    return encode_request(
-        replace(header, **changes),  # type: ignore[arg-type]
-        torch.tensor([[0, 3], [15, -1]], dtype=torch.int16),
-        torch.ones(2, 2),
-        torch.ones(2, HIDDEN),
+    return bytes(
+        encode_request(
+            replace(header, **changes),  # type: ignore[arg-type]
+            torch.tensor([[0, 3], [15, -1]], dtype=torch.int16),
+            torch.ones(2, 2),
+            torch.ones(2, HIDDEN),
+        )
     )
 
 
@@ -95,11 +97,13 @@ class Harm:
         hidden = dice.choice([1, 8, HIDDEN, HIDDEN, 2 * HIDDEN])
         low, high = dice.choice([(-1, 15), (-9, 99), (-(1 << 15), (1 << 15) - 1)])
         slots = [[dice.randint(low, high) for _ in range(choices)] for _ in range(tokens)]
-        return encode_request(
-            Header(epoch=1, part=0, layer=LAYER, sequence=self._sequence, tokens=0),
-            torch.tensor(slots, dtype=torch.int16),
-            torch.ones(tokens, choices),
-            torch.ones(tokens, hidden, dtype=dice.choice([torch.float32, torch.bfloat16])),
+        return bytes(
+            encode_request(
+                Header(epoch=1, part=0, layer=LAYER, sequence=self._sequence, tokens=0),
+                torch.tensor(slots, dtype=torch.int16),
+                torch.ones(tokens, choices),
+                torch.ones(tokens, hidden, dtype=dice.choice([torch.float32, torch.bfloat16])),
+            )
         )
 
     def _bytes(self) -> bytes:
@@ -120,7 +124,7 @@ class Harm:
         weights, rows = torch.ones(1, 2), torch.ones(1, HIDDEN)
         self._dice.choice([weights, rows])[0, 0] = wrong
         header = Header(epoch=1, part=0, layer=LAYER, sequence=self._sequence, tokens=0)
-        return encode_request(header, torch.zeros(1, 2, dtype=torch.int16), weights, rows)
+        return bytes(encode_request(header, torch.zeros(1, 2, dtype=torch.int16), weights, rows))
 
     def _kind(self) -> bytes:
         header = Header(epoch=1, part=0, layer=LAYER, sequence=self._sequence, tokens=1, hidden_size=HIDDEN)

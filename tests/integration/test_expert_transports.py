@@ -192,11 +192,13 @@ def offer(holding: Holding, **changes: object) -> pb.SessionOffer:
 
 def frame(sequence: int, **changes: object) -> bytes:
     header = Header(epoch=1, part=0, layer=LAYER, sequence=sequence, tokens=0)
-    return encode_request(
-        replace(header, **changes),  # type: ignore[arg-type]
-        torch.tensor([[0, 3], [15, -1]], dtype=torch.int16),
-        torch.ones(2, 2),
-        torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(sequence)),
+    return bytes(
+        encode_request(
+            replace(header, **changes),  # type: ignore[arg-type]
+            torch.tensor([[0, 3], [15, -1]], dtype=torch.int16),
+            torch.ones(2, 2),
+            torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(sequence)),
+        )
     )
 
 
@@ -250,11 +252,13 @@ def test_a_frame_that_is_larger_than_a_place_goes_elsewhere(
     folder: Path, shard: Shard, sockets: Path
 ) -> None:
     rows = 4000
-    large = encode_request(
-        Header(epoch=1, part=0, layer=LAYER, sequence=1, tokens=0),
-        torch.zeros(rows, 2, dtype=torch.int16),
-        torch.ones(rows, 2),
-        torch.ones(rows, HIDDEN),
+    large = bytes(
+        encode_request(
+            Header(epoch=1, part=0, layer=LAYER, sequence=1, tokens=0),
+            torch.zeros(rows, 2, dtype=torch.int16),
+            torch.ones(rows, 2),
+            torch.ones(rows, HIDDEN),
+        )
     )
     with linked(folder, sockets / "0.sock", max_tokens=8) as (link, inbox):
         assert isinstance(heard(inbox), Began) and link.max_tokens == 8

@@ -14,6 +14,7 @@ from unmask.experts.connecting import connected
 from unmask.experts.exchange import Exchange
 from unmask.experts.failover import Pace, Timing
 from unmask.experts.frames import (
+    Frame,
     Status,
     WireDtype,
     decode_reply,
@@ -99,9 +100,10 @@ class ScriptedLink:
     def held(self) -> Mapping[int, HeldParts]:
         return self._holding.placements if self.is_ready else {}
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: Frame | bytes) -> None:
         assert self.is_ready
         self.frames += 1
+        frame = bytes(frame)
         for message in self._late:
             self._inbox.put(Arrived(self.name, message))
         self._late.clear()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from support import counts
 from unmask.experts.frames import (
+    Frame,
     FrameError,
     Header,
     Status,
@@ -29,6 +30,10 @@ FLIPS = counts.of(sample=2000, full=20_000)
 def a_request(
     tokens: int = 5, choices: int = 3, hidden: int = 6, dtype: torch.dtype = torch.float32
 ) -> bytes:
+    return bytes(a_frame(tokens, choices, hidden, dtype))
+
+
+def a_frame(tokens: int, choices: int, hidden: int, dtype: torch.dtype) -> Frame:
     generator = torch.Generator().manual_seed(tokens + hidden)
     slots = torch.randint(-1, 4, (tokens, choices), generator=generator, dtype=torch.int16)
     weights = torch.rand(tokens, choices, generator=generator)
@@ -47,7 +52,7 @@ def test_a_request_is_read_as_it_was_written(
     assert (header.tokens, header.choices, header.hidden_size) == (tokens, choices, hidden)
     assert request.slots.shape == request.weights.shape == (tokens, choices)
     assert request.rows.shape == (tokens, hidden) and request.rows.dtype == dtype
-    again = encode_request(header, request.slots, request.weights, request.rows)
+    again = bytes(encode_request(header, request.slots, request.weights, request.rows))
     assert again == frame
     assert header_of(frame) == header
 
@@ -84,6 +89,38 @@ def test_a_frame_may_lie_in_memory_that_others_share(spare: int) -> None:
     assert found.rows is not None and torch.equal(found.rows, one.rows)
     refusal = memoryview(encode_refusal(one.header, Status.STALE, "epoch: got 7"))
     assert decode_reply(refusal).message == "epoch: got 7"
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 9), st.sampled_from(DTYPES), st.integers(0, 9))
+def test_a_frame_is_written_as_it_is_joined(
+    tokens: int, choices: int, hidden: int, dtype: torch.dtype, spare: int
+) -> None:
+    frame = a_frame(tokens, choices, hidden, dtype)
+    joined = bytes(frame)
+    assert len(joined) == len(frame)
+    place = memoryview(bytearray(b"\xff" * (len(frame) + spare)))
+    frame.write(place)
+    assert place == joined + b"\xff" * spare
+
+
+def test_rows_that_change_after_their_checksum_was_made_are_found() -> None:
+    rows = torch.ones(5, 6)
+    header = Header(epoch=7, part=2, layer=11, sequence=1, tokens=0)
+    frame = encode_request(header, torch.zeros(5, 3, dtype=torch.int16), torch.ones(5, 3), rows)
+    assert torch.equal(decode_request(bytes(frame)).rows, rows)
+    rows[2, 3] = 2.0
+    with pytest.raises(FrameError, match="damaged"):
+        decode_request(bytes(frame))
+
+
+def test_rows_that_do_not_lie_one_behind_the_other_are_sent_as_they_read() -> None:
+    wide = torch.arange(60.0).view(5, 12)
+    header = Header(epoch=7, part=2, layer=11, sequence=1, tokens=0)
+    slots, weights = torch.zeros(3, 5, dtype=torch.int16).t(), torch.rand(3, 5).t()
+    for rows in (wide[:, ::2], wide[:, 3:9], wide[:, ::2].bfloat16(), wide.bfloat16()[:, ::2]):
+        request = decode_request(bytes(encode_request(header, slots, weights, rows)))
+        assert torch.equal(request.rows, rows)
+        assert torch.equal(request.slots, slots) and torch.equal(request.weights, weights)
 
 
 def test_rows_lie_where_vector_instructions_like_them() -> None:

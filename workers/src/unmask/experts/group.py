@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from unmask.experts.addresses import GroupAddress
-from unmask.experts.frames import Message
+from unmask.experts.frames import Frame, Message
 from unmask.experts.links import Inbox, Session, SessionLink, accepted
 from unmask.experts.sessions import Refused, Sessions
 from unmask.experts.signals import Kind
@@ -237,8 +237,8 @@ class _GroupSession(Session):
             self._pair.send(Kind.FRAME, frame)
             yield _answer(*self._pair.receive())
 
-    def send(self, frame: bytes) -> None:
-        self._outgoing.put(frame)
+    def send(self, frame: Frame | bytes) -> None:
+        self._outgoing.put(bytes(frame))
 
     def leave(self) -> None:
         self._outgoing.put(None)

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from unmask.errors import UsageError
-from unmask.experts.frames import Message
+from unmask.experts.frames import Frame, Message
 from unmask.experts.placement import HeldParts
 from unmask.transport_security import ClientTls, channel_credentials, channel_options
 from unmask.v1 import experts_pb2 as pb
@@ -95,7 +95,7 @@ class Link(Protocol):
     def max_tokens(self) -> int:
         """Most rows in one frame."""
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: Frame | bytes) -> None:
         """Send a frame on its way, and return at once; if the session is gone, :class:`Lost` is told."""
 
     def leave(self) -> None:
@@ -136,7 +136,7 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: Frame | bytes) -> None:
         """See :meth:`Link.send`; if the session is over, nothing happens."""
 
     @abstractmethod
@@ -200,7 +200,7 @@ class SessionLink(ABC):
         session = self._session
         return 0 if session is None else session.max_tokens
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: Frame | bytes) -> None:
         """See :class:`Link`."""
         session = self._session
         if session is None:
@@ -387,8 +387,8 @@ class _GrpcSession(Session):
     def messages(self) -> Iterator[Message]:
         yield from self._call
 
-    def send(self, frame: bytes) -> None:
-        self._outgoing.put(frame)
+    def send(self, frame: Frame | bytes) -> None:
+        self._outgoing.put(bytes(frame))
 
     def leave(self) -> None:
         self._outgoing.put(None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.experts.frames import Header
+from unmask.experts.frames import Frame, Header
 from unmask.experts.placement import HeldParts
 
 __all__ = ["Known", "Proofs", "difference"]
@@ -37,15 +37,15 @@ class Proofs:
         self._epoch = -1
         self._known: dict[int, Known] = {}
 
-    def keep(self, header: Header, frame: bytes, rows_TD: Tensor) -> None:
+    def keep(self, header: Header, frame: Frame | bytes, rows_TD: Tensor) -> None:
         """Note a good answer, if none of as few rows is kept for its part."""
         if header.epoch != self._epoch:
             self._epoch = header.epoch
             self._known.clear()
         kept = self._known.get(header.part)
         if kept is None or header.tokens < kept.header.tokens:
-            # A copy, since the rows may lie in memory that is used again.
-            self._known[header.part] = Known(header, frame, rows_TD.clone())
+            # Copies, since the rows of both may lie in memory that is used again.
+            self._known[header.part] = Known(header, bytes(frame), rows_TD.clone())
 
     def for_holder(self, held: Mapping[int, HeldParts]) -> Known | None:
         """What to ask a shard that holds these; None if nothing is known of them."""

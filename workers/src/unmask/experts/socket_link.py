@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.experts.frames import Message, Status, encode_refusal, header_of
+from unmask.experts.frames import Frame, Message, Status, encode_refusal, header_of
 from unmask.experts.links import Arrived, Inbox, Session, SessionLink, accepted
 from unmask.experts.shared_memory import Memory, check_peer
 from unmask.experts.signals import MOST_BYTES, Kind, Signal, packed, unpacked
@@ -94,7 +94,7 @@ class _SocketSession(Session):
         self._most_tokens = max_tokens
         self._lock = threading.Lock()
         self._over = False
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[Frame | bytes] = deque()
         self._rung: set[int] = set()
         """Places of frames that were not answered yet."""
         self._free = list(range(memory.slots))
@@ -106,10 +106,12 @@ class _SocketSession(Session):
         if description.draining and not self._rung:
             self.leave()
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: Frame | bytes) -> None:
         if len(frame) > self._memory.slot_bytes:  # made for another shard, which takes larger ones
             told = f"a frame of {len(frame)} bytes, at most {self._memory.slot_bytes} go to {self._link}"
-            self._inbox.put(Arrived(self._link, encode_refusal(header_of(frame), Status.MALFORMED, told)))
+            self._inbox.put(
+                Arrived(self._link, encode_refusal(header_of(bytes(frame)), Status.MALFORMED, told))
+            )
             return
         with self._lock:
             self._waiting.append(frame)
@@ -168,7 +170,11 @@ class _SocketSession(Session):
         while self._waiting and self._free and not self._over:
             frame, slot = self._waiting.popleft(), self._free.pop()
             self._rung.add(slot)
-            self._memory.request(slot)[: len(frame)] = frame
+            place = self._memory.request(slot)
+            if isinstance(frame, Frame):
+                frame.write(place)
+            else:
+                place[: len(frame)] = frame
             try:
                 self._bells.send(packed(Signal(Kind.FRAME, slot, len(frame))), socket.MSG_DONTWAIT)
             except OSError:

@@ -453,6 +453,8 @@ class Recorder:
     def __init__(self, table: Sequence[Metric] = SERVING) -> None:
         self.registry = CollectorRegistry()
         self._collectors = {metric.name: _collector(metric, self.registry) for metric in table}
+        self._found: dict[tuple[str, tuple[tuple[str, str], ...]], Counter | Gauge | Histogram] = {}
+        """Those that were asked for, since prometheus_client takes longer to find one than to count."""
 
     def count(self, metric: Metric, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
@@ -478,8 +480,12 @@ class Recorder:
         return self.registry.get_sample_value(sample, labels) or 0.0
 
     def _find(self, metric: Metric, labels: dict[str, str]) -> Counter | Gauge | Histogram:
-        collector = self._collectors[metric.name]
-        return collector.labels(**labels) if metric.labels else collector
+        key = (metric.name, tuple(labels.items()))
+        found = self._found.get(key)
+        if found is None:
+            collector = self._collectors[metric.name]
+            found = self._found[key] = collector.labels(**labels) if metric.labels else collector
+        return found
 
 
 def _collector(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

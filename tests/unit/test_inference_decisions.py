@@ -253,6 +253,7 @@ def test_a_revision_that_does_not_start_stops_there_says_so_and_is_taken_back() 
     stage.later(1801)
     assert stage.condition("Progressing") == ("False", "ProgressDeadlineExceeded")
     assert stage.status["state"] == "Stuck"
+    assert "or apply the manifest of before" in stage.message("Ready")
     assert stage.counts() == (3, 2, 1), "nothing else happens"
     stage.patch({"image": None}).settle()
     assert stage.counts() == (3, 3, 3)
@@ -317,6 +318,7 @@ def test_paused_nothing_is_replaced_and_more_are_made_as_before() -> None:
     old = stage.status["currentRevision"]
     stage.patch({"rollout": {"paused": True}, "image": "registry.example/unmask:2"}).settle()
     assert stage.condition("Ready") == ("False", "Paused")
+    assert "set rollout.paused to false" in stage.message("Ready")
     assert stage.condition("Available")[0] == "True"
     stage.scale(3)
     stage.settle()
@@ -388,6 +390,7 @@ def test_stopped_nothing_runs_and_started_again_everything_does() -> None:
     assert (stage.names("Pod"), stage.names("StatefulSet")) == ([], [])
     assert stage.names("HorizontalPodAutoscaler") == []
     assert stage.condition("Ready") == ("False", "Stopped")
+    assert stage.message("Ready") == "set spec.stopped to false to start"
     stage.patch({"stopped": False}).settle()
     assert stage.condition("Ready")[0] == "True"
     assert stage.names("HorizontalPodAutoscaler") == ["chat"]
@@ -505,7 +508,8 @@ def test_a_group_that_finds_no_machine_is_told_of_after_a_while() -> None:
     stage.patch({"image": "registry.example/unmask:2"})
     stage.controllers.placeless |= {f"chat-{ordinal}-{_next(stage)}-e" for ordinal in range(3)}
     stage.settle()
-    assert "Insufficient nvidia.com/gpu" in stage.message("Progressing")
+    for kind in ("Progressing", "Ready"):
+        assert "Insufficient nvidia.com/gpu" in stage.message(kind)
     assert stage.events()["Unschedulable"] == 0
     stage.later(121)
     assert stage.events()["Unschedulable"] == 1
@@ -564,7 +568,7 @@ def test_a_name_that_is_taken_is_an_obstacle_that_is_told() -> None:
         stage.world.clock.time += 1
     assert stage.condition("Stalled") == ("True", "NameConflict")
     assert stage.condition("Ready")[0] == "False"
-    assert "Service chat" in stage.message("Stalled")
+    assert "Service chat" in stage.message("Stalled") == stage.message("Ready")
 
 
 def test_a_spec_that_this_version_cannot_read_is_left_alone() -> None:

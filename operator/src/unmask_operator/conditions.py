@@ -28,6 +28,10 @@ class Conditions:
         """Return the reason of the condition ``kind``, if there is one."""
         return self._by_type.get(kind, {}).get("reason")
 
+    def message(self, kind: str) -> str:
+        """Return the sentence of the condition ``kind``, empty if there is none."""
+        return str(self._by_type.get(kind, {}).get("message", ""))
+
     def since(self, kind: str) -> float | None:
         """Return since when the condition ``kind`` holds, in seconds since 1970; ``None`` if it does not."""
         one = self._by_type.get(kind, {})

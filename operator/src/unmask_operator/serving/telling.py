@@ -43,7 +43,7 @@ def tell(
     _tell_scaling(turn)
     _tell_available(turn, groups)
     _tell_progressing(turn, groups, wish, steps)
-    _tell_ready(turn, wish, steps, asked, resolved)
+    _tell_ready(turn, groups, wish, steps, asked, resolved)
     _warn(turn, groups)
     for group in groups:
         if group.available_in is not None:
@@ -142,9 +142,13 @@ def _tell_available(turn: Pass, groups: Sequence[Found]) -> None:
     if available >= least:
         turn.conditions.set("Available", "True", "EnoughGroups", said)
         return
-    waits = next((group for group in groups if group.message), None)
-    more = f"; {waits.message}" if waits else ""
-    turn.conditions.set("Available", "False", "TooFewGroups" if turn.replicas else "NoGroups", said + more)
+    reason = "TooFewGroups" if turn.replicas else "NoGroups"
+    turn.conditions.set("Available", "False", reason, said + _held_up(groups))
+
+
+def _held_up(groups: Sequence[Found]) -> str:
+    """Return what keeps a group from starting, behind a semicolon; empty, nothing that anybody has told."""
+    return next((f"; {group.message}" for group in groups if group.message), "")
 
 
 def _tell_progressing(turn: Pass, groups: Sequence[Found], wish: Wish | None, steps: Plan) -> None:
@@ -156,19 +160,24 @@ def _tell_progressing(turn: Pass, groups: Sequence[Found], wish: Wish | None, st
         return
     deadline = turn.service.spec.rollout.progress_deadline_seconds
     left = (seconds(turn.status["lastProgressTime"]) or turn.now) + deadline - turn.now
-    stuck = next((group for group in groups if group.message), None)
-    what = f"; {stuck.message}" if stuck else ""
+    what = _held_up(groups)
     if left > 0:
         turn.conditions.set("Progressing", "True", "Changing", f"towards revision {wish.target}{what}")
         turn.again_in(left)
         return
-    text = f"no progress for {deadline} s (rollout.progressDeadlineSeconds){what}"
+    mend = "see to that" if what else "see status.groups and the logs of those that do not answer"
+    text = f"no progress for {deadline} s{what}: {mend}, or apply the manifest of before"
     turn.conditions.set("Progressing", "False", "ProgressDeadlineExceeded", text)
     turn.tell("ProgressDeadlineExceeded", text, "Warning")
 
 
 def _tell_ready(
-    turn: Pass, wish: Wish | None, steps: Plan, asked: Revision | None, resolved: Resolved
+    turn: Pass,
+    groups: Sequence[Found],
+    wish: Wish | None,
+    steps: Plan,
+    asked: Revision | None,
+    resolved: Resolved,
 ) -> None:
     """Sum up: can as many groups be reached as are asked for, made as this generation asks for?"""
     spec, before = turn.service.spec, turn.status.get("state")
@@ -176,25 +185,31 @@ def _tell_ready(
         stalled = turn.conditions.is_true("Stalled")
         state = "Stalled" if stalled else "Waiting"
         reason = turn.conditions.reason("Stalled") if stalled else resolved.reason
-        message = "see the condition Stalled" if stalled else resolved.message
+        message = turn.conditions.message("Stalled") if stalled else resolved.message
     elif turn.conditions.is_true("Stalled") and not steps.settled:
-        state, reason, message = "Stalled", turn.conditions.reason("Stalled"), "see the condition Stalled"
+        state, reason = "Stalled", turn.conditions.reason("Stalled")
+        message = turn.conditions.message("Stalled")
     elif not turn.replicas:
         state = "Stopped" if steps.settled else "Stopping"
         reason = "Stopped" if spec.stopped else "ScaledToZero"
-        message = "spec.stopped is true" if spec.stopped else "spec.replicas is 0"
+        message = (
+            "set spec.stopped to false to start"
+            if spec.stopped
+            else "set spec.replicas to 1 or more to start"
+        )
     elif steps.settled and spec.rollout.paused and not steps.rolled_out:
         state, reason, message = (
             "Paused",
             "Paused",
-            "rollout.paused: groups are not of the revision asked for",
+            "groups are not of the revision asked for: set rollout.paused to false to replace them",
         )
     elif steps.settled:
         state, reason, message = "Ready", "Routable", str(turn.status["endpoint"])
         if not turn.conditions.is_true("Ready"):
             turn.tell("Ready", f"clients can connect to {message}")
     elif turn.conditions.reason("Progressing") == "ProgressDeadlineExceeded":
-        state, reason, message = "Stuck", "ProgressDeadlineExceeded", "see the condition Progressing"
+        state, reason = "Stuck", "ProgressDeadlineExceeded"
+        message = turn.conditions.message("Progressing")
     else:
         whole = (
             wish is not None
@@ -204,6 +219,7 @@ def _tell_ready(
         state = "Degraded" if whole and before in ("Ready", "Degraded") else "Progressing"
         reason = "GroupsNotAvailable" if whole else "Changing"
         message = f"{turn.status['updatedAvailableReplicas']} of {turn.replicas} groups are new and available"
+        message += _held_up(groups)
     turn.conditions.set("Ready", "True" if state == "Ready" else "False", str(reason), message)
     turn.status["state"] = state
 

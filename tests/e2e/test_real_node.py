@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ import yaml
 from parent_death import bound
 from real_cluster import programs
 from support import real_clusters
+from support.asking import answers
 from support.certificates import Authority, client_tls
 from support.charts import PAGE, Prompt, page_commands
 from support.object_stores import BUCKET, store_server
@@ -417,28 +418,49 @@ def service_of_shards(name: str, job: str) -> Any:
         "spec": {
             "model": {"job": {"name": job}},
             "group": {"shards": 2, "replication": 2, "tls": {"secretName": secret}},
+            "rollout": {"maxSurge": 1, "maxUnavailable": 0},
             "server": {
                 "threads": 1,
                 "drainSeconds": 5,
-                "preStopSeconds": 1,
+                "preStopSeconds": 5,
                 "tls": {"secretName": secret, "clientCaSecretName": secret},
             },
         },
     }
 
 
-def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_and_scaling(
+@contextmanager
+def asked_all_the_time(
+    cluster: Cluster, address: str, tls: Path, name: str, printed: Path
+) -> Iterator[Callable[[], list[Any]]]:
+    """Have a process in the node's network ask a server; yields what gives the answers of each round.
+
+    At the end it must still be at it: it would have ended with the first request that got no answer.
+    """
+    command = cluster.inside(sys.executable, "-m", "support.asking", address, str(tls), name)
+    with (
+        printed.open("wb") as out,
+        subprocess.Popen(bound(command), stdout=out, stderr=subprocess.PIPE, cwd=ROOT / "tests") as process,
+    ):
+
+        def rounds() -> list[Any]:
+            if process.poll() is not None:
+                assert process.stderr is not None
+                raise AssertionError(process.stderr.read().decode()[-3000:])
+            return [json.loads(line) for line in printed.read_text().split("\n")[:-1]]
+
+        try:
+            yield rounds
+            rounds()
+        finally:
+            process.terminate()
+
+
+def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollout_and_scaling(
     place: Place, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLE)
     demo, cluster, name = load_module("demo"), place.cluster, "chat"
-    words = [[{"role": "user", "content": word}] for word in ("hello", "diffusion", "unmasked")]
-
-    def answers(client: Client) -> list[list[int]]:
-        found = [client.generate(messages=word, threshold=0.9, max_tokens=24) for word in words]
-        assert all(one.usage.tpf > 0 for one in found)
-        return [list(one.token_ids) for one in found]
-
     with (
         demo.serving(place.volumes / "run" / "quiet" / "model", log=tmp_path / "log") as local,
         Client(local) as client,
@@ -502,12 +524,23 @@ def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_and_scal
                 (state,) = pod["status"]["containerStatuses"]
                 return bool(state["restartCount"] and state["ready"])
 
-            assert not is_back(), "answered while the shard was away"
             cluster.until(is_back, "the shard is back", 180)
         finally:
             enough.set()
         asking.result(timeout=120)
     assert all(one == expected for one in found)
+
+    # Another model, as far as anyone can tell; its tokens are the same, so answers may come from either.
+    address = f"{cluster.get('service', name, '-n', TRAINING)['spec']['clusterIP']}:50051"
+    model = {"spec": {"model": {"job": None, "uri": "pvc://run/quiet/model"}}}
+    with asked_all_the_time(cluster, address, tmp_path / "tls", server_name, tmp_path / "asked") as rounds:
+        cluster.until(lambda: len(rounds()) >= 2, "answers", 120)
+        cluster.kubectl("patch", "dis", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(model))
+        (rolled,) = until_ready(1)
+        seen = len(rounds())
+        cluster.until(lambda: len(rounds()) >= seen + 2, "answers of the new group", 120)
+        assert all(one == expected for one in rounds())
+    assert rolled != group
 
     for groups in (2, 1):
         cluster.kubectl("scale", f"dis/{name}", "-n", TRAINING, f"--replicas={groups}")

@@ -50,6 +50,11 @@ class Cluster:
                 raise OSError(ctypes.get_errno(), f"cannot enter {self.network}")
         return socket.create_server((ADDRESS, 0), backlog=64)
 
+    def inside(self, *command: str) -> list[str]:
+        """Return a command line that runs ``command`` in the node's network, where Services are."""
+        assert self.network is not None, "there is no node"
+        return ["nsenter", f"--net={self.network}", "--", *command]
+
     def kubectl(self, *arguments: str, given: object = None) -> str:
         """Return what kubectl prints; ``given`` is an object, or a list of them, for ``-f -``."""
         text = None

@@ -1,4 +1,4 @@
-"""When somebody should look at a server, and what they should do then."""
+"""When somebody should look at a server or a gateway, and what they should do then."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,8 @@ class Alert:
 
     Attributes:
         name: In CamelCase.
-        expr: PromQL; ``$of`` stands for the label matchers of a release.
+        expr: PromQL; ``$of`` stands for the label matchers of a release's engines, ``$gateway`` for those of
+            its gateways.
         lasts: How long the query has to give something until the alert fires.
         severity: ``critical`` for what users notice at once.
         summary: One line; ``{{ $labels.x }}`` stands for a label of what the query gives.
@@ -35,6 +36,7 @@ class Alert:
 
 _TPF = m.TOKENS_PER_FORWARD_DECODE.name
 _FRAMES = m.EXPERT_FRAMES.name
+_CALLS, _ATTEMPTS = m.GATEWAY_REQUESTS.name, m.GATEWAY_ATTEMPTS.name
 
 ALERTS: tuple[Alert, ...] = (
     Alert(
@@ -264,15 +266,113 @@ ALERTS: tuple[Alert, ...] = (
         look=("the log: it names the file and what is wrong with it",),
         do=("put a certificate, its key and the CA into the Secret that belong together",),
     ),
+    Alert(
+        name="UnmaskGatewayDown",
+        expr="up{$gateway} == 0",
+        lasts="5m",
+        severity="critical",
+        summary="No metrics of the gateway {{ $labels.pod }} for five minutes.",
+        means=(
+            "Prometheus cannot read the metrics of a gateway. As a rule its process does not run. Others "
+            "take its calls, if there are others; clients with a stream there have lost it."
+        ),
+        look=(
+            "`kubectl describe pod`, and `kubectl logs --previous`: exit code 64 says which argument is "
+            "wrong, OOMKilled that it has too little memory for its calls",
+            "a NetworkPolicy that keeps Prometheus out (`networkPolicy.metricsFrom` of the chart)",
+        ),
+        do=(
+            "mend what the log names; more memory, or fewer calls (`gateway.maxCalls`)",
+            "at least two gateways, so that one that is down turns nobody away",
+        ),
+    ),
+    Alert(
+        name="UnmaskGatewayWithoutReplicas",
+        expr=f'{m.GATEWAY_REPLICAS.name}{{$gateway,state="ready"}} == 0',
+        lasts="1m",
+        severity="critical",
+        summary="The gateway {{ $labels.pod }} knows no replica that takes calls.",
+        means=(
+            "Each call that comes to this gateway waits for `--wait-seconds` and then ends with "
+            "UNAVAILABLE. Its engines are not there, are not found, take nothing new, or fail whatever they "
+            "are asked."
+        ),
+        look=(
+            "`sum by (state) (unmask_gateway_replicas)`: `out` are not there or not serving, `banned` have "
+            "failed of late; none at all: the name has no addresses",
+            "the gateway's log: it names each replica, and a name that cannot be resolved",
+            "UnmaskServerDown, and `kubectl get endpointslices` of the engines' headless Service",
+            "with TLS: the certificate of the engines has to name the headless Service, and the gateway's "
+            "has to be one that engines let in",
+        ),
+        do=("bring the engines back: the gateway finds them by itself within seconds",),
+    ),
+    Alert(
+        name="UnmaskGatewayCallsFail",
+        expr=(
+            f'sum(rate({_CALLS}{{$gateway,code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DATA_LOSS"}}[10m]))'
+            f" > 0.01 * sum(rate({_CALLS}{{$gateway}}[10m]))"
+        ),
+        lasts="10m",
+        severity="critical",
+        summary="More than one call in a hundred ends at the gateway with an error that is not its fault.",
+        means=(
+            "Calls end with a code that is not their fault, though others of their replicas were tried. "
+            "This is what users see; what engines count (UnmaskRequestsFail) has been mended by another one "
+            "where it could be."
+        ),
+        look=(
+            "UnmaskGatewayWithoutReplicas: UNAVAILABLE, where there is nobody to ask",
+            "UNAVAILABLE otherwise: three replicas in turn were lost with the same call, or none is left "
+            "with the weights that an answer began with, as when all engines are replaced at once",
+            "INTERNAL: two replicas failed with the same call; their logs have the traceback",
+        ),
+        do=(
+            "replace engines one at a time, so that one with the weights of the calls that run is left",
+            "a defect: keep the logs, and report it with the call that causes it",
+        ),
+    ),
+    Alert(
+        name="UnmaskGatewayCallsGoOnElsewhere",
+        expr=(
+            f'sum(rate({_ATTEMPTS}{{$gateway,why=~"again|resume"}}[10m]))'
+            f' > 0.05 * sum(rate({_ATTEMPTS}{{$gateway,why="first"}}[10m]))'
+        ),
+        lasts="10m",
+        severity="warning",
+        summary="More than one call in twenty is given to a second replica.",
+        means=(
+            "Replicas are lost while calls run there, or turn calls away. No token changes by that, but "
+            "users wait, and prompts are read twice."
+        ),
+        look=(
+            f"`sum by (why) (rate({_ATTEMPTS}[10m]))`: `resume` are calls that were lost in the middle, "
+            "`again` those that were turned away or lost before their first block",
+            f"`{m.GATEWAY_REPLICA_FAILURES.name}`: without failures, replicas are full "
+            "(UnmaskRequestsTurnedAway)",
+            "the gateway's log names the replica and what became of the call; restarts of its pod",
+            f"`{m.GATEWAY_STALL_SECONDS.name}`: how long users wait for the next replica",
+        ),
+        do=(
+            "more engines, where they are full",
+            "mend or replace the engine that is lost again and again; a longer `termination.drainSeconds`, "
+            "where calls are cut off by upgrades",
+        ),
+    ),
 )
 
 
-def rules(of: str) -> list[dict[str, object]]:
-    """The alerts as rules of Prometheus, for series with the label matchers ``of``."""
+def rules(of: str, gateway: str) -> list[dict[str, object]]:
+    """The alerts as rules of Prometheus.
+
+    Args:
+        of: Label matchers of the series of engines.
+        gateway: Those of the series of gateways before them; where there are none, their alerts are silent.
+    """
     return [
         {
             "alert": alert.name,
-            "expr": alert.expr.replace("$of", of),
+            "expr": alert.expr.replace("$of", of).replace("$gateway", gateway),
             "for": alert.lasts,
             "labels": {"severity": alert.severity},
             "annotations": {"summary": alert.summary},

@@ -1,4 +1,4 @@
-"""A dashboard of Grafana's for servers, tokens per forward first."""
+"""A dashboard of Grafana's for servers and their gateways, tokens per forward first."""
 
 import json
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from unmask.telemetry.metrics import Metric
 __all__ = ["ROWS", "Panel", "Query", "dashboard", "queries"]
 
 OF = 'namespace="$namespace",service="$service"'
-"""What is chosen in the dashboard."""
+"""What is chosen in the dashboard: engines."""
+GATEWAY = 'namespace="$namespace",service="${service}-gateway"'
+"""The gateways before them."""
 _WIDTH, _HEIGHT, _ACROSS = 8, 7, 24
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One PromQL query, with ``$of`` for the series that are chosen, and how its lines are named."""
+    """One PromQL query, and how its lines are named; ``$of`` or ``$gateway`` stands for what is chosen."""
 
     expr: str
     legend: str = ""
@@ -32,26 +34,30 @@ class Panel:
     queries: tuple[Query, ...]
 
 
+def _whose(metric: Metric) -> str:
+    return "{$gateway}" if metric in m.GATEWAY else "{$of}"
+
+
 def _mean(metric: Metric, by: str = "") -> str:
     """The mean of a histogram's observations."""
     group = f" by ({by}) " if by else ""
-    over = "{$of}[$__rate_interval]"
+    over = f"{_whose(metric)}[$__rate_interval]"
     return f"sum{group}(rate({metric.name}_sum{over})) / sum{group}(rate({metric.name}_count{over}))"
 
 
 def _quantile(share: float, metric: Metric, by: str = "") -> str:
     labels = f"le, {by}" if by else "le"
-    buckets = f"rate({metric.name}_bucket{{$of}}[$__rate_interval])"
+    buckets = f"rate({metric.name}_bucket{_whose(metric)}[$__rate_interval])"
     return f"histogram_quantile({share}, sum by ({labels}) ({buckets}))"
 
 
 def _rate(metric: Metric, by: str = "") -> str:
     group = f" by ({by}) " if by else ""
-    return f"sum{group}(rate({metric.name}{{$of}}[$__rate_interval]))"
+    return f"sum{group}(rate({metric.name}{_whose(metric)}[$__rate_interval]))"
 
 
 def _each(metric: Metric, by: str) -> str:
-    return f"sum by ({by}) ({metric.name}{{$of}})"
+    return f"sum by ({by}) ({metric.name}{_whose(metric)})"
 
 
 def _waits(metric: Metric) -> tuple[Query, ...]:
@@ -154,6 +160,52 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Gateway",
+        (
+            Panel(
+                "Calls",
+                "Ended ones, by status code, after all that other replicas could mend.",
+                "reqps",
+                (Query(_rate(m.GATEWAY_REQUESTS, "code"), "{{code}}"),),
+            ),
+            Panel(
+                "In the gateway",
+                "",
+                "none",
+                (Query(_each(m.GATEWAY_REQUESTS_RUNNING, "pod"), "{{pod}}"),),
+            ),
+            Panel(
+                "Replicas",
+                "By state, the fewest or most that a gateway sees.",
+                "none",
+                (
+                    Query(f'min({m.GATEWAY_REPLICAS.name}{{$gateway,state="ready"}})', "ready"),
+                    Query(f'max({m.GATEWAY_REPLICAS.name}{{$gateway,state="banned"}})', "banned"),
+                    Query(f'max({m.GATEWAY_REPLICAS.name}{{$gateway,state="out"}})', "out"),
+                ),
+            ),
+            Panel(
+                "Calls to replicas",
+                "By why they were given to one; resume are those that go on after their committed blocks.",
+                "reqps",
+                (Query(_rate(m.GATEWAY_ATTEMPTS, "why"), "{{why}}"),),
+            ),
+            Panel(
+                "What chose the replica",
+                "The prompt's beginning, which it may have in its cache, or the least load.",
+                "reqps",
+                (Query(_rate(m.GATEWAY_ROUTED, "by"), "{{by}}"),),
+            ),
+            Panel(
+                "Failures of replicas",
+                "Each has one passed over for a while.",
+                "ops",
+                (Query(_rate(m.GATEWAY_REPLICA_FAILURES), "failures"),),
+            ),
+            Panel("Wait for the next replica", "When one is lost.", "s", _waits(m.GATEWAY_STALL_SECONDS)),
+        ),
+    ),
+    (
         "Expert shards",
         (
             Panel(
@@ -193,7 +245,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
 
 
 def queries() -> list[str]:
-    """All of the dashboard's, with ``$of``."""
+    """All of the dashboard's, with ``$of`` and ``$gateway``."""
     return [query.expr for _, panels in ROWS for panel in panels for query in panel.queries]
 
 
@@ -260,7 +312,7 @@ def _panel(panel: Panel, place: dict[str, int]) -> dict[str, Any]:
         "targets": [
             {
                 "refId": chr(ord("A") + number),
-                "expr": query.expr.replace("$of", OF),
+                "expr": query.expr.replace("$of", OF).replace("$gateway", GATEWAY),
                 "legendFormat": query.legend,
             }
             for number, query in enumerate(panel.queries)

@@ -5,18 +5,21 @@ import yaml
 from observability.alerts import ALERTS, Alert, rules
 from observability.dashboards import dashboard
 
-__all__ = ["OF", "files"]
+__all__ = ["GATEWAY", "OF", "files"]
 
 OF = "@OF@"
-"""In the chart's file of rules, where the template puts the release's label matchers."""
+"""In the chart's file of rules, where the template puts the label matchers of the release's engines."""
+GATEWAY = "@GATEWAY@"
+"""And those of its gateways."""
 _CHART = "deploy/helm/unmask-inference/files"
 _MADE = "Made by `make generate`"
 
 
 def files() -> dict[str, str]:
     """Every file: its path below the root of the tree -> its text."""
+    told = yaml.safe_dump(rules(OF, GATEWAY), sort_keys=False, width=1000)
     return {
-        f"{_CHART}/alerts.yaml": f"# {_MADE}.\n{yaml.safe_dump(rules(OF), sort_keys=False, width=1000)}",
+        f"{_CHART}/alerts.yaml": f"# {_MADE}.\n{told}",
         f"{_CHART}/dashboard.json": dashboard(),
         "docs/runbooks/README.md": _index(),
         **{f"docs/runbooks/{alert.name}.md": _page(alert) for alert in ALERTS},
@@ -53,7 +56,7 @@ def _page(alert: Alert) -> str:
 {alert.means}
 
 ```promql
-{alert.expr.replace("{$of}", "").replace("$of,", "")}
+{_anyone_s(alert.expr)}
 ```
 
 ## Look at
@@ -64,6 +67,13 @@ def _page(alert: Alert) -> str:
 
 {_list(alert.do)}
 """
+
+
+def _anyone_s(expr: str) -> str:
+    """Without the label matchers of a release."""
+    for matchers in ("$of", "$gateway"):
+        expr = expr.replace(f"{{{matchers}}}", "").replace(f"{matchers},", "")
+    return expr
 
 
 def _list(items: tuple[str, ...]) -> str:

@@ -240,7 +240,8 @@ def test_the_engine_s_alerts_and_dashboard_are_those_that_a_prometheus_was_asked
     service = next(one for one in of_kind(objects, "Service") if "clusterIP" not in one["spec"])["metadata"]
     found = one(objects, "PrometheusRule")["spec"]["groups"][0]["rules"]
     pages = [rule["annotations"].pop("runbook_url") for rule in found]
-    assert found == rules(f'namespace="{service["namespace"]}",service="{service["name"]}"')
+    of = 'namespace="{namespace}",service="{name}'.format(**service)
+    assert found == rules(f'{of}"', f'{of}-gateway"')
     there = {f"{RUNBOOKS}/{page.name}" for page in (CHARTS.parents[1] / "docs/runbooks").glob("Unmask*.md")}
     assert set(pages) == there and len(pages) == len(there)
     held = one(objects, "ConfigMap", f"{service['name']}-dashboard")

@@ -1,16 +1,17 @@
-"""A real Prometheus reads a real server: dashboards have data, alerts fire when they should."""
+"""A real Prometheus reads a real server and a gateway: dashboards have data, alerts fire when they should."""
 
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from observability.alerts import ALERTS, rules
+from observability.alerts import ALERTS, Alert, rules
 from observability.dashboards import queries
 
 from support.folders import served_folder
-from support.monitoring import OF, monitoring, promtool
-from support.serving import running_server, wait_until
+from support.gateways import running_gateway
+from support.monitoring import GATEWAY, OF, monitoring, promtool
+from support.serving import CountingBatch, running_server, wait_until
 from support.shards import in_process, running_shards
 from unmask.client import Client
 from unmask.models.registry import read_config
@@ -106,28 +107,60 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str], int]] = {
         {'unmask_tls_reload_failures_total|port="grpc"': "0x40"},
         10,
     ),
+    "UnmaskGatewayDown": ({"up": "1x5 0x20"}, {"up": "1x5 0x3 1x20"}, 20),
+    "UnmaskGatewayWithoutReplicas": (
+        {
+            'unmask_gateway_replicas|state="ready"': "2x5 0x20",
+            'unmask_gateway_replicas|state="out"': "0x5 2x20",
+        },
+        {'unmask_gateway_replicas|state="ready"': "2x5 1x20", 'unmask_gateway_replicas|state="out"': "0x25"},
+        15,
+    ),
+    "UnmaskGatewayCallsFail": (
+        {
+            'unmask_gateway_requests_total|code="UNAVAILABLE",finish_reason=""': "0+1x60",
+            'unmask_gateway_requests_total|code="OK",finish_reason="stop"': "0+10x60",
+        },
+        {
+            'unmask_gateway_requests_total|code="CANCELLED",finish_reason=""': "0+1x60",
+            'unmask_gateway_requests_total|code="OK",finish_reason="stop"': "0+10x60",
+        },
+        40,
+    ),
+    "UnmaskGatewayCallsGoOnElsewhere": (
+        {
+            'unmask_gateway_attempts_total|why="first"': "0+100x60",
+            'unmask_gateway_attempts_total|why="again"': "0+3x60",
+            'unmask_gateway_attempts_total|why="resume"': "0+3x60",
+        },
+        {
+            'unmask_gateway_attempts_total|why="first"': "0+100x60",
+            'unmask_gateway_attempts_total|why="resume"': "0+4x60",
+        },
+        40,
+    ),
 }
 
 
-def series(values: dict[str, str]) -> list[dict[str, str]]:
+def series(values: dict[str, str], whose: str) -> list[dict[str, str]]:
     """As promtool takes them: ``name|labels`` -> values."""
     found = []
     for name, steps in values.items():
         metric, _, labels = name.partition("|")
         more = f",{labels}" if labels else ""
-        found.append({"series": f'{metric}{{{OF},pod="words-0"{more}}}', "values": steps})
+        found.append({"series": f'{metric}{{{whose},pod="words-0"{more}}}', "values": steps})
     return found
 
 
-def firing(name: str, minute: int, values: dict[str, str], *, expected: int) -> dict[str, object]:
+def firing(alert: Alert, minute: int, values: dict[str, str], *, expected: int) -> dict[str, object]:
     """A test of promtool's: how many series of the alert fire."""
     samples = [{"labels": "{}", "value": expected}] if expected else []
     return {
         "interval": "1m",
-        "input_series": series(values),
+        "input_series": series(values, GATEWAY if "$gateway" in alert.expr else OF),
         "promql_expr_test": [
             {
-                "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+                "expr": f'count(ALERTS{{alertname="{alert.name}",alertstate="firing"}})',
                 "eval_time": f"{minute}m",
                 "exp_samples": samples,
             }
@@ -136,13 +169,13 @@ def firing(name: str, minute: int, values: dict[str, str], *, expected: int) -> 
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert.name)
-def test_an_alert_fires_when_it_should_and_not_when_it_nearly_should(alert, tmp_path: Path) -> None:
+def test_an_alert_fires_when_it_should_and_not_when_it_nearly_should(alert: Alert, tmp_path: Path) -> None:
     fires, quiet, minute = CASES[alert.name]
-    own = [rule for rule in rules(OF) if rule["alert"] == alert.name]
+    own = [rule for rule in rules(OF, GATEWAY) if rule["alert"] == alert.name]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "unmask", "rules": own}]}))
     tests = [
-        firing(alert.name, minute, fires, expected=1),
-        firing(alert.name, minute, quiet, expected=0),
+        firing(alert, minute, fires, expected=1),
+        firing(alert, minute, quiet, expected=0),
     ]
     settings = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(settings))
@@ -151,16 +184,20 @@ def test_an_alert_fires_when_it_should_and_not_when_it_nearly_should(alert, tmp_
 
 
 def test_without_any_server_one_is_down(tmp_path: Path) -> None:
-    own = [rule for rule in rules(OF) if rule["alert"] == "UnmaskServerDown"]
+    (alert,) = (one for one in ALERTS if one.name == "UnmaskServerDown")
+    own = [rule for rule in rules(OF, GATEWAY) if rule["alert"] == alert.name]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "unmask", "rules": own}]}))
-    tests = [firing("UnmaskServerDown", 10, {}, expected=1)]
+    tests = [firing(alert, 10, {}, expected=1)]
     settings = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests}
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(settings))
     assert "SUCCESS" in promtool("test", "rules", "tests.yml", where=tmp_path)
 
 
 @pytest.mark.slow
-def test_every_graph_of_the_dashboard_has_data_of_a_server_with_shards(tmp_path: Path) -> None:
+def test_every_graph_of_the_dashboard_has_data_of_a_server_with_shards_behind_a_gateway(
+    tmp_path: Path,
+) -> None:
+    """The gateway has another replica, which fails at its first call."""
     folder = served_folder(tmp_path / "tiny", block_length=8, threshold=0.05)
     model = ServedModel.describe(folder, read_config(folder), name=None, rows=2, context_length=128)
     recorder = Recorder()
@@ -170,10 +207,18 @@ def test_every_graph_of_the_dashboard_has_data_of_a_server_with_shards(tmp_path:
         running_server(
             RaggedBatch(network, rows=2, capacity=128, block_length=8), model, recorder=recorder
         ) as server,
-        Client(server.address, timeout_s=60) as client,
-        monitoring(tmp_path, [f"127.0.0.1:{server.server.metrics_port}"], rules(OF)) as monitor,
+        running_server(CountingBatch(fails_at=1), model) as failing,
+        running_gateway(server, failing) as gateway,
+        Client(gateway.address, timeout_s=60) as client,
+        monitoring(
+            tmp_path,
+            [f"127.0.0.1:{server.server.metrics_port}"],
+            rules(OF, GATEWAY),
+            gateways=[f"127.0.0.1:{gateway.gateway.metrics_port}"],
+        ) as monitor,
     ):
-        wait_until(lambda: monitor.values(f"up{{{OF}}}") == [1], timeout_s=60, every_s=0.1)
+        for whose in (OF, GATEWAY):
+            wait_until(lambda of=whose: monitor.values(f"up{{{of}}}") == [1], timeout_s=60, every_s=0.1)
         empty, told = queries(), []
         end = time.monotonic() + 90
         while empty:
@@ -199,4 +244,4 @@ def test_every_graph_of_the_dashboard_has_data_of_a_server_with_shards(tmp_path:
 
 def asked(query: str) -> str:
     """A query as Grafana sends it."""
-    return query.replace("$of", OF).replace("$__rate_interval", "10s")
+    return query.replace("$of", OF).replace("$gateway", GATEWAY).replace("$__rate_interval", "10s")

@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 from observability import prometheus
 
-__all__ = ["LABELS", "OF", "Monitor", "monitoring", "obstacle", "promtool"]
+__all__ = ["GATEWAY", "LABELS", "OF", "Monitor", "monitoring", "obstacle", "promtool"]
 
 LABELS = {"namespace": "place", "service": "words", "pod": "words-0"}
 """What a ServiceMonitor adds to each series."""
 OF = 'namespace="place",service="words"'
+GATEWAY = 'namespace="place",service="words-gateway"'
 
 
 def obstacle() -> str | None:
@@ -57,8 +58,10 @@ class Monitor:
 
 
 @contextmanager
-def monitoring(folder: Path, targets: Sequence[str], rules: Sequence[object]) -> Iterator[Monitor]:
-    """A Prometheus that reads ``HOST:PORT`` of ``targets`` twice a second."""
+def monitoring(
+    folder: Path, targets: Sequence[str], rules: Sequence[object], *, gateways: Sequence[str] = ()
+) -> Iterator[Monitor]:
+    """A Prometheus that reads ``HOST:PORT`` of ``targets``, and of gateways, twice a second."""
     program = prometheus.program("prometheus")
     assert program is not None
     (folder / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "unmask", "rules": list(rules)}]}))
@@ -66,7 +69,16 @@ def monitoring(folder: Path, targets: Sequence[str], rules: Sequence[object]) ->
         "global": {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "1s"},
         "rule_files": ["rules.yml"],
         "scrape_configs": [
-            {"job_name": "words", "static_configs": [{"targets": list(targets), "labels": LABELS}]}
+            {
+                "job_name": "words",
+                "static_configs": [
+                    {"targets": list(targets), "labels": LABELS},
+                    {
+                        "targets": list(gateways),
+                        "labels": LABELS | {"service": "words-gateway", "pod": "gateway-0"},
+                    },
+                ],
+            }
         ],
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))

@@ -5,11 +5,11 @@ import re
 
 import pytest
 from observability.alerts import ALERTS, rules
-from observability.dashboards import OF, dashboard, queries
+from observability.dashboards import GATEWAY, OF, dashboard, queries
 
-from unmask.telemetry.metrics import SERVING
+from unmask.telemetry import metrics
 
-TABLE = {metric.name: metric for metric in SERVING}
+TABLE = {metric.name: metric for metric in (*metrics.SERVING, *metrics.GATEWAY)}
 GIVEN = {"namespace", "service", "pod", "le"}
 """Labels that a scraper adds, and that of a histogram's buckets."""
 
@@ -34,7 +34,8 @@ def family(name: str) -> str:
 
 @pytest.mark.parametrize("expr", [*(alert.expr for alert in ALERTS), *queries()])
 def test_queries_name_metrics_and_labels_that_there_are(expr: str) -> None:
-    found = asked(expr.replace("$of", OF.replace("$", "")))
+    whole = expr.replace("$of", OF).replace("$gateway", GATEWAY)
+    found = asked(re.sub(r"\$\{(\w+)\}", r"\1", whole))
     assert found or "up{" in expr
     for name, labels in found:
         metric = TABLE.get(family(name))
@@ -43,7 +44,10 @@ def test_queries_name_metrics_and_labels_that_there_are(expr: str) -> None:
         assert labels <= GIVEN | set(metric.labels), name
     grouped = {label.strip() for by in re.findall(r"by \(([^)]*)\)", expr) for label in by.split(",")}
     assert grouped <= GIVEN.union(*(TABLE[family(name)].labels for name, _ in found))
-    assert expr.count("$of") >= len(found), "every series is one of the release's"
+    whose, other = ("$gateway", "$of") if "$gateway" in expr else ("$of", "$gateway")
+    assert expr.count(whose) >= max(1, len(found)), "every series is one of the release's"
+    assert other not in expr
+    assert {TABLE[family(name)] in metrics.GATEWAY for name, _ in found} <= {whose == "$gateway"}
 
 
 def test_each_alert_has_a_name_of_its_own_and_says_what_to_do() -> None:
@@ -68,6 +72,7 @@ def test_tokens_per_forward_come_first_in_the_dashboard_and_no_graph_lies_on_ano
 
 
 def test_rules_are_those_of_the_release() -> None:
-    for rule in rules('namespace="n",service="s"'):
-        assert "$of" not in str(rule["expr"])
-        assert 'namespace="n",service="s"' in str(rule["expr"])
+    engines, gateways = 'namespace="n",service="s"', 'namespace="n",service="s-gateway"'
+    for rule, alert in zip(rules(engines, gateways), ALERTS, strict=True):
+        assert "$" not in str(rule["expr"])
+        assert (gateways if "Gateway" in alert.name else engines) in str(rule["expr"])

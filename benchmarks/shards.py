@@ -2,7 +2,7 @@
 
 * ``frame``: there and back of 256 rows of 2,048 bfloat16 numbers to a shard that answers without computing,
   over gRPC and through shared memory, against as many bare bytes over a stream of gRPC's and through shared
-  memory (``bare_memory.py``), in the same run, by turns;
+  memory (``bare_memory.py``), each way with its bare one by turns;
 * ``step``: a denoise step of 8 requests of model M (``model_m.json``) whose experts are in 2 shards of one
   thread each, over gRPC, against the whole model in one process, on the same processors, by turns;
 * ``parts``: where the time of such a step goes;
@@ -229,31 +229,28 @@ def _frames(folder: Path, repeats: int) -> dict[str, float]:
     def exchange(address: str) -> AbstractContextManager[Exchange]:
         return connected([address], config, revision=_revision(folder / "wide"), rows_as="bfloat16")
 
-    with (
-        _process(_echoing, folder / "wide", shard_socket) as port,
-        _process(_bare) as bare_port,
-        _process(_bare_memory, bare_socket, len(payload)),
-        _bare_stream(bare_port) as bare,
-        bare_memory(bare_socket, len(payload)) as bare_in_memory,
-        exchange(f"127.0.0.1:{port}") as over_grpc,
-        exchange(f"unix:{shard_socket}") as in_memory,
-    ):
-        for one in (over_grpc, in_memory):
-            assert one.wait_complete(60), one.missing
+    def framed(exchange: Exchange) -> None:
+        layer = next(layers)
+        exchange.receive(exchange.send(layer, rows, routing))
 
-        def framed(exchange: Exchange) -> None:
-            layer = next(layers)
-            exchange.receive(exchange.send(layer, rows, routing))
-
-        seconds = _by_turns(
-            {
-                "frame": lambda: framed(over_grpc),
-                "bare": lambda: bare(payload),
-                "memory": lambda: framed(in_memory),
-                "bare_memory": lambda: bare_in_memory(payload),
-            },
-            repeats,
-        )
+    with _process(_echoing, folder / "wide", shard_socket) as port:
+        with (
+            _process(_bare) as bare_port,
+            _bare_stream(bare_port) as bare,
+            exchange(f"127.0.0.1:{port}") as over_grpc,
+        ):
+            assert over_grpc.wait_complete(60), over_grpc.missing
+            sides = {"frame": lambda: framed(over_grpc), "bare": lambda: bare(payload)}
+            seconds = _by_turns(sides, repeats)
+        # On their own, since threads of gRPC work on for a while when an answer is there.
+        with (
+            _process(_bare_memory, bare_socket, len(payload)),
+            bare_memory(bare_socket, len(payload)) as bare_in_memory,
+            exchange(f"unix:{shard_socket}") as in_memory,
+        ):
+            assert in_memory.wait_complete(60), in_memory.missing
+            sides = {"memory": lambda: framed(in_memory), "bare_memory": lambda: bare_in_memory(payload)}
+            seconds |= _by_turns(sides, repeats)
     for name, value in seconds.items():
         print(f"  {name}: {1000 * value:.3f} ms there and back, {ROWS} x {WIDTH} bfloat16")
     return {
@@ -279,10 +276,10 @@ def _bare_stream(port: int) -> Iterator[Callable[[bytes], bytes]]:
 
 
 def _by_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median of each side's wall seconds, after a few that do not count."""
+    """The median of each side's wall seconds, after a few that do not count; who is first, changes."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(WARMUP + repeats):
-        for name, run in sides.items():
+        for name, run in list(sides.items())[:: -1 if turn % 2 else 1]:
             began = time.perf_counter()
             run()
             if turn >= WARMUP:

@@ -472,7 +472,7 @@ class Exchange:
         copies = [piece.header.tokens for piece in pieces]
         self.recorder.count(metrics.EXPERT_ROWS, tokens, kind="tokens")
         self.recorder.count(metrics.EXPERT_ROWS, sum(copies), kind="copies")
-        activated = np.count_nonzero(np.bincount(experts_TK.ravel()))
+        activated = int(np.count_nonzero(np.bincount(experts_TK.ravel())))
         self.recorder.observe(metrics.EXPERTS_ACTIVATED, activated)
         parts = len(self._bounds) - 1
         self.recorder.gauge(metrics.EXPERT_IMBALANCE, max(copies) * parts / sum(copies))

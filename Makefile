@@ -82,7 +82,8 @@ test-faults: setup ## Fail each write of the operator in ten ways; UNMASK_FULL=1
 	@$(RUN) PYTHONPATH=tests python -m support.fault_rig
 
 charts: setup ## Lint and test the Helm charts, and package them into dist/
-	@CI=true $(PYTEST) tests/unit/test_repository_charts.py tests/integration/test_charts.py
+	@CI=true $(PYTEST) tests/unit/test_repository_charts.py tests/integration/test_charts.py \
+	  tests/integration/test_charts_gateway.py
 	@$(RUN) python scripts/charts.py
 
 cluster-programs: ## Build a real Kubernetes for the tests that want one (long, once; nothing to do if it is there)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from real_cluster import programs
 
 __all__ = [
     "CHARTS",
+    "COMPONENT",
     "DIGEST",
     "EXTENSIONS",
     "INFERENCE",
@@ -30,13 +32,16 @@ __all__ = [
     "SECURITY_PAGE",
     "Json",
     "Prompt",
+    "container",
     "helm",
     "obstacle",
     "of_kind",
+    "one",
     "page_commands",
     "pods",
     "refused",
     "render",
+    "rendered",
     "restricted",
 ]
 
@@ -48,6 +53,7 @@ SECURITY_PAGE = CHARTS.parents[1] / "docs/how-to/secure-connections.md"
 HELM = charts.helm()
 
 
+COMPONENT = "app.kubernetes.io/component"
 OPERATOR, INFERENCE = "unmask-operator", "unmask-inference"
 MODEL: Json = {"model": {"uri": "pvc://models/small/model"}}
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -96,6 +102,13 @@ MATRIX: dict[str, tuple[str, Json]] = {
     "inference: left to an autoscaler": (INFERENCE, MODEL | {"replicas": None}),
     "inference: tls": (INFERENCE, MODEL | {"tls": {"enabled": True, "secretName": "words-tls"}}),
     "inference: certificates by cert-manager": (INFERENCE, MODEL | {"tls": BY_CERT_MANAGER}),
+    "inference: a gateway": (INFERENCE, MODEL | {"gateway": {"enabled": True}, "http": {"enabled": True}}),
+    "inference: a gateway with certificates by cert-manager": (
+        INFERENCE,
+        MODEL | PLACED | {
+            "gateway": {"enabled": True}, "tls": BY_CERT_MANAGER, "metrics": MONITORS, "image": PRIVATE,
+            "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
+    ),
     "inference: everything": (
         INFERENCE,
         MODEL | PLACED | {
@@ -173,9 +186,28 @@ def render(chart: str, values: Json | None = None, *options: str) -> list[Json]:
     return [one for one in yaml.safe_load_all(helm(*arguments, values=values)) if one]
 
 
+@cache
+def rendered(case: str, version: str = "1.37") -> list[Json]:
+    """Return the objects of a case of ``MATRIX`` on a cluster that has all ``EXTENSIONS``."""
+    chart, values = MATRIX[case]
+    return render(chart, values, f"--kube-version={version}.0", *EXTENSIONS)
+
+
 def of_kind(objects: list[Json], kind: str) -> list[Json]:
     """Return the objects of one kind."""
     return [one for one in objects if one["kind"] == kind]
+
+
+def one(objects: list[Json], kind: str, name: str | None = None) -> Json:
+    """Return the only object of a kind, or the one with this name."""
+    (found,) = [thing for thing in of_kind(objects, kind) if name in (None, thing["metadata"]["name"])]
+    return found
+
+
+def container(objects: list[Json], deployment: str | None = None) -> Json:
+    """Return the only container of a Deployment, which needs its name where there are several."""
+    (found,) = one(objects, "Deployment", deployment)["spec"]["template"]["spec"]["containers"]
+    return found  # type: ignore[no-any-return]
 
 
 def pods(objects: list[Json]) -> Iterator[Json]:

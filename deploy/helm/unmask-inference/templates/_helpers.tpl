@@ -25,9 +25,21 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: engine
 {{- end }}
 
+{{- define "unmask-inference.gatewaySelectorLabels" -}}
+{{- merge (dict "app.kubernetes.io/component" "gateway") (include "unmask-inference.selectorLabels" . | fromYaml) | toYaml }}
+{{- end }}
+
 {{- /* No version among them: a new chart alone is no reason to start pods anew. */ -}}
 {{- define "unmask-inference.podLabels" -}}
 {{- toYaml (merge (include "unmask-inference.selectorLabels" . | fromYaml) .Values.podLabels .Values.commonLabels) }}
+{{- end }}
+
+{{- define "unmask-inference.gatewayPodLabels" -}}
+{{- toYaml (merge (include "unmask-inference.gatewaySelectorLabels" . | fromYaml) .Values.podLabels .Values.commonLabels) }}
+{{- end }}
+
+{{- define "unmask-inference.gatewayLabels" -}}
+{{- merge (dict "app.kubernetes.io/component" "gateway") (include "unmask-inference.labels" . | fromYaml) | toYaml }}
 {{- end }}
 
 {{- define "unmask-inference.labels" -}}
@@ -73,6 +85,12 @@ app.kubernetes.io/component: engine
 {{- default (printf "%s-tls" (include "unmask-inference.fullname" .)) .Values.tls.secretName -}}
 {{- end }}
 
+{{- /* Secret with the gateway's certificate. */ -}}
+{{- define "unmask-inference.gatewayTlsSecret" -}}
+{{- $own := ternary (printf "%s-gateway-tls" (include "unmask-inference.fullname" .)) (include "unmask-inference.tlsSecret" .) (not (empty .Values.tls.certManager.issuerRef.name)) -}}
+{{- default $own .Values.gateway.tlsSecretName -}}
+{{- end }}
+
 {{- /* What the gRPC port speaks; that TLS is on changes what is the default. */ -}}
 {{- define "unmask-inference.appProtocol" -}}
 {{- if and .Values.tls.enabled (eq .Values.service.appProtocol "kubernetes.io/h2c") -}}
@@ -82,12 +100,12 @@ https
 {{- end -}}
 {{- end }}
 
-{{- /* How a probe asks, from (dict "tls" ... "service" ...): the cluster's probes of gRPC speak no TLS. */ -}}
+{{- /* How a probe asks, from (dict "tls" ... "service" ... "port" ...): the cluster's probes of gRPC speak no TLS. */ -}}
 {{- define "unmask-inference.probe" -}}
 {{- if .tls.enabled -}}
 httpGet: {path: {{ ternary "/healthz" "/livez" (hasKey . "service") }}, port: metrics}
 {{- else -}}
-grpc: {port: 50051{{ with .service }}, service: {{ . }}{{ end }}}
+grpc: {port: {{ default 50051 .port }}{{ with .service }}, service: {{ . }}{{ end }}}
 {{- end -}}
 {{- end }}
 

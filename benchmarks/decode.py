@@ -9,7 +9,8 @@ is the thread's own: what else runs on the machine takes none of its time, thoug
 * ``p2``: 16 such requests at once, against the published way one by one;
 * ``p3``: one request, model S;
 * ``p4``: reading a prompt of 1,024 tokens, model M;
-* ``p5``: one step, against reading its weights once at the measured speed of memory;
+* ``p5``: one step, against reading its weights once at the measured speed of memory, and in float32 against
+  its products at the best speed of products of so few rows, which can be the nearer limit;
 * ``p7``: what of a forward of 16 rows is not the model;
 * ``parts``: which parts of the model a forward spends its time in.
 
@@ -40,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from plain_decoding import PlainModel, plain_steps, published_step
 from torch import Tensor, nn
 
@@ -51,6 +53,7 @@ from unmask.models.int8 import Int8Experts, quantise
 from unmask.models.loading import build
 from unmask.models.moe import Experts, MixtureOfExperts, Router
 from unmask.models.registry import parse_config
+from unmask.models.row_tiles import tiled
 from unmask.models.transformer import Attention
 from unmask.serving import ragged
 from unmask.serving.engine import Engine, Request
@@ -331,7 +334,44 @@ def _step_against_memory(subject: Subject, prompt: int) -> dict[str, float]:
             f"of a layer hit, {weights / 1e9:.2f} GB, {weights / speed * 1e3:.0f} ms to read them",
             flush=True,
         )
+        if side == "float32":
+            found["float32 against products"] = round(seconds / _products_seconds(subject, experts), 3)
     return found
+
+
+def _products_seconds(subject: Subject, experts: float) -> float:
+    """Seconds of the float32 products of a denoise step, each as fast as any way of so many rows is.
+
+    Each of the ``experts`` of a layer that are hit has as many rows as the others, in whole tiles; the output
+    layer has the positions that are masked in the mean. Weights are in the cache, which a step has to read.
+    """
+    config, model = subject.config, build(subject.config, device="meta")
+    rows = tiled(round(BLOCK * config.num_experts_per_tok / experts))
+    stacked = sum(p.numel() for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
+    output = config.vocab_size * config.hidden_size
+    dense = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel() - stacked - output
+    masked = statistics.mean(BLOCK - EACH_STEP * step for step in range(1, STEPS))
+    routed = 2 * BLOCK * stacked * config.num_experts_per_tok / config.num_experts
+    others = 2 * (BLOCK * dense + masked * output)
+    few, all_of_them = (
+        _products_per_second(rows, config.hidden_size),
+        _products_per_second(BLOCK, config.hidden_size),
+    )
+    seconds = routed / few + others / all_of_them
+    print(
+        f"products: {few / 1e9:.0f} GFLOP/s with {rows} rows, {all_of_them / 1e9:.0f} with {BLOCK}; a step's "
+        f"experts {routed / 1e9:.1f} GFLOP, the rest {others / 1e9:.1f}: {seconds * 1e3:.0f} ms",
+        flush=True,
+    )
+    return seconds
+
+
+def _products_per_second(rows: int, inner: int) -> float:
+    """Floating-point operations of the fastest way to multiply so many rows by a weight in the cache."""
+    x, weight = torch.randn(rows, inner), torch.randn(512, inner)
+    turned = weight.T.contiguous()
+    ways = (lambda: F.linear(x, weight), lambda: x @ turned, lambda: weight @ x.T)
+    return 2 * rows * weight.numel() / min(_seconds(way) for way in ways for _ in range(100))
 
 
 def _step_seconds(subject: Subject, model: LanguageModel, prompt: int) -> float:

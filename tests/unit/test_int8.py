@@ -16,10 +16,12 @@ from unmask.diffusion.batch import Committed, Filled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UsageError
 from unmask.models.int8 import (
+    _ROWS_AT_ONCE,
     TOKEN_LEVELS,
     WEIGHT_LEVELS,
     Int8Experts,
     Int8Linear,
+    _in_parts,
     check_int8,
     int8_products,
     quantise,
@@ -200,6 +202,23 @@ def test_a_row_does_not_depend_on_the_others_or_on_their_number(inner, outer, th
 def test_experts_are_those_of_whole_numbers_one_by_one(experts, choose, tokens):
     layer, int8, routing = random_experts(experts, 24, 12, tokens, choose)
     hidden = numbers(tokens, 24, seed=5)
+    assert torch.equal(int8(hidden, routing), experts_in_whole_numbers(layer, hidden, routing))
+
+
+@settings(max_examples=counts.of(sample=30, full=500), deadline=None)
+@given(st.lists(st.integers(0, 700), max_size=20))
+def test_experts_are_computed_in_parts_of_few_rows(rows):
+    parts = list(_in_parts(rows))
+    covered = [expert for part in parts for expert in range(part.start, part.stop)]
+    assert covered == (list(range(len(rows))) if any(rows) else [])
+    for part in parts:
+        held = [count for count in rows[part] if count]
+        assert held and (len(held) == 1 or sum(held) <= _ROWS_AT_ONCE)
+
+
+def test_experts_in_many_parts_are_those_of_whole_numbers():
+    layer, int8, routing = random_experts(8, 24, 12, 500, 3)
+    hidden = numbers(500, 24, seed=5)
     assert torch.equal(int8(hidden, routing), experts_in_whole_numbers(layer, hidden, routing))
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from support import counts
 from support.models import TINY, random_tokens, tiny_canvas_model, tiny_model
+from unmask.attention.paged import Span
 from unmask.diffusion.batch import (
     Committed,
     Filled,
@@ -23,6 +24,7 @@ from unmask.diffusion.batch import (
 from unmask.diffusion.decoding import DecodingParams, best_tokens, best_tokens_at
 from unmask.diffusion.generation import generate, generate_uncached
 from unmask.errors import ModelError, UsageError
+from unmask.models.int8 import quantise
 from unmask.serving.ragged import RaggedBatch
 
 BLOCK = 4
@@ -177,13 +179,38 @@ def test_a_long_prompt_is_read_in_parts_beside_those_who_decode(model):
     assert parts == [8] * 4 + [4], "a quarter of the room, as one row decodes"
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("quantised", [False, True])
+def test_reading_stores_what_a_whole_forward_stores(quantised):
+    model = tiny_model(dtype=torch.float32)
+    if quantised:
+        quantise(model)
+    ids = torch.tensor([random_tokens(16)])
+    kept = []
+    for run in (model.hidden, model.store):
+        cache = model.new_paged_cache(pages=4, block_length=BLOCK)
+        metadata = cache.lay_out([Span((0, 1, 2, 3), asking=4)])
+        run(ids, metadata, cache=cache)
+        cache.lay_out([Span((cache.nobodys,), asking=1)])  # to look at the other pages
+        nothing = torch.zeros(1, TINY["num_key_value_heads"], BLOCK, TINY["head_dim"])
+        kept.append([cache.extend(n, nothing, nothing) for n in range(TINY["num_hidden_layers"])])
+    for whole, stored in zip(*kept, strict=True):
+        for one, other in zip(whole, stored, strict=True):
+            assert one.any() and torch.equal(one, other)
+
+
 @settings(max_examples=counts.of(sample=8, full=250), deadline=None)
 @given(seed=st.integers(0, 10**6), room=st.integers(4, 12), rows=st.integers(1, 5))
 def test_no_forward_exceeds_its_positions(seed, room, rows):
     model, dice = tiny_model(dtype=torch.float32), random.Random(seed)
     sizes = []
-    hidden = model.hidden
-    model.hidden = lambda ids, *rest, **named: sizes.append(ids.numel()) or hidden(ids, *rest, **named)
+    for name in ("hidden", "store"):
+        run = getattr(model, name)
+        setattr(
+            model,
+            name,
+            lambda ids, *rest, run=run, **named: sizes.append(ids.numel()) or run(ids, *rest, **named),
+        )
     prompts = [random_tokens(dice.randint(1, 30), seed=n) for n in range(2 * rows)]
     run_to_end(ragged(model, rows=rows, max_positions=room * BLOCK), prompts, params())
     assert 0 < max(sizes) <= room * BLOCK

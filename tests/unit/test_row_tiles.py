@@ -3,24 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from support import counts
 from support.models import tiny_model
-from unmask.models.moe import Experts, experts_one_by_one, grouped_linear
-from unmask.models.row_tiles import TILE_ROWS, missing_rows, tiled_groups, tiled_rows
+from unmask.models.moe import Experts, Routing, experts_one_by_one, grouped_linear
+from unmask.models.output_layer import in_slices
+from unmask.models.row_tiles import TILE_ROWS, missing_rows, tiled, tiled_rows
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8))
-def test_groups_are_filled_up_to_whole_tiles(counts):
-    place, ends = tiled_groups(torch.tensor(counts))
-    starts, expected = 0, []
-    for count, end in zip(counts, ends.tolist(), strict=True):
-        expected += range(starts, starts + count)
-        assert end - starts == count + missing_rows(count)
-        starts = end
-    assert place.tolist() == expected
+@pytest.mark.parametrize(("rows", "whole"), [(0, 0), (1, 4), (4, 4), (9, 12)])
+def test_so_many_rows_fill_whole_tiles(rows, whole):
+    assert tiled(rows) == whole == rows + missing_rows(rows)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])
@@ -70,3 +63,81 @@ def test_experts_in_tiles_are_those_one_by_one():
     torch.testing.assert_close(
         layer.experts(hidden, routing), experts_one_by_one(layer.experts, hidden, routing), rtol=0, atol=1e-12
     )
+
+
+def experts_and_routing(tokens, *, experts, hidden, width, choose, dtype=torch.float32):
+    """Experts of random weights, and a choice of which expert 0 has every token and the last one none."""
+    generator = torch.Generator().manual_seed(tokens)
+    layer = Experts(experts, hidden, width).to(dtype).requires_grad_(False)
+    for weight in layer.parameters():
+        weight.normal_(std=0.1, generator=generator)
+    others = [1 + torch.randperm(experts - 2, generator=generator)[: choose - 1] for _ in range(tokens)]
+    chosen = torch.stack([torch.cat((torch.tensor([0]), other)) for other in others])
+    return layer, Routing(chosen, torch.rand(tokens, choose, generator=generator))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 3, 32, 200])
+def test_experts_of_uneven_loads_are_those_one_by_one(tokens):
+    layer, routing = experts_and_routing(
+        tokens, experts=9, hidden=48, width=20, choose=3, dtype=torch.float64
+    )
+    hidden = torch.randn(tokens, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        layer(hidden, routing), experts_one_by_one(layer, hidden, routing), rtol=0, atol=1e-12
+    )
+
+
+@torch.inference_mode()
+def test_no_tokens_have_no_experts():
+    layer, routing = experts_and_routing(1, experts=4, hidden=16, width=8, choose=2)
+    none = Routing(routing.experts[:0], routing.weights[:0])
+    assert layer(torch.zeros(0, 16), none).shape == (0, 16)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("hidden_size", "width"), [(256, 128), (96, 24), (512, 256)])
+def test_a_token_s_experts_are_the_same_to_the_bit_among_few_and_many(hidden_size, width):
+    layer, routing = experts_and_routing(300, experts=9, hidden=hidden_size, width=width, choose=3)
+    hidden = torch.randn(300, hidden_size, generator=torch.Generator().manual_seed(1))
+    whole = layer(hidden, routing)
+    for first, last in ((0, 1), (7, 12), (64, 96), (100, 299)):
+        part = slice(first, last)
+        few = Routing(routing.experts[part], routing.weights[part])
+        assert torch.equal(layer(hidden[part], few), whole[part])
+
+
+@torch.inference_mode()
+def test_what_is_not_finite_stays_with_its_token():
+    """Rows that fill up a tile are what the expert before left there."""
+    layer, routing = experts_and_routing(33, experts=9, hidden=32, width=16, choose=3)
+    hidden = torch.randn(33, 32, generator=torch.Generator().manual_seed(1))
+    whole = layer(hidden, routing)
+    hidden[5] = float("nan")
+    broken = layer(hidden, routing)
+    assert broken[5].isnan().all()
+    others = torch.arange(33) != 5
+    assert torch.equal(broken[others], whole[others])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("vocabulary", [7, 512, 1300])
+def test_the_output_layer_in_slices_is_the_product(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, 64, generator=generator) for shape in ((2, 12), (vocabulary,)))
+    scores = in_slices(hidden, weight)
+    assert scores.shape == (2, 12, vocabulary) and scores.is_contiguous()
+    torch.testing.assert_close(scores, F.linear(hidden.double(), weight.double()).float(), rtol=0, atol=1e-4)
+    for rows in (4, 8, 12):
+        assert torch.equal(in_slices(hidden[1, :rows], weight), scores[1, :rows])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_are_the_same_with_and_without_slices(tied):
+    model = tiny_model(dtype=torch.float32)
+    if tied:
+        model.head = None
+    weight = model.embedding.weight if tied else model.head.weight
+    hidden = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.logits(hidden), F.linear(hidden, weight), rtol=0, atol=1e-5)

@@ -64,6 +64,16 @@ class LanguageModel(nn.Module, ABC):
             (B, S, hidden_size) in the model's dtype.
         """
 
+    def store(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache) -> None:
+        """Let ``cache`` take up the keys and values of a forward whose hidden states nobody asks for.
+
+        Args:
+            ids: As for :meth:`hidden`.
+            metadata: As for :meth:`hidden`.
+            cache: Is the same afterwards, to the bit, as after :meth:`hidden`.
+        """
+        self.hidden(ids, metadata, cache=cache)
+
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: (..., hidden_size) to float32 (..., vocab_size)."""

@@ -11,7 +11,7 @@ fill up a tile are all it takes. ``tests/unit/test_row_tiles.py`` says whether i
 import torch
 from torch import Tensor
 
-__all__ = ["TILE_ROWS", "missing_rows", "tiled_groups", "tiled_rows"]
+__all__ = ["TILE_ROWS", "missing_rows", "tiled", "tiled_rows"]
 
 TILE_ROWS = 4
 
@@ -21,22 +21,11 @@ def missing_rows(rows: int) -> int:
     return -rows % TILE_ROWS
 
 
+def tiled(rows: int) -> int:
+    """So many rows, and those that fill up the last tile."""
+    return rows + missing_rows(rows)
+
+
 def tiled_rows(x_PD: Tensor) -> Tensor:
     """``x``, and rows of zeros up to a whole number of tiles."""
     return torch.nn.functional.pad(x_PD, (0, 0, 0, missing_rows(len(x_PD))))
-
-
-def tiled_groups(counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the rows of groups lie one behind the other if each group is filled up to whole tiles.
-
-    Args:
-        counts_E: Rows of each group, int64.
-
-    Returns:
-        The place of each row, int64 (N,), N = the sum of ``counts_E``; and the end of each group, int64 (E,).
-    """
-    tiled_E = (counts_E + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-    ends_E = tiled_E.cumsum(0)
-    shift_E = ends_E - tiled_E - (counts_E.cumsum(0) - counts_E)
-    place_N = torch.arange(int(counts_E.sum()), device=counts_E.device) + shift_E.repeat_interleave(counts_E)
-    return place_N, ends_E

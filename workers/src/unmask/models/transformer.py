@@ -22,6 +22,7 @@ from unmask.models.config import ModelConfig
 from unmask.models.feedforward import FeedForward
 from unmask.models.moe import MixtureOfExperts, Router
 from unmask.models.norm import RMSNorm
+from unmask.models.output_layer import in_slices
 from unmask.models.rotary import Rotation
 
 __all__ = ["Attention", "Layer", "Rotary", "Transformer", "pre_norm_layer"]
@@ -79,6 +80,11 @@ class Attention(nn.Module):
         out: Tensor = self.output(out_BHSD.transpose(1, 2).flatten(2))
         return out
 
+    def store(self, x_BSD: Tensor, rotation: Rotation, layer: int, cache: Cache) -> None:
+        """Put keys and values where :meth:`forward` puts them, and attend to nothing."""
+        _, key, value = self._project(x_BSD)
+        cache.extend(layer, rotation.turn(key), value)
+
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries (B, H, S, head), normalised keys and values (B, G, S, head)."""
         fused = self.query_key_value(x_BSD)
@@ -120,6 +126,10 @@ class Layer(nn.Module):
         if self.around is not None:
             return self.around(self._compute, x_BSD, rotation, attention, layer, cache)
         return self._compute(x_BSD, rotation, attention, layer, cache)
+
+    def store(self, x_BSD: Tensor, rotation: Rotation, layer: int, cache: Cache) -> None:
+        """Put the keys and values of (B, S, D) into the cache, and compute nothing else."""
+        self.attention.store(self.attention_norm(x_BSD), rotation, layer, cache)
 
     def _compute(
         self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
@@ -181,7 +191,7 @@ class Transformer(LanguageModel):
     ) -> Tensor:
         """See :meth:`LanguageModel.hidden`."""
         attention = plan(metadata, metadata) if cache is None else cache.plan(metadata)
-        rotation = Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)
+        rotation = self._rotation(metadata)
         if self.training:
             # How many rows end in padding depends on how a step is split, and must not move a router's bias.
             real = metadata.document.flatten() != PADDING
@@ -195,9 +205,28 @@ class Transformer(LanguageModel):
         out: Tensor = self.norm(x_BSD)
         return out
 
+    def store(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache) -> None:
+        """See :meth:`LanguageModel.store`; the last layer's keys and values are all that it is needed for."""
+        attention, rotation = cache.plan(metadata), self._rotation(metadata)
+        x_BSD = self.embedding(ids)
+        *before, last = self.layers
+        for index, layer in enumerate(before):
+            x_BSD = layer(x_BSD, rotation, attention, index, cache)
+        assert isinstance(last, Layer)
+        last.store(x_BSD, rotation, len(before), cache)
+
+    def _rotation(self, metadata: AttentionMetadata) -> Rotation:
+        return Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`LanguageModel.logits`."""
-        scores = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        sliced = torch.is_inference_mode_enabled() and hidden.device.type == "cpu"
+        if self.head is None:
+            scores = (in_slices if sliced else F.linear)(hidden, self.embedding.weight)
+        elif sliced and type(self.head) is nn.Linear:
+            scores = in_slices(hidden, self.head.weight)
+        else:
+            scores = self.head(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def routers(self) -> list[Router]:

@@ -234,7 +234,7 @@ class RaggedBatch:
         shares = share_forward(self._wishes(), room=self._room)
         parts = [self._part(self._seats[ticket], blocks) for ticket, blocks in sorted(shares.items())]
         self._forwards += 1
-        candidates = self._candidates(parts, self._forward(parts))
+        candidates = self._forward(parts)
         for part in parts:
             part.seat.last_part = self._forwards
             events += self._store(part)
@@ -284,8 +284,8 @@ class RaggedBatch:
 
     # The forward.
 
-    def _forward(self, parts: Sequence[_Part]) -> Tensor:
-        """Final hidden states of all positions of the parts, one behind the other: (S, D)."""
+    def _forward(self, parts: Sequence[_Part]) -> dict[int, Candidates]:
+        """Compute all positions of the parts; what :meth:`_candidates` finds in their hidden states."""
         ids = [token for part in parts for token in part.ids]
         spans = [part.span for part in parts]
         while missing_rows(len(ids)):  # blocks of nobody, so that products are of whole tiles
@@ -293,7 +293,10 @@ class RaggedBatch:
             spans.append(Span((self._cache.nobodys,), asking=1))
         metadata = self._cache.lay_out(spans)
         ids_1S = torch.tensor([ids], device=self._model.device)
-        return self._model.hidden(ids_1S, metadata, cache=self._cache)[0]
+        if not any(part.denoises for part in parts):
+            self._model.store(ids_1S, metadata, cache=self._cache)
+            return {}
+        return self._candidates(parts, self._model.hidden(ids_1S, metadata, cache=self._cache)[0])
 
     def _logits(self, hidden_PD: Tensor) -> Tensor:
         """Scores of P positions, computed in whole tiles."""
@@ -303,8 +306,6 @@ class RaggedBatch:
         """Token and confidence of every position that matters, on the host: (B,) for each ticket."""
         ends = accumulate(len(part.ids) for part in parts)
         opened = [(part.seat.row, end) for part, end in zip(parts, ends, strict=True) if part.denoises]
-        if not opened:
-            return {}
         wanted = torch.tensor([row.looked_at for row, _ in opened])
         start = torch.tensor([end - self.block_length for _, end in opened])
         place = (start[:, None] + torch.arange(self.block_length))[wanted]

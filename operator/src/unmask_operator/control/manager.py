@@ -215,8 +215,8 @@ class Manager:
 
     def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(name=name, target=target, args=arguments, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)  # one that has not begun would count as one that has ended
 
     def _wait(self, event: threading.Event) -> bool:
         """Wait for an event or for the end; return whether it came."""

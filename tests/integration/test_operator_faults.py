@@ -9,7 +9,7 @@ from unmask_operator.decision import Reconciler
 RECONCILERS = [
     pytest.param(RECONCILER, 150, 20, id="the small one"),
     pytest.param(fault_rig.TRAINING, 60, 10, id="training jobs"),
-    pytest.param(fault_rig.SERVING, 30, 4, id="services"),
+    pytest.param(fault_rig.SERVING, 12, 2, id="services"),
 ]
 
 

@@ -12,7 +12,6 @@ than one, the controllers (a test sets a Job's status itself).
 
 import base64
 import contextlib
-import copy
 import functools
 import json
 import re
@@ -182,14 +181,14 @@ class ApiServer:
         """Return copies of all objects of a kind, ordered."""
         with self.lock:
             store = self.store(kind)
-            return [copy.deepcopy(store.objects[place]) for place in sorted(store.objects)]
+            return [field_sets.copied(store.objects[place]) for place in sorted(store.objects)]
 
     def set_status(self, kind: str, namespace: str, name: str, status: Json) -> None:
         """Be the controller that keeps the status of a kind which is not ours."""
         with self.lock:
             store = self.store(kind)
             there = store.objects[namespace, name]
-            new = copy.deepcopy(there)
+            new = field_sets.copied(there)
             new["status"] = status
             self._save(store, new, there, "", "Update", "status")
 
@@ -207,7 +206,7 @@ class ApiServer:
                 if "status" in body:
                     self.set_status(kind, *place, body["status"])
                 return
-            new = copy.deepcopy(there) | copy.deepcopy(_without(body, "metadata"))
+            new = field_sets.copied(there) | field_sets.copied(_without(body, "metadata"))
             self._save(store, new, there, "controller", "Update", "")
 
     def take(self, kind: str, namespace: str, name: str) -> None:
@@ -297,7 +296,7 @@ class ApiServer:
             store, namespace, name, _ = self._parsed(request.path)
             with self.lock:
                 self._allow("get", store.resource, "log", namespace, name)
-                pod = copy.deepcopy(self._there(store, namespace, name))
+                pod = field_sets.copied(self._there(store, namespace, name))
             if (why := pod_logs.waiting(pod, request.query.get("container", ""))) is not None:
                 raise _Refused(400, "BadRequest", why)
         except _Refused as error:
@@ -388,7 +387,7 @@ class ApiServer:
             return self._list(store, namespace, query)
         if verb == "get":
             there = self._there(store, namespace, name)
-            return _scale(there) if subresource == "scale" else copy.deepcopy(there)
+            return _scale(there) if subresource == "scale" else field_sets.copied(there)
         manager = query.get("fieldManager", "")
         if "dryRun" in query:
             return self._rehearsed(request, user)
@@ -401,7 +400,7 @@ class ApiServer:
         if request.content_type == "application/merge-patch+json":
             there = self._there(store, namespace, name)
             base = _scale(there) if subresource == "scale" else there
-            new = _merge_patch(copy.deepcopy(base), body)
+            new = _merge_patch(field_sets.copied(base), body)
             if "resourceVersion" not in (body.get("metadata") or {}):
                 new["metadata"].pop("resourceVersion", None)
             return self._update(store, namespace, name, subresource, new, manager or "unknown", user, verb)
@@ -458,7 +457,7 @@ class ApiServer:
         else:
             page, version, start = uuid.uuid4().hex, self.version, 0
             items = [
-                copy.deepcopy(store.objects[place])
+                field_sets.copied(store.objects[place])
                 for place in sorted(store.objects)
                 if (not namespace or place[0] == namespace)
                 and _matches(store.objects[place], query.get("labelSelector", ""))
@@ -486,7 +485,7 @@ class ApiServer:
     def _create(
         self, store: _Store, namespace: str, body: Json, manager: str, user: str, apply: bool = False
     ) -> Json:
-        new = copy.deepcopy(body)
+        new = field_sets.copied(body)
         metadata = new.setdefault("metadata", {})
         if metadata.get("resourceVersion") not in (None, "", "0") and not apply:
             raise _Refused(400, "BadRequest", "resourceVersion should not be set on objects to be created")
@@ -527,16 +526,16 @@ class ApiServer:
         wanted = body.get("metadata") or {}
         self._preconditions(store, there, wanted)
         if subresource == "scale":
-            new = copy.deepcopy(there)
+            new = field_sets.copied(there)
             new["spec"]["replicas"] = body["spec"].get("replicas", 0)
             return _scale(self._save(store, new, there, manager, "Update", "scale", user, verb))
-        new = copy.deepcopy(body)
+        new = field_sets.copied(body)
         entries = wanted.get("managedFields")
         self._keep(store, new, there, subresource)
         if entries is not None and entries != there["metadata"].get("managedFields"):
-            new["metadata"]["managedFields"] = copy.deepcopy(entries)
+            new["metadata"]["managedFields"] = field_sets.copied(entries)
         else:
-            new["metadata"]["managedFields"] = copy.deepcopy(there["metadata"].get("managedFields", []))
+            new["metadata"]["managedFields"] = field_sets.copied(there["metadata"].get("managedFields", []))
         return self._save(store, new, there, manager, "Update", subresource, user, verb)
 
     def _apply(
@@ -567,7 +566,7 @@ class ApiServer:
         self._preconditions(store, there, wanted)
         config = _only(body, subresource, store.has_status)
         fields = field_sets.of(config)
-        entries = copy.deepcopy(there["metadata"].get("managedFields", []))
+        entries = field_sets.copied(there["metadata"].get("managedFields", []))
         mine = next((one for one in entries if _is(one, manager, "Apply", subresource)), None)
         others = [one for one in entries if one is not mine]
         for entry in others:
@@ -614,7 +613,7 @@ class ApiServer:
         if subresource == "status":
             status = new.get("status")
             entries = metadata.get("managedFields")
-            kept = copy.deepcopy(there)
+            kept = field_sets.copied(there)
             new.clear()
             new |= kept
             metadata = new["metadata"]
@@ -622,11 +621,11 @@ class ApiServer:
                 metadata["managedFields"] = entries
             new.pop("status", None)
             if status is not None:
-                new["status"] = copy.deepcopy(status)
+                new["status"] = field_sets.copied(status)
         elif store.has_status:
             new.pop("status", None)
             if "status" in there:
-                new["status"] = copy.deepcopy(there["status"])
+                new["status"] = field_sets.copied(there["status"])
         for key in ("name", "namespace", *_OWN_FIELDS[:-1]):
             metadata.pop(key, None)
             if key in there["metadata"]:
@@ -656,7 +655,7 @@ class ApiServer:
         if store.schema is not None:
             new = _shaped(new, store.schema)
         elif kind in _DEFAULTS and "spec" in new:
-            new["spec"] = {**copy.deepcopy(_DEFAULTS[kind]), **new["spec"]}
+            new["spec"] = {**field_sets.copied(_DEFAULTS[kind]), **new["spec"]}
         metadata = new["metadata"]
         if there is not None:
             for key in _IMMUTABLE.get(kind, ()):
@@ -675,9 +674,9 @@ class ApiServer:
                     entries, there, new, manager, operation, subresource, store, applied
                 )
         elif there is not None:
-            metadata["managedFields"] = copy.deepcopy(there["metadata"].get("managedFields", []))
+            metadata["managedFields"] = field_sets.copied(there["metadata"].get("managedFields", []))
         if there is not None and _same(new, there):
-            return copy.deepcopy(there)
+            return field_sets.copied(there)
         if there is not None and store.generations and new.get("spec") != there.get("spec"):
             metadata["generation"] = there["metadata"].get("generation", 1) + 1
         place = metadata["namespace"], metadata["name"]
@@ -689,13 +688,13 @@ class ApiServer:
         if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
             store.objects[place] = new
             self._gone(store, place)
-            return copy.deepcopy(new)
+            return field_sets.copied(new)
         store.objects[place] = new
-        store.log.append((self.version, "MODIFIED" if there else "ADDED", copy.deepcopy(new), there))
+        store.log.append((self.version, "MODIFIED" if there else "ADDED", field_sets.copied(new), there))
         if there is None and self.collects:
             self.collect()
         self.changed.notify_all()
-        return copy.deepcopy(store.objects.get(place, new))
+        return field_sets.copied(store.objects.get(place, new))
 
     def _delete(self, store: _Store, namespace: str, name: str, options: Json, user: str) -> Json:
         there = self._there(store, namespace, name)
@@ -703,7 +702,7 @@ class ApiServer:
         policy = options.get("propagationPolicy", "Background")
         what = store.resource.plural
         if "deletionTimestamp" in there["metadata"]:
-            return copy.deepcopy(there)
+            return field_sets.copied(there)
         self.writes.append(Write("delete", what, namespace, name, user))
         if policy == "Orphan":
             for other in self.stores.values():
@@ -711,14 +710,14 @@ class ApiServer:
                     owners = item["metadata"].get("ownerReferences") or []
                     kept = [one for one in owners if one["uid"] != there["metadata"]["uid"]]
                     if len(kept) != len(owners):
-                        orphan = copy.deepcopy(item)
+                        orphan = field_sets.copied(item)
                         orphan["metadata"]["ownerReferences"] = kept
                         self._store(other, place, orphan, item)
         finalizers = list(there["metadata"].get("finalizers") or [])
         if policy == "Foreground":
             finalizers.append(_FOREGROUND)
         if finalizers:
-            new = copy.deepcopy(there)
+            new = field_sets.copied(there)
             new["metadata"]["deletionTimestamp"] = time.strftime(
                 "%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now())
             )
@@ -726,7 +725,7 @@ class ApiServer:
             if store.generations:
                 new["metadata"]["generation"] = there["metadata"].get("generation", 1) + 1
             self._store(store, (namespace, name), new, there)
-            answer = copy.deepcopy(new)
+            answer = field_sets.copied(new)
         else:
             self._gone(store, (namespace, name))
             details = {"name": name, "kind": what, "uid": there["metadata"]["uid"]}
@@ -775,7 +774,7 @@ class ApiServer:
                 for store in self.stores.values():
                     for place, item in list(store.objects.items()):
                         if item["metadata"]["uid"] in dying - held and done:
-                            new = copy.deepcopy(item)
+                            new = field_sets.copied(item)
                             new["metadata"]["finalizers"].remove(_FOREGROUND)
                             if new["metadata"]["finalizers"]:
                                 self._store(store, place, new, item)
@@ -787,7 +786,7 @@ class ApiServer:
                     return
 
     def _mark(self, store: _Store, place: tuple[str, str], item: Json) -> None:
-        new = copy.deepcopy(item)
+        new = field_sets.copied(item)
         new["metadata"]["deletionTimestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.now()))
         self._store(store, place, new, item)
 
@@ -795,13 +794,13 @@ class ApiServer:
         self.version += 1
         new["metadata"]["resourceVersion"] = str(self.version)
         store.objects[place] = new
-        store.log.append((self.version, "MODIFIED", copy.deepcopy(new), there))
+        store.log.append((self.version, "MODIFIED", field_sets.copied(new), there))
         self.changed.notify_all()
 
     def _gone(self, store: _Store, place: tuple[str, str]) -> None:
         there = store.objects.pop(place)
         self.version += 1
-        last = copy.deepcopy(there)
+        last = field_sets.copied(there)
         last["metadata"]["resourceVersion"] = str(self.version)
         store.log.append((self.version, "DELETED", last, there))
         if self.collects:
@@ -993,7 +992,7 @@ def _shaped(value: Any, schema: Json, root: bool = True) -> Any:
         }
         for key, below in known.items():
             if key not in result and "default" in below:
-                result[key] = copy.deepcopy(below["default"])
+                result[key] = field_sets.copied(below["default"])
                 result[key] = _shaped(result[key], below, False)
         return result
     if isinstance(value, dict) and isinstance(schema.get("additionalProperties"), dict):

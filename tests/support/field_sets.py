@@ -6,7 +6,6 @@ an item of a list that has keys. Simplified in one thing: which lists have keys 
 a schema; every other list is one field, replaced as a whole.
 """
 
-import copy
 import json
 from typing import Any
 
@@ -40,6 +39,15 @@ _UNOWNED = {
         )
     ),
 }
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a JSON value: what ``copy.deepcopy`` gives, several times as fast."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    return value
 
 
 def of(item: dict[str, Any]) -> Fields:
@@ -82,12 +90,12 @@ def merged(live: Any, applied: Any, name: str = "") -> Any:
             result.append(item if twin is None else merged(item, twin))
         known = [tuple(item.get(k) for k in names) for item in live]
         return result + [one for one in applied if tuple(one.get(k) for k in names) not in known]
-    return copy.deepcopy(applied)
+    return copied(applied)
 
 
 def removed(item: dict[str, Any], paths: Fields) -> dict[str, Any]:
     """Return ``item`` without these fields and without maps and items that they leave empty."""
-    result = copy.deepcopy(item)
+    result = copied(item)
     for path in sorted(paths, key=len, reverse=True):
         _remove(result, path)
     return result

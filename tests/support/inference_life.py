@@ -6,12 +6,11 @@ goes the same way whatever happens to the operator's writes.
 """
 
 import contextlib
-import copy
 import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from support import manifests
+from support import field_sets, manifests
 from support.api_server import ApiServer, Crash
 from unmask_operator.control.api import Api
 from unmask_operator.launch.groups import ROLE_LABEL
@@ -61,7 +60,7 @@ class Controllers:
                     self._make_pod(one, name, index)
 
     def _make_pod(self, owner: Json, name: str, index: int) -> None:
-        template = copy.deepcopy(owner["spec"]["template"])
+        template = field_sets.copied(owner["spec"]["template"])
         labels = template["metadata"]["labels"] | {"apps.kubernetes.io/pod-index": str(index)}
         reference = {
             "apiVersion": "apps/v1",

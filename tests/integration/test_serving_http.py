@@ -16,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+from aiohttp import web
 
 from support.folders import served_folder
 from support.serving import CountingBatch, GatedBatch, RunningServer, running_server, wait_until
@@ -433,6 +434,38 @@ def test_a_client_that_leaves_frees_its_row_within_one_forward(model: ServedMode
         wait_until(lambda: batch.active == 0)
         assert batch.done == 1
         batch.open()
+
+
+@pytest.mark.parametrize(("at", "code"), [("w6", "CANCELLED"), ("w10", "CANCELLED"), ("[DONE]", "OK")])
+def test_a_client_that_leaves_while_it_is_being_written_to_has_left_and_nothing_has_failed(
+    model: ServedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at: str,
+    code: str,
+) -> None:
+    """As a rule the handler is cancelled before it writes again; here the connection ends just before."""
+    written = web.StreamResponse.write
+
+    async def write(self: web.StreamResponse, data: bytes) -> None:
+        if at.encode() in data:
+            assert self._req is not None and self._req.transport is not None
+            self._req.transport.abort()
+        await written(self, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+    with running_server(CountingBatch(), model, http_port=0) as server:
+        body = {"model": "tiny", "prompt": "w5", "max_tokens": 8, "stream": True}
+        with closing(connection_to(server)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            with pytest.raises((http.client.HTTPException, ConnectionError)):
+                connection.getresponse().read()
+        reason = "length" if code == "OK" else ""
+        recorder = server.server.recorder
+        wait_until(lambda: recorder.value(metrics.REQUESTS, code=code, finish_reason=reason) == 1)
+        wait_until(lambda: recorder.value(metrics.CANCELLED, by="client") == (code == "CANCELLED"))
+        wait_until(lambda: recorder.value(metrics.REQUESTS_RUNNING) == 0)
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 def test_a_call_has_an_end_even_if_its_client_has_none(model: ServedModel) -> None:

@@ -15,12 +15,16 @@ import grpc
 from unmask.fronts.refusals import Refused
 from unmask.v1 import generation_pb2 as pb
 
-__all__ = ["Accounts", "Ending", "Generating", "failure", "gather"]
+__all__ = ["Accounts", "ClientGone", "Ending", "Generating", "failure", "gather"]
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TO_DEADLINE_S = 0.05
 """A cancellation with less time left is the deadline's: the client's clock runs a little ahead of ours."""
+
+
+class ClientGone(Exception):
+    """Its connection ended while it was being told something."""
 
 
 class Ending:
@@ -96,7 +100,7 @@ class Accounts:
             remaining: Seconds until the client's deadline; None if it has none.
 
         Raises:
-            Refused: Whatever ended the call other than its being cancelled.
+            Refused: Whatever ended the call other than its being cancelled, or its client's leaving.
         """
         left_s = self._time_left(remaining)
         ending = Ending(deadline=time.monotonic() + left_s)
@@ -106,6 +110,9 @@ class Accounts:
         except asyncio.CancelledError:
             late = self._time_left(remaining) < _CLOSE_TO_DEADLINE_S
             ending.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            raise
+        except ClientGone:
+            ending.code = grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
             refused = self._refused(error)

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
-from unmask.fronts.generating import Generating, gather
+from unmask.fronts.generating import ClientGone, Generating, gather
 from unmask.fronts.openai_wire import (
     Answer,
     ChatAnswer,
@@ -202,18 +202,27 @@ class HttpFront:
             if event.HasField("finished"):
                 usages[index] = event.finished.usage
 
+        async def take_if_heard(index: int, event: pb.GenerateStreamResponse) -> None:
+            try:
+                await take(index, event)
+            except ConnectionError as error:
+                raise ClientGone from error
+
         try:
-            await self._carry_out(body.choices(), take)
-        except Refused as refused:
-            if not response.prepared:
-                raise
-            await response.write(_event(json.dumps(error_of(refused))))
-        else:
-            if body.stream_options.include_usage:
-                last = answer.last([usages[index] for index in sorted(usages)])
-                await response.write(_event(json.dumps(last)))
-            await response.write(_event("[DONE]"))
-        await response.write_eof()
+            try:
+                await self._carry_out(body.choices(), take_if_heard)
+            except Refused as refused:
+                if not response.prepared:
+                    raise
+                await response.write(_event(json.dumps(error_of(refused))))
+            else:
+                if body.stream_options.include_usage:
+                    last = answer.last([usages[index] for index in sorted(usages)])
+                    await response.write(_event(json.dumps(last)))
+                await response.write(_event("[DONE]"))
+            await response.write_eof()
+        except (ClientGone, ConnectionError):
+            pass  # as a rule the handler is cancelled first; it may be about to write just then
         return response
 
     async def _carry_out(self, wanted: Sequence[pb.GenerateRequest], take: _Take) -> None:

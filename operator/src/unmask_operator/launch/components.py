@@ -191,7 +191,7 @@ def shard(
     certificates: Mapping[str, str],
     image: str = "",
     device: str = "cpu",
-    threads: int | None = None,
+    threads: int = 0,  # TorchX reads the signatures of this module, and fails on a union in one
     python: str = "python",
 ) -> Role:
     """Return the role of a shard of a group.
@@ -205,7 +205,7 @@ def shard(
         certificates: the folder of ``group``, where there is TLS.
         image: container image.
         device: where to compute.
-        threads: CPU threads; torch's own where ``None``.
+        threads: CPU threads; 0 for torch's own.
         python: the interpreter.
     """
     options: dict[str, object] = {
@@ -216,7 +216,7 @@ def shard(
         "metrics-port": metrics_port,
         "drain-seconds": group.shard_drain_seconds,
         "device": device,
-        "threads": threads,
+        "threads": threads or None,
     }
     if group.tls:
         # Only engines with a certificate of the same CA are let in.

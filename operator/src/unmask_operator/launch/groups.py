@@ -160,7 +160,7 @@ def shard_set(group: GroupOf) -> Json:
         certificates=_CERTIFICATES,
         image=_image(spec),
         device=_device(spec, spec.group.shard_resources),
-        threads=spec.server.threads,
+        threads=spec.server.threads or 0,
     )
     ports = {"grpc": _SHARD_PORT, "metrics": _SHARD_METRICS_PORT}
     grace = spec.group.shard_drain_seconds + _RESERVE_SECONDS

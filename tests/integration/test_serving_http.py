@@ -1,5 +1,6 @@
 """OpenAI's own client against the HTTP front: the same answers as over gRPC, and the same limits."""
 
+import functools
 import http.client
 import json
 import re
@@ -412,9 +413,12 @@ def test_a_full_queue_says_when_to_come_again(model: ServedModel) -> None:
             )
             for _ in range(2)
         ]
-        for thread in waiting:
-            thread.start()
-        wait_until(lambda: server.server.recorder.value(metrics.REQUESTS_WAITING) == 1)
+        queued = functools.partial(server.server.recorder.value, metrics.REQUESTS_WAITING)
+        waiting[0].start()
+        # The first one waits for a moment, too: only once it is taken up is the second the one that waits.
+        wait_until(lambda: batch.begun == 1 and queued() == 0)
+        waiting[1].start()
+        wait_until(lambda: queued() == 1)
         with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
             client.completions.create(model="tiny", prompt="w5", max_tokens=2)
         assert float(refused.value.response.headers["Retry-After"]) >= 1

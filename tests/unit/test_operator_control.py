@@ -29,7 +29,7 @@ from unmask_operator.control.executor import contains
 from unmask_operator.control.health import HealthServer
 from unmask_operator.control.lease import Elector
 from unmask_operator.control.manager import Manager
-from unmask_operator.control.metrics import FAMILIES, Metrics
+from unmask_operator.control.metrics import FAMILIES, Metrics, stalled
 from unmask_operator.control.questions import Questions
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket, WorkQueue
@@ -586,6 +586,9 @@ def test_the_metrics_are_those_of_their_table() -> None:
     with one.by_people() as people:
         fault_rig.CHAPTERS["made"](one, people)
     one.settle("made")
+    conditions = [{"type": "Stalled", "status": "True", "reason": "Refused"}]
+    one.server.set_status("DiffusionTrainJob", fault_rig.NAMESPACE, "mini", {"conditions": conditions})
+    one.settle("stalled")
     found = {}
     for family in text_string_to_metric_families(one.operator.manager.metrics.exposition().decode()):
         if family.name.endswith("_created"):  # when a counter was begun
@@ -594,6 +597,37 @@ def test_the_metrics_are_those_of_their_table() -> None:
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         found[name] = (family.type, labels, family.documentation)
     assert found == {name: (known.kind, set(known.labels), known.help) for name, known in FAMILIES.items()}
+
+
+def test_resources_that_somebody_must_see_to_are_counted_by_reason() -> None:
+    def resource(**conditions: str) -> Json:
+        told = [
+            {"type": kind, "status": said.split()[0], "reason": said.split()[1]}
+            for kind, said in conditions.items()
+        ]
+        return {"status": {"conditions": told}}
+
+    late = "False ProgressDeadlineExceeded"
+    found = stalled(
+        "Kind",
+        [
+            {},
+            {"status": {}},
+            resource(Stalled="False Following", Progressing="True Changing"),
+            resource(Stalled="False Following", Progressing="False Settled"),
+            resource(Stalled="True Refused"),
+            resource(Stalled="True Refused", Progressing=late),
+            resource(Stalled="False Following", Progressing=late),
+            resource(Stalled="True InvalidSpec", Suspended="False Resumed"),
+            resource(Stalled="True InvalidSpec", Suspended="True Suspended"),
+        ],
+    )
+    name = "unmask_operator_stalled_resources"
+    assert found == [
+        (name, {"kind": "Kind", "reason": "InvalidSpec"}, 1.0),
+        (name, {"kind": "Kind", "reason": "ProgressDeadlineExceeded"}, 1.0),
+        (name, {"kind": "Kind", "reason": "Refused"}, 2.0),
+    ]
 
 
 def test_health_is_served_within_limits() -> None:

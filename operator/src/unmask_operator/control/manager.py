@@ -9,7 +9,7 @@ from unmask_operator.control.api import Api, ApiError, Transport, Unreachable
 from unmask_operator.control.clock import Clock
 from unmask_operator.control.controller import Controller
 from unmask_operator.control.lease import Elector
-from unmask_operator.control.metrics import Metrics, Reading, states
+from unmask_operator.control.metrics import Metrics, Reading, stalled, states
 from unmask_operator.control.reflector import Reflector
 from unmask_operator.control.workqueue import TokenBucket
 from unmask_operator.decision import JsonObject, Reconciler
@@ -237,10 +237,12 @@ class Manager:
         for controller in self.controllers:
             kind = controller.reconciler.kind
             label, queue = {"kind": kind}, controller.queue
+            resources = self.caches[kind].all()
             readings += [
                 ("unmask_operator_workqueue_depth", label, len(queue)),
                 ("unmask_operator_workqueue_adds_total", label, queue.adds),
                 ("unmask_operator_workqueue_retries_total", label, queue.retried),
-                *states(kind, self.caches[kind].all()),
+                *states(kind, resources),
+                *stalled(kind, resources),
             ]
         return readings

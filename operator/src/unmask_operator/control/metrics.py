@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-__all__ = ["FAMILIES", "SECONDS", "Family", "Metrics", "Reading"]
+__all__ = ["FAMILIES", "SECONDS", "Family", "Metrics", "Reading", "stalled", "states"]
 
 
 class Family(NamedTuple):
@@ -23,6 +23,11 @@ FAMILIES = {
     "unmask_operator_is_leader": Family("gauge", (), "Whether this process acts."),
     "unmask_operator_resources": Family(
         "gauge", ("kind", "state"), "Custom resources by the state in their status."
+    ),
+    "unmask_operator_stalled_resources": Family(
+        "gauge",
+        ("kind", "reason"),
+        "Custom resources that somebody must see to, by the reason in their status.",
     ),
     "unmask_operator_reconcile_total": Family(
         "counter", ("kind", "result"), "Passes over one custom resource."
@@ -107,3 +112,26 @@ def states(kind: str, resources: Iterable[dict[str, object]]) -> list[Reading]:
         ("unmask_operator_resources", {"kind": kind, "state": state}, float(count))
         for state, count in sorted(tally.items())
     ]
+
+
+def stalled(kind: str, resources: Iterable[dict[str, object]]) -> list[Reading]:
+    """Return how many custom resources somebody must see to, for each reason that their conditions name."""
+    reasons = (_stalled_for(resource.get("status")) for resource in resources)
+    tally: Tally[str] = Tally(reason for reason in reasons if reason is not None)
+    return [
+        ("unmask_operator_stalled_resources", {"kind": kind, "reason": reason}, float(count))
+        for reason, count in sorted(tally.items())
+    ]
+
+
+def _stalled_for(status: object) -> str | None:
+    """Return why a resource does not go on before somebody acts; ``None`` if it does, or is told not to."""
+    said = status.get("conditions") if isinstance(status, dict) else None
+    told = {one["type"]: (one["status"], str(one.get("reason", ""))) for one in said or ()}
+    if told.get("Suspended", ("", ""))[0] == "True":
+        return None
+    truth, reason = told.get("Stalled", ("", ""))
+    if truth == "True":
+        return reason
+    late = ("False", "ProgressDeadlineExceeded")
+    return late[1] if told.get("Progressing") == late else None

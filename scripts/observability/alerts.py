@@ -1,11 +1,11 @@
-"""When somebody should look at a server or a gateway, and what they should do then."""
+"""When somebody should look at a server, a gateway or the operator, and what they should do then."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from unmask.telemetry import metrics as m
 
-__all__ = ["ALERTS", "Alert", "rules"]
+__all__ = ["ALERTS", "PLACEHOLDERS", "Alert", "rules"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class Alert:
     Attributes:
         name: In CamelCase.
         expr: PromQL; ``$of`` stands for the label matchers of a release's engines, ``$gateway`` for those of
-            its gateways.
+            its gateways, and ``$operator`` for those of an operator. One query is about one of them.
         lasts: How long the query has to give something until the alert fires.
         severity: ``critical`` for what users notice at once.
         summary: One line; ``{{ $labels.x }}`` stands for a label of what the query gives.
@@ -33,6 +33,14 @@ class Alert:
     look: tuple[str, ...]
     do: tuple[str, ...]
 
+    @property
+    def whose(self) -> str:
+        """The placeholder of its series, without the dollar sign."""
+        return next(one for one in PLACEHOLDERS if f"${one}" in self.expr)
+
+
+PLACEHOLDERS = ("of", "gateway", "operator")
+"""What stands for label matchers in queries."""
 
 _TPF = m.TOKENS_PER_FORWARD_DECODE.name
 _FRAMES = m.EXPERT_FRAMES.name
@@ -359,23 +367,147 @@ ALERTS: tuple[Alert, ...] = (
             "where calls are cut off by upgrades",
         ),
     ),
+    Alert(
+        name="UnmaskOperatorWithoutLeader",
+        expr=(
+            "sum(unmask_operator_is_leader{$operator}) < 1 or absent(unmask_operator_is_leader{$operator})"
+        ),
+        lasts="5m",
+        severity="critical",
+        summary="No copy of the operator acts; what runs goes on, nothing new is started.",
+        means=(
+            "No process of the operator holds its Lease, or Prometheus cannot read any of them. Jobs and "
+            "services go on as they are; nothing that fails is replaced, and what people apply waits."
+        ),
+        look=(
+            "`kubectl get pods` and `kubectl logs --previous` of the operator: does it start, and what "
+            "ends it?",
+            "the Lease: `kubectl describe lease`. Who holds it, and when was it last renewed?",
+            "the log's lines about the lease: the API server does not answer, or the permissions of "
+            "`deploy/rbac` are missing",
+            "a NetworkPolicy that keeps the operator from the API server (`networkPolicy.apiServerPorts` of "
+            "the chart), or Prometheus from it (`networkPolicy.metricsFrom`)",
+        ),
+        do=(
+            "mend what the log names: a leader takes up all that has changed meanwhile",
+            "two copies (`replicas: 2`), so that one takes over at once",
+        ),
+    ),
+    Alert(
+        name="UnmaskOperatorWatchIsSilent",
+        expr="max by (kind) (unmask_operator_watch_age_seconds{$operator}) > 600",
+        lasts="5m",
+        severity="warning",
+        summary="The operator has heard nothing of {{ $labels.kind }} for ten minutes.",
+        means=(
+            "The copy of these objects is old: the API server does not let them be listed or watched, or "
+            "does not answer. Decisions that need them are made about what was."
+        ),
+        look=(
+            "the operator's log: it names the kind, and what the API server says",
+            "`rate(unmask_operator_watch_failures_total[10m])`: does it try, and fail?",
+            "for DiffusionTrainJob and DiffusionInferenceService: is the definition there (`deploy/crds`)?",
+            "`kubectl auth can-i list` for that kind as the operator's service account",
+        ),
+        do=(
+            "apply the definitions and permissions of the version that runs (`deploy/crds`, `deploy/rbac`, "
+            "or the chart)",
+        ),
+    ),
+    Alert(
+        name="UnmaskOperatorRetries",
+        expr=(
+            "sum by (kind) (increase("
+            'unmask_operator_reconcile_total{$operator,result=~"failed|broken"}[15m])) > 1.5'
+        ),
+        lasts="30m",
+        severity="warning",
+        summary="The operator fails again and again at {{ $labels.kind }}; its log says at what.",
+        means=(
+            "Passes over a resource end with an error for half an hour, though one that fails is tried "
+            "again only every five minutes in the end. Others go on; that one is not acted upon."
+        ),
+        look=(
+            "the operator's log: each failure names the resource and what was wrong",
+            "`sum by (result) (increase(unmask_operator_reconcile_total[15m]))`: `failed` is an API server "
+            "that does not answer or refuses, `broken` a defect, with a traceback in the log",
+        ),
+        do=(
+            "`failed`: mend what the API server says, as a permission or a webhook that is down",
+            "`broken`: keep the log and the resource, go back to the image before, and report it",
+        ),
+    ),
+    Alert(
+        name="UnmaskResourcesStalled",
+        expr="max by (kind, reason) (unmask_operator_stalled_resources{$operator}) > 0",
+        lasts="10m",
+        severity="warning",
+        summary="For {{ $labels.reason }}, {{ $value }} of {{ $labels.kind }} wait for somebody.",
+        means=(
+            "The status of jobs or services says that they do not go on before somebody changes something: "
+            "their condition `Stalled` is True, or a rollout is over its "
+            "`rollout.progressDeadlineSeconds`. What runs goes on running."
+        ),
+        look=(
+            "`kubectl get dtj,dis --all-namespaces`: which of them are Stalled or Stuck?",
+            "`kubectl describe` of these: the message of `Stalled`, or of `Progressing`, says what is wrong "
+            "and what to change",
+            "`ProgressDeadlineExceeded`: `status.groups` names the groups that do not answer, and what keeps "
+            "them from starting, if the cluster says so",
+        ),
+        do=(
+            "`InvalidSpec`, `GangUnsupported`: change the manifest as the message says",
+            "`NameConflict`: delete the object in the way, or take another name",
+            "`Refused`: the API server's words are in the message, mostly a quota or a policy",
+            "`ModelJobMissing`, `ModelJobFailed`: make the job, or name another model",
+            "`ProgressDeadlineExceeded`: see to what the message names, or apply the manifest of before",
+        ),
+    ),
+    Alert(
+        name="UnmaskServiceGroupsUnavailable",
+        expr=(
+            "max(sum by (pod) (unmask_operator_resources"
+            '{$operator,kind="DiffusionInferenceService",state=~"Degraded|Stuck"})) > 0'
+        ),
+        lasts="15m",
+        severity="warning",
+        summary="Groups of {{ $value }} services have been unavailable for a quarter of an hour.",
+        means=(
+            "Services have fewer groups that answer than their manifests ask for, and nobody is replacing "
+            "them just now: groups were lost and do not come back, or new ones do not start. The others take "
+            "their requests, if there are others."
+        ),
+        look=(
+            "`kubectl get dis --all-namespaces`: which are Degraded (lost groups) or Stuck (a change that "
+            "does not come to its end)?",
+            "`kubectl describe dis`: `status.groups` says which groups are not Available, how often they "
+            "were restarted, and what keeps them from starting; `Available` whether enough are left",
+            "the pods of the group: `kubectl describe pod` and `kubectl logs --previous`; an engine is ready "
+            "once its shards are",
+        ),
+        do=(
+            "machines that are gone or full: bring others, or ask for fewer groups",
+            "a group that ends again and again: mend what its log names, or apply the manifest of before",
+        ),
+    ),
 )
 
 
-def rules(of: str, gateway: str) -> list[dict[str, object]]:
+def rules(**matchers: str) -> list[dict[str, object]]:
     """The alerts as rules of Prometheus.
 
     Args:
-        of: Label matchers of the series of engines.
-        gateway: Those of the series of gateways before them; where there are none, their alerts are silent.
+        matchers: For a placeholder (without the dollar sign) the label matchers that take its place. Alerts
+            about other series are left out. Where there are no gateways, their alerts are silent.
     """
     return [
         {
             "alert": alert.name,
-            "expr": alert.expr.replace("$of", of).replace("$gateway", gateway),
+            "expr": alert.expr.replace(f"${alert.whose}", matchers[alert.whose]),
             "for": alert.lasts,
             "labels": {"severity": alert.severity},
             "annotations": {"summary": alert.summary},
         }
         for alert in ALERTS
+        if alert.whose in matchers
     ]

@@ -1,47 +1,63 @@
-"""What is written from the alerts and the dashboard: files of the chart, and a page for each alert."""
+"""What is written from the alerts and the dashboard: files of the charts, and a page for each alert."""
 
 import yaml
 
-from observability.alerts import ALERTS, Alert, rules
+from observability.alerts import ALERTS, PLACEHOLDERS, Alert, rules
 from observability.dashboards import dashboard
 
-__all__ = ["GATEWAY", "OF", "files"]
+__all__ = ["CHARTS", "files"]
 
-OF = "@OF@"
-"""In the chart's file of rules, where the template puts the label matchers of the release's engines."""
-GATEWAY = "@GATEWAY@"
-"""And those of its gateways."""
-_CHART = "deploy/helm/unmask-inference/files"
+CHARTS = {"unmask-inference": ("of", "gateway"), "unmask-operator": ("operator",)}
+"""Whose alerts a chart has. In its file of rules label matchers take the place of ``@OF@`` and the like."""
 _MADE = "Made by `make generate`"
 
 
 def files() -> dict[str, str]:
     """Every file: its path below the root of the tree -> its text."""
-    told = yaml.safe_dump(rules(OF, GATEWAY), sort_keys=False, width=1000)
     return {
-        f"{_CHART}/alerts.yaml": f"# {_MADE}.\n{told}",
-        f"{_CHART}/dashboard.json": dashboard(),
+        **{f"deploy/helm/{chart}/files/alerts.yaml": _rules(whose) for chart, whose in CHARTS.items()},
+        "deploy/helm/unmask-inference/files/dashboard.json": dashboard(),
         "docs/runbooks/README.md": _index(),
         **{f"docs/runbooks/{alert.name}.md": _page(alert) for alert in ALERTS},
     }
 
 
-def _index() -> str:
-    rows = "\n".join(
+def _rules(whose: tuple[str, ...]) -> str:
+    own = rules(**{one: f"@{one.upper()}@" for one in whose})
+    return f"# {_MADE}.\n{yaml.safe_dump(own, sort_keys=False, width=1000)}"
+
+
+def _rows(chart: str) -> str:
+    return "\n".join(
         f"| [{alert.name}]({alert.name}.md) | {alert.severity} | {_plain(alert.summary)} |"
         for alert in ALERTS
+        if alert.whose in CHARTS[chart]
     )
+
+
+def _index() -> str:
     return f"""\
 # What to do when an alert fires
 
 <!-- {_MADE}. -->
 
-The chart `unmask-inference` has these alerts with `metrics.prometheusRule.enabled`, and a dashboard for
-Grafana with `metrics.dashboard.enabled`.
+The charts have these alerts with `metrics.prometheusRule.enabled`.
+
+## Engines and gateways
+
+Of the chart `unmask-inference`, which has a dashboard for Grafana with `metrics.dashboard.enabled`.
 
 | alert | severity | says |
 |---|---|---|
-{rows}
+{_rows("unmask-inference")}
+
+## The operator
+
+Of the chart `unmask-operator`; the last two are about the jobs and services that it sees to.
+
+| alert | severity | says |
+|---|---|---|
+{_rows("unmask-operator")}
 """
 
 
@@ -71,8 +87,8 @@ def _page(alert: Alert) -> str:
 
 def _anyone_s(expr: str) -> str:
     """Without the label matchers of a release."""
-    for matchers in ("$of", "$gateway"):
-        expr = expr.replace(f"{{{matchers}}}", "").replace(f"{matchers},", "")
+    for one in PLACEHOLDERS:
+        expr = expr.replace(f"{{${one}}}", "").replace(f"${one},", "")
     return expr
 
 
@@ -82,7 +98,7 @@ def _list(items: tuple[str, ...]) -> str:
 
 def _plain(summary: str) -> str:
     """Without Prometheus' templates."""
-    for label in ("pod", "port"):
+    for label in ("pod", "port", "kind", "reason"):
         summary = summary.replace(f"{{{{ $labels.{label} }}}}", f"a {label}")
     summary = summary.replace("{{ $value }}", "some")
     return summary[:1].upper() + summary[1:]

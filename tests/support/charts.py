@@ -93,7 +93,9 @@ MATRIX: dict[str, tuple[str, Json]] = {
     "operator: everything": (
         OPERATOR,
         PLACED | {
-            "replicas": 2, "image": PRIVATE, "metrics": MONITORS | {"prometheusRule": {"enabled": True}},
+            "replicas": 2, "image": PRIVATE,
+            "metrics": MONITORS | {
+                "prometheusRule": {"enabled": True, "labels": {"release": "p"}, "runbooks": RUNBOOKS}},
             "networkPolicy": {"enabled": True, "metricsFrom": [PEER],
                               "apiServerPeers": [{"ipBlock": {"cidr": "10.0.0.1/32"}}]}},
     ),

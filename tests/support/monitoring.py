@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 from observability import prometheus
 
-__all__ = ["GATEWAY", "LABELS", "OF", "Monitor", "monitoring", "obstacle", "promtool"]
+__all__ = ["GATEWAY", "LABELS", "OF", "OPERATOR", "Monitor", "monitoring", "obstacle", "promtool"]
 
 LABELS = {"namespace": "place", "service": "words", "pod": "words-0"}
 """What a ServiceMonitor adds to each series."""
 OF = 'namespace="place",service="words"'
 GATEWAY = 'namespace="place",service="words-gateway"'
+OPERATOR = 'namespace="place",service="unmask-operator"'
 
 
 def obstacle() -> str | None:

@@ -17,7 +17,7 @@ from unmask.cli.cluster import age, table
 from unmask.cli.main import main
 from unmask_operator import training
 from unmask_operator.client import JobState, TrainJob
-from unmask_operator.client.advice import next_step, obstacle
+from unmask_operator.client.job_advice import next_step, obstacle
 from unmask_operator.resources import EVENT
 
 Json = dict[str, Any]
@@ -68,7 +68,7 @@ def test_a_job_goes_from_the_manifest_to_its_end(stage: Stage, run: Run) -> None
     assert run("cancel", "tiny")[1] == "ml/tiny has ended already: it is Succeeded\n"
     assert run("cancel", "--delete", "tiny")[1] == "ml/tiny is deleted; its run folder stays\n"
     code, out, err = run("ps")
-    assert (code, out, err) == (0, "", "no training jobs in namespace ml\n")
+    assert (code, out, err) == (0, "", "no training jobs and no services in namespace ml\n")
 
 
 def test_a_job_is_cancelled_and_goes_on(stage: Stage, run: Run) -> None:
@@ -363,7 +363,8 @@ def test_every_command_ends_a_refusal_in_one_line(
     for command in (["describe", "tiny"], ["logs", "tiny"], ["cancel", "tiny"]):
         ended, out, err = run(*command)
         assert (ended, out, err.count("\n")) == (code, "", 1)
-        assert err.startswith("error: cannot get job tiny") and says in err
+        assert re.match("error: cannot get job (or service )?tiny", err)
+        assert says in err
 
 
 def test_another_spec_under_the_name_is_one_line(stage: Stage, run: Run) -> None:

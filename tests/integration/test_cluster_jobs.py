@@ -1,21 +1,17 @@
 """Training jobs on a cluster, from Python: against the API server in memory, and against a real one."""
 
 import datetime
-import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
-from kubernetes import client
 
 from support import real_api_server
+from support.client_places import Place, a_place
 from support.cluster_client import Stage, refusing, staged
-from support.manifests import changed, train_job
+from support.manifests import changed, inference_service, train_job
 from unmask.errors import UsageError
 from unmask_operator import rbac
 from unmask_operator.client import (
@@ -24,135 +20,27 @@ from unmask_operator.client import (
     NameTaken,
     NoCluster,
     NotAllowed,
+    NotDefined,
     NotFound,
     Refused,
     TrainJobs,
     WaitedTooLong,
 )
-from unmask_operator.client.connection import AGENT, Connection
-from unmask_operator.control.api import Api
+from unmask_operator.client.connection import AGENT
 from unmask_operator.control.clock import SystemClock
-from unmask_operator.resources import RESOURCES, Resource
-from unmask_operator.transport import KubernetesTransport, Request, Unreachable
+from unmask_operator.resources import RESOURCES
+from unmask_operator.transport import Request, Unreachable
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).parents[2]
 TRAIN_JOB = RESOURCES["DiffusionTrainJob"]
-ROLE = Resource("ClusterRole", "rbac.authorization.k8s.io", "v1", "clusterroles")
-BINDING = Resource("RoleBinding", "rbac.authorization.k8s.io", "v1", "rolebindings")
-_numbers = itertools.count()
-
-
-@dataclass
-class Place:
-    """A cluster with the definitions installed, and somebody in it who may do anything."""
-
-    jobs: Callable[[str], TrainJobs]
-    """Jobs of a namespace, for a person with the role ``unmask-user`` there."""
-    strangers: Callable[[str], TrainJobs]
-    """The same for one who may do nothing."""
-    namespace: Callable[[], str]
-    """Makes a namespace."""
-    nowhere: Callable[[], TrainJobs]
-    """Jobs of a namespace that is not there, for an administrator."""
-    undefined: str
-    """What a list of jobs came to before the definitions were there."""
-    admin: Api
+SERVICE = RESOURCES["DiffusionInferenceService"]
 
 
 @pytest.fixture(scope="module", params=["memory"] + ["real"] * real_api_server.AVAILABLE)
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    if request.param == "memory":
-        with staged() as stage:
-            yield _in_memory(stage)
-        return
-    with real_api_server.running(tmp_path_factory.mktemp("real"), "person") as real:
-        admin = Api(KubernetesTransport(real.client()), SystemClock())
-        undefined = _refusal(_jobs(real.client(), real.address, "default"))
-        definition = yaml.safe_load((ROOT / "deploy/crds/diffusiontrainjobs.unmask.dev.yaml").read_text())
-        admin.create(real_api_server.DEFINITION, None, definition)
-        real_api_server.until_served(admin, TRAIN_JOB)
-        admin.create(ROLE, None, rbac.user_role())
-        yield _real(real, admin, undefined)
-
-
-def _in_memory(stage: Stage) -> Place:
-    def jobs(namespace: str) -> TrainJobs:
-        stage.server.rules, stage.server.refusal = None, lambda request: None
-        return _jobs(client.ApiClient(client.Configuration(host=stage.address)), stage.address, namespace)
-
-    def strangers(namespace: str) -> TrainJobs:
-        made = jobs(namespace)
-        stage.server.rules = []
-        return made
-
-    def nowhere() -> TrainJobs:
-        made = jobs("nowhere")
-        stage.server.refusal = refusing("POST", 404, "NotFound", 'namespaces "nowhere" not found')
-        return made
-
-    people = jobs("ml")
-    stage.server.refusal = refusing("GET", 404, "", "404 page not found")
-    return Place(
-        jobs=jobs,
-        strangers=strangers,
-        namespace=lambda: f"test-{next(_numbers)}",
-        nowhere=nowhere,
-        undefined=_refusal(people),
-        admin=Api(
-            KubernetesTransport(client.ApiClient(client.Configuration(host=stage.address))), SystemClock()
-        ),
-    )
-
-
-def _refusal(jobs: TrainJobs) -> str:
-    with pytest.raises(NotFound) as caught:
-        jobs.list()
-    return str(caught.value)
-
-
-def _real(real: real_api_server.RealServer, admin: Api, undefined: str) -> Place:
-    allowed: set[str] = set()
-
-    def namespace() -> str:
-        name = f"test-{next(_numbers)}"
-        admin.create(
-            real_api_server.NAMESPACE,
-            None,
-            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}},
-        )
-        return name
-
-    def jobs(name: str) -> TrainJobs:
-        if name not in allowed:
-            allowed.add(name)
-            group = "rbac.authorization.k8s.io"
-            admin.create(
-                BINDING,
-                name,
-                {
-                    "apiVersion": f"{group}/v1",
-                    "kind": "RoleBinding",
-                    "metadata": {"name": "people"},
-                    "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": rbac.USER},
-                    "subjects": [{"apiGroup": group, "kind": "User", "name": "person"}],
-                },
-            )
-        return _jobs(real.client(admin=False), real.address, name)
-
-    return Place(
-        jobs=jobs,
-        strangers=lambda name: _jobs(real.client(admin=False), real.address, name),
-        namespace=namespace,
-        nowhere=lambda: _jobs(real.client(), real.address, "nowhere"),
-        undefined=undefined,
-        admin=admin,
-    )
-
-
-def _jobs(api_client: client.ApiClient, address: str, namespace: str) -> TrainJobs:
-    return TrainJobs(Connection(KubernetesTransport(api_client, AGENT), address), namespace)
+    with a_place(request.param, tmp_path_factory) as made:
+        yield made
 
 
 @pytest.fixture
@@ -305,6 +193,15 @@ def test_the_role_of_people_allows_what_the_client_asks_and_no_more(stage: Stage
     stage.end(uid)
     list(jobs.logs("tiny", follow=True))
     jobs.delete("tiny")
+    services = stage.services()
+    services.submit(inference_service())
+    services.cancel("chat")
+    services.submit(inference_service())
+    services.list()
+    services.events(services.get("chat"))
+    stage.end(stage.server_pod("chat", 0, "engine"))
+    list(services.logs("chat"))
+    services.delete("chat")
     allowed = {
         (verb, group, resource)
         for rule in rbac.user_role()["rules"]
@@ -312,10 +209,10 @@ def test_the_role_of_people_allows_what_the_client_asks_and_no_more(stage: Stage
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    # Services are for kubectl, which the client has no part in.
-    services = {one for one in allowed if one[2] == RESOURCES["DiffusionInferenceService"].plural}
     used = {one for one in stage.asked() if one[0] != "watch"}
-    assert used == allowed - services - {("watch", TRAIN_JOB.group, TRAIN_JOB.plural)}
+    # Watching is for kubectl, as in `kubectl wait`.
+    watched = {("watch", one.group, one.plural) for one in (TRAIN_JOB, SERVICE)}
+    assert used == allowed - watched
 
 
 @pytest.mark.parametrize("fault", ["error before", "error after", "timeout", "429"])
@@ -347,7 +244,7 @@ def test_a_server_that_stays_silent_is_named(stage: Stage) -> None:
             404,
             "NotFound",
             "the server could not find the requested resource",
-            NotFound,
+            NotDefined,
             "does not know DiffusionTrainJobs; install the operator",
         ),
         (422, "Invalid", "spec.stages: Invalid value", Refused, "refuses it: spec.stages: Invalid value"),

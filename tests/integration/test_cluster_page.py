@@ -1,4 +1,5 @@
-"""Every command and snippet of docs/how-to/run-jobs-on-a-cluster.md, run against a cluster in memory."""
+"""Every command and snippet of docs/how-to/run-jobs-on-a-cluster.md, run against a cluster in memory; and
+those of docs/how-to/serve-on-a-cluster.md that are of the command line."""
 
 import contextlib
 import json
@@ -15,11 +16,13 @@ from support.cluster_client import Stage, kubeconfig, staged
 from support.manifests import train_job
 from unmask.cli.main import main as unmask
 
-PAGE = (Path(__file__).parents[2] / "docs/how-to/run-jobs-on-a-cluster.md").read_text()
+HOW_TO = Path(__file__).parents[2] / "docs/how-to"
+PAGE = (HOW_TO / "run-jobs-on-a-cluster.md").read_text()
+SERVICES = (HOW_TO / "serve-on-a-cluster.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -82,3 +85,40 @@ def test_the_python_works(stage: Stage, capsys: pytest.CaptureFixture[str]) -> N
     (snippet,) = blocks("python")
     exec(compile(textwrap.dedent(snippet), "page", "exec"), {})
     assert "the last line" in capsys.readouterr().out
+
+
+def of_services() -> str:
+    """Return the section about the command line."""
+    (section,) = re.findall(r"^## From the command line\n.*?(?=^## )", SERVICES, re.DOTALL | re.MULTILINE)
+    return str(section)
+
+
+def start(stage: Stage) -> None:
+    """The service has come up: its engine has printed a line."""
+    stage.serve("chat", readyReplicas=2, endpoint="chat.ml.svc:50051")
+    uid = stage.server_pod("chat", 0, "engine")
+    stage.server.logs.write(uid, "it listens", stamp="2026-11-27T10:00:00Z")
+    stage.end(uid)
+
+
+def test_the_commands_for_services_work_in_their_order(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("service.yaml").write_text(blocks("yaml", SERVICES)[0])
+    (block,) = blocks("sh", of_services())
+    for line in block.splitlines():
+        if "--wait" in line:
+            stage.services().submit(Path("service.yaml"))
+            start(stage)
+        assert run(line) == 0, line
+    assert "[chat-0-x7k2pd-e-0] it listens" in capsys.readouterr().out
+    assert stage.server.objects("DiffusionInferenceService") == []
+
+
+def test_the_python_for_services_works(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("service.yaml").write_text(blocks("yaml", SERVICES)[0])
+    stage.services().submit(Path("service.yaml"))
+    start(stage)
+    (snippet,) = blocks("python", of_services())
+    exec(compile(textwrap.dedent(snippet), "page", "exec"), {})
+    assert "Ready 2 chat.ml.svc:50051\nchat-0-x7k2pd-e-0 it listens\n" in capsys.readouterr().out

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from support.api_server import ApiServer, listening
-from unmask_operator.client import TrainJobs
+from unmask_operator.client import InferenceServices, TrainJobs
 from unmask_operator.client.connection import AGENT, Connection
-from unmask_operator.client.logs import INDEX
+from unmask_operator.client.job_logs import INDEX
+from unmask_operator.launch.groups import GROUP_LABEL, ORDINAL_LABEL, ROLE_LABEL, SERVICE_LABEL
 from unmask_operator.launch.pods import ATTEMPT_LABEL, CONTAINER, JOB_LABEL
 from unmask_operator.resources import RESOURCES, Resource
 from unmask_operator.transport import Request
@@ -35,12 +36,19 @@ class Stage:
 
     def jobs(self) -> TrainJobs:
         """Jobs of the namespace, without pauses between tries."""
+        return TrainJobs(self._connection(), self.namespace)
+
+    def services(self) -> InferenceServices:
+        """Services of the namespace, without pauses between tries."""
+        return InferenceServices(self._connection(), self.namespace)
+
+    def _connection(self) -> Connection:
         from kubernetes import client
 
         from unmask_operator.transport import KubernetesTransport
 
         transport = KubernetesTransport(client.ApiClient(client.Configuration(host=self.address)), AGENT)
-        return TrainJobs(Connection(transport, self.address, sleep=lambda _: None), self.namespace)
+        return Connection(transport, self.address, sleep=lambda _: None)
 
     def create(self, resource: Resource, body: Json) -> Json:
         """Be somebody who makes an object."""
@@ -49,9 +57,16 @@ class Stage:
                 self.server.store(resource.kind), self.namespace, body, "somebody", "somebody"
             )
 
-    def set_status(self, name: str, **status: Any) -> None:
+    def set_status(self, name: str, *, kind: str = "DiffusionTrainJob", **status: Any) -> None:
         """Be the operator."""
-        self.server.set_status("DiffusionTrainJob", self.namespace, name, status)
+        self.server.set_status(kind, self.namespace, name, status)
+
+    def serve(self, name: str, state: str = "Ready", **status: Any) -> None:
+        """Be the operator of a service: it has looked at the service as it is now."""
+        kind = "DiffusionInferenceService"
+        (there,) = [one for one in self.server.objects(kind) if one["metadata"]["name"] == name]
+        generation = there["metadata"]["generation"]
+        self.set_status(name, kind=kind, state=state, observedGeneration=generation, **status)
 
     def pod(
         self, job: str, node: int = 0, *, attempt: int = 0, state: Json | None = None, phase: str = "Running"
@@ -69,16 +84,34 @@ class Stage:
         self.pod_state(name, state or {"running": {"startedAt": "2026-11-27T10:00:00Z"}}, phase=phase)
         return str(made["metadata"]["uid"])
 
-    def pod_state(self, name: str, state: Json, *, phase: str) -> None:
+    def server_pod(
+        self, service: str, ordinal: int, role: str, index: int = 0, *, state: Json | None = None
+    ) -> str:
+        """Be the StatefulSet controller and the kubelet; return the UID of an engine's or a shard's pod."""
+        group = f"{service}-{ordinal}-x7k2pd"
+        name = f"{group}-{role[0]}-{index}"
+        labels = {SERVICE_LABEL: service, GROUP_LABEL: group, ORDINAL_LABEL: str(ordinal), ROLE_LABEL: role}
+        metadata = {"name": name, "labels": labels | {"apps.kubernetes.io/pod-index": str(index)}}
+        spec = {"nodeName": f"machine-{index}", "containers": [{"name": role, "image": "u"}]}
+        made = self.create(
+            RESOURCES["Pod"], {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+        )
+        running = {"running": {"startedAt": "2026-11-27T10:00:00Z"}}
+        self.pod_state(name, state or running, phase="Running", container=role)
+        return str(made["metadata"]["uid"])
+
+    def pod_state(self, name: str, state: Json, *, phase: str, container: str = CONTAINER) -> None:
         """The kubelet says how a container is."""
-        status = {"phase": phase, "containerStatuses": [{"name": CONTAINER, "state": state}]}
+        status = {"phase": phase, "containerStatuses": [{"name": container, "state": state}]}
         self.server.set_status("Pod", self.namespace, name, status)
 
     def end(self, uid: str, exit_code: int = 0) -> None:
         """A pod's container ends, and its log."""
         pod = next(one for one in self.server.objects("Pod") if one["metadata"]["uid"] == uid)
         terminated = {"terminated": {"exitCode": exit_code}}
-        self.pod_state(pod["metadata"]["name"], terminated, phase="Failed" if exit_code else "Succeeded")
+        phase = "Failed" if exit_code else "Succeeded"
+        container = pod["spec"]["containers"][0]["name"]
+        self.pod_state(pod["metadata"]["name"], terminated, phase=phase, container=container)
         self.server.logs.end(uid)
 
     def asked(self) -> set[tuple[str, str, str]]:

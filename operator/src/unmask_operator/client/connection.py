@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from unmask_operator.client.errors import NoCluster, explained
+from unmask_operator.client.errors import NoCluster, conflicting, explained
 from unmask_operator.decision import JsonObject
 from unmask_operator.resources import Resource
 from unmask_operator.transport import (
+    APPLY,
     JSON,
     MERGE,
     ApiError,
@@ -109,7 +110,7 @@ class Connection:
 
     def get(self, resource: Resource, namespace: str, name: str, *, what: str) -> JsonObject:
         """Return an object; raises ``ClusterError``, as all of these do."""
-        return self._ask("GET", resource.path(namespace, name), what=what, namespace=namespace)
+        return self._ask(resource, "GET", resource.path(namespace, name), what=what, namespace=namespace)
 
     def list(
         self, resource: Resource, namespace: str | None, *, what: str, **selectors: str
@@ -118,7 +119,9 @@ class Connection:
         place = namespace or "(all namespaces)"
         items: list[JsonObject] = []
         for page in pages(
-            lambda query: self._ask("GET", resource.path(namespace), query, what=what, namespace=place),
+            lambda query: self._ask(
+                resource, "GET", resource.path(namespace), query, what=what, namespace=place
+            ),
             selectors,
         ):
             items += page.get("items") or ()
@@ -129,7 +132,7 @@ class Connection:
     ) -> JsonObject | None:
         """Make an object and return it; ``None`` where the name is taken."""
         query = {"fieldManager": AGENT, "fieldValidation": "Strict"} | _dry(dry_run)
-        with self._explaining(what, namespace):
+        with self._explaining(resource, what, namespace):
             try:
                 return self._send("POST", resource.path(namespace), query, body)
             except ApiError as error:
@@ -143,14 +146,49 @@ class Connection:
         """Change some fields (RFC 7386) and return the object."""
         query = {"fieldManager": AGENT} | _dry(dry_run)
         path = resource.path(namespace, name)
-        return self._ask("PATCH", path, query, patch, MERGE, what=what, namespace=namespace)
+        return self._ask(resource, "PATCH", path, query, patch, MERGE, what=what, namespace=namespace)
+
+    def apply(
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        body: JsonObject,
+        *,
+        what: str,
+        force: bool,
+        dry_run: bool,
+    ) -> JsonObject:
+        """Have the object be as ``body`` says (server-side apply), and return it.
+
+        Raises ``Conflicting`` where others have set fields of ``body`` to something else.
+
+        Args:
+            resource: its kind.
+            namespace: where it is.
+            name: of the object.
+            body: all fields that people set, and no others.
+            what: the purpose, for messages.
+            force: take over fields that others have set to something else.
+            dry_run: keep nothing.
+        """
+        query = {"fieldManager": AGENT, "fieldValidation": "Strict"} | _dry(dry_run)
+        query |= {"force": "true"} if force else {}
+        path = resource.path(namespace, name)
+        with self._explaining(resource, what, namespace):
+            try:
+                return self._send("PATCH", path, query, body, APPLY)
+            except ApiError as error:
+                if error.status == 409:
+                    raise conflicting(error, what=what) from None
+                raise
 
     def delete(
         self, resource: Resource, namespace: str, name: str, uid: str, *, what: str, dry_run: bool
     ) -> None:
         """Delete the object with this UID; one that is gone already is as good."""
         body = delete_options(uid, "Background") | ({"dryRun": ["All"]} if dry_run else {})
-        with self._explaining(what, namespace):
+        with self._explaining(resource, what, namespace):
             try:
                 self._send("DELETE", resource.path(namespace, name), _dry(dry_run), body)
             except ApiError as error:
@@ -170,12 +208,15 @@ class Connection:
             refuse(head)
             yield lines
 
-    def explained(self, error: ApiError | Unreachable, *, what: str, namespace: str) -> Exception:
+    def explained(
+        self, error: ApiError | Unreachable, resource: Resource, *, what: str, namespace: str
+    ) -> Exception:
         """Return ``error`` in words, with what to do."""
-        return explained(error, what=what, namespace=namespace, server=self.server)
+        return explained(error, what=what, namespace=namespace, server=self.server, kind=resource.kind)
 
     def _ask(
         self,
+        resource: Resource,
         method: Method,
         path: str,
         query: Mapping[str, str] | None = None,
@@ -185,15 +226,15 @@ class Connection:
         what: str,
         namespace: str,
     ) -> JsonObject:
-        with self._explaining(what, namespace):
+        with self._explaining(resource, what, namespace):
             return self._send(method, path, query, body, content_type)
 
     @contextmanager
-    def _explaining(self, what: str, namespace: str) -> Iterator[None]:
+    def _explaining(self, resource: Resource, what: str, namespace: str) -> Iterator[None]:
         try:
             yield
         except (ApiError, Unreachable) as error:
-            raise self.explained(error, what=what, namespace=namespace) from None
+            raise self.explained(error, resource, what=what, namespace=namespace) from None
 
     def _send(
         self,

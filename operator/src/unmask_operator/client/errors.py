@@ -5,10 +5,12 @@
     ClusterError              1  the cluster cannot be asked, or did not do what it was asked
     +-- NoCluster                no kubeconfig, or nobody answers at its address
     +-- NotAllowed               the cluster does not know the caller, or does not allow this
-    +-- NotFound                 no such job, namespace or kind
+    +-- NotFound                 no such job, service or namespace
+    |   +-- NotDefined           the cluster does not know the kind
     +-- NameTaken                the name belongs to a job with another spec
+    +-- Conflicting              others have set fields of a service otherwise
     +-- Refused                  the cluster finds the manifest invalid
-    +-- WaitedTooLong            a job did not get there in time
+    +-- WaitedTooLong            a job or service did not get there in time
 """
 
 import re
@@ -18,12 +20,15 @@ from unmask_operator.transport import ApiError, Unreachable
 
 __all__ = [
     "ClusterError",
+    "Conflicting",
     "NameTaken",
     "NoCluster",
     "NotAllowed",
+    "NotDefined",
     "NotFound",
     "Refused",
     "WaitedTooLong",
+    "conflicting",
     "explained",
 ]
 
@@ -41,11 +46,19 @@ class NotAllowed(ClusterError):
 
 
 class NotFound(ClusterError):
-    """There is no such job, namespace or kind."""
+    """There is no such job, service or namespace."""
+
+
+class NotDefined(NotFound):
+    """The cluster does not know the kind."""
 
 
 class NameTaken(ClusterError):
     """The name belongs to a job with another spec."""
+
+
+class Conflicting(ClusterError):
+    """Others have set fields of a service to something else."""
 
 
 class Refused(ClusterError):
@@ -53,13 +66,15 @@ class Refused(ClusterError):
 
 
 class WaitedTooLong(ClusterError):
-    """A job did not get there in time."""
+    """A job or service did not get there in time."""
 
 
 _NO_NAMESPACE = re.compile(r'namespaces "([^"]*)" not found')
 
 
-def explained(error: ApiError | Unreachable, *, what: str, namespace: str, server: str) -> ClusterError:
+def explained(
+    error: ApiError | Unreachable, *, what: str, namespace: str, server: str, kind: str
+) -> ClusterError:
     """Return ``error`` in words, with what to do.
 
     Args:
@@ -67,6 +82,7 @@ def explained(error: ApiError | Unreachable, *, what: str, namespace: str, serve
         what: the request's purpose, as in "get job tiny".
         namespace: of the request.
         server: address of the API server.
+        kind: that it asks for.
     """
     if isinstance(error, Unreachable):
         return NoCluster(
@@ -90,15 +106,23 @@ def explained(error: ApiError | Unreachable, *, what: str, namespace: str, serve
                 f" (kubectl create namespace {gone[1]}), or choose another with --namespace"
             )
         case 404 if not error.reason or "could not find the requested resource" in error.message:
-            return NotFound(
-                f"cannot {what}: the cluster does not know DiffusionTrainJobs; install the operator, or at"
+            return NotDefined(
+                f"cannot {what}: the cluster does not know {kind}s; install the operator, or at"
                 " least its definitions (kubectl apply -f deploy/crds)"
             )
         case 404:
             return NotFound(
                 f"cannot {what}: namespace {namespace} has none of that name; unmask ps --all-namespaces"
-                " lists all jobs"
+                " lists all"
             )
         case 400 | 422:
             return Refused(f"cannot {what}: the cluster refuses it: {error.message}")
     return ClusterError(f"cannot {what}: the cluster at {server} answered: {error}")
+
+
+def conflicting(error: ApiError, *, what: str) -> Conflicting:
+    """Return in words that fields which are applied are others'."""
+    return Conflicting(
+        f"cannot {what}: others have set fields that the manifest sets to something else: {error.message};"
+        " drop those fields from the manifest, or take them over (unmask submit --force-conflicts)"
+    )

@@ -5,32 +5,28 @@ job changes nothing, and so on. So a request whose answer was lost is simply sen
 """
 
 import datetime
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from unmask.errors import UsageError
 from unmask_api.train_job import DiffusionTrainJob
-from unmask_operator.client import logs
-from unmask_operator.client.connection import Connection, connect
-from unmask_operator.client.errors import NameTaken, NotFound, WaitedTooLong
-from unmask_operator.client.logs import Line
-from unmask_operator.client.view import CANCELLED, TrainJob
+from unmask_operator.client import job_logs
+from unmask_operator.client.custom_objects import CustomObjects
+from unmask_operator.client.errors import NameTaken
+from unmask_operator.client.job_logs import Line
+from unmask_operator.client.job_view import TrainJob
+from unmask_operator.client.manifests import admitted, as_written
 from unmask_operator.decision import JsonObject
 from unmask_operator.launch.admission import admit, read_manifest
-from unmask_operator.resources import EVENT, RESOURCES
+from unmask_operator.resources import RESOURCES
 
-__all__ = ["Manifest", "TrainJobs", "as_written"]
+__all__ = ["Manifest", "TrainJobs"]
 
 Manifest = Path | str | Mapping[str, Any] | DiffusionTrainJob
 """A manifest: its path, or what it holds."""
 
-_KIND = RESOURCES["DiffusionTrainJob"]
 
-
-class TrainJobs:
+class TrainJobs(CustomObjects[TrainJob]):
     """The training jobs of a namespace.
 
     >>> from unmask_operator.client import TrainJobs
@@ -42,33 +38,9 @@ class TrainJobs:
     cluster cannot be asked or says no.
     """
 
-    def __init__(self, connection: Connection, namespace: str | None = None) -> None:
-        """Take a connection, and the namespace to work in; by default the connection's."""
-        self._connection = connection
-        self._chosen = namespace
-        self.namespace = namespace or connection.namespace
-        """Where the jobs are."""
-
-    @classmethod
-    def connect(
-        cls,
-        *,
-        namespace: str | None = None,
-        context: str | None = None,
-        kubeconfig: Path | str | None = None,
-    ) -> Self:
-        """Connect to a cluster.
-
-        Args:
-            namespace: where the jobs are; by default that of the context.
-            context: context of the kubeconfig; by default its current one.
-            kubeconfig: file that says where the cluster is; by default ``$KUBECONFIG``, else
-                ``~/.kube/config``, else the account of the pod that this runs in.
-
-        Raises:
-            NoCluster: There is no such file or context.
-        """
-        return cls(connect(kubeconfig, context), namespace)
+    resource = RESOURCES["DiffusionTrainJob"]
+    view = TrainJob
+    several = "training jobs"
 
     def submit(self, manifest: Manifest, *, dry_run: bool = False) -> TrainJob:
         """Make the job of a manifest, and return it.
@@ -85,12 +57,12 @@ class TrainJobs:
             NameTaken: A job of this name has another spec.
             Refused: The cluster finds the manifest wrong.
         """
-        job = _read(manifest)
-        namespace = self._namespace_of(job)
+        job = admitted(manifest, DiffusionTrainJob, read=read_manifest, admit=admit)
+        namespace = self._namespace_of(job.metadata)
         body = as_written(job)
         body["metadata"]["namespace"] = namespace
         what = f"submit job {job.metadata.name}"
-        made = self._connection.create(_KIND, namespace, body, what=what, dry_run=dry_run)
+        made = self._connection.create(self.resource, namespace, body, what=what, dry_run=dry_run)
         if made is not None:
             return TrainJob(made)
         there = self._get(namespace, job.metadata.name)
@@ -104,52 +76,6 @@ class TrainJobs:
         if there.cancelled and not job.spec.suspend:
             return self._let_go_on(there, dry_run=dry_run)
         return there
-
-    def get(self, name: str) -> TrainJob:
-        """Return a job; raises ``NotFound``."""
-        return self._get(self.namespace, name)
-
-    def list(self, *, all_namespaces: bool = False) -> Sequence[TrainJob]:
-        """Return all jobs, the newest last."""
-        place = None if all_namespaces else self.namespace
-        found = [TrainJob(one) for one in self._connection.list(_KIND, place, what="list training jobs")]
-        return sorted(found, key=lambda job: (job.raw["metadata"]["creationTimestamp"], job.name))
-
-    def wait(
-        self,
-        name: str,
-        *,
-        timeout: float | None = None,
-        poll: float = 2.0,
-        observe: Callable[[TrainJob], None] = lambda job: None,
-    ) -> TrainJob:
-        """Wait until a job has ended, and return it.
-
-        Args:
-            name: which one.
-            timeout: seconds; by default for ever.
-            poll: seconds between two looks.
-            observe: called with what each look finds.
-
-        Raises:
-            WaitedTooLong: It has not ended in time.
-            NotFound: It is not there, or was deleted meanwhile.
-        """
-        end = None if timeout is None else time.monotonic() + timeout
-        job = self.get(name)
-        uid = job.uid
-        while True:
-            observe(job)
-            if job.state.ended:
-                return job
-            if end is not None and time.monotonic() >= end:
-                raise WaitedTooLong(f"job {name} has not ended after {timeout:g} s: it is {job.state}")
-            self._connection.sleep(poll)
-            job = self.get(name)
-            if job.uid != uid:
-                raise NotFound(
-                    f"job {name} was deleted while it was waited for; the one there now is another"
-                )
 
     def logs(
         self,
@@ -176,21 +102,14 @@ class TrainJobs:
         """
         first = self.get(name)
 
-        def read() -> TrainJob:
-            try:
-                job = self.get(name)
-            except NotFound:
-                job = None
-            if job is None or job.uid != first.uid:
-                deleted = {
-                    **first.raw["metadata"],
-                    "deletionTimestamp": first.raw["metadata"]["creationTimestamp"],
-                }
-                return TrainJob({**first.raw, "metadata": deleted})
-            return job
-
-        return logs.node_lines(
-            self._connection, read, node=node, follow=follow, since=since, tail=tail, attempt=attempt
+        return job_logs.node_lines(
+            self._connection,
+            lambda: self._last_known(first),
+            node=node,
+            follow=follow,
+            since=since,
+            tail=tail,
+            attempt=attempt,
         )
 
     def cancel(self, name: str, *, dry_run: bool = False) -> TrainJob:
@@ -201,71 +120,11 @@ class TrainJobs:
         job = self.get(name)
         if job.state.ended or job.cancelled:
             return job
-        patch = {"metadata": {"annotations": {CANCELLED: "true"}, "uid": job.uid}, "spec": {"suspend": True}}
-        return self._patch(job, patch, what=f"cancel job {name}", dry_run=dry_run)
+        return self._cancel(job, dry_run=dry_run)
 
-    def delete(self, name: str, *, dry_run: bool = False) -> TrainJob:
-        """Delete a job and what was made for it, and return what it was; checkpoints and models stay."""
-        job = self.get(name)
-        what = f"delete job {name}"
-        self._connection.delete(_KIND, job.namespace, name, job.uid, what=what, dry_run=dry_run)
-        return job
-
-    def pods(self, job: TrainJob) -> Sequence[JsonObject]:
+    def pods(self, one: TrainJob) -> Sequence[JsonObject]:
         """Return the job's pods, ordered by attempt and node, as the API server keeps them."""
-        return logs.pods_of(self._connection, job)
-
-    def events(self, job: TrainJob) -> Sequence[JsonObject]:
-        """Return what was noted about the job (``events.k8s.io/v1``), the oldest first."""
-        found = self._connection.list(
-            EVENT,
-            job.namespace,
-            what=f"list events of job {job.name}",
-            fieldSelector=f"regarding.name={job.name},regarding.kind={_KIND.kind}",
-        )
-        about = [one for one in found if (one.get("regarding") or {}).get("uid") == job.uid]
-        return sorted(about, key=_last_seen)
-
-    def _let_go_on(self, there: TrainJob, *, dry_run: bool) -> TrainJob:
-        patch = {"metadata": {"annotations": {CANCELLED: None}, "uid": there.uid}, "spec": {"suspend": False}}
-        return self._patch(there, patch, what=f"let job {there.name} go on", dry_run=dry_run)
-
-    def _patch(self, job: TrainJob, patch: JsonObject, *, what: str, dry_run: bool) -> TrainJob:
-        changed = self._connection.merge(_KIND, job.namespace, job.name, patch, what=what, dry_run=dry_run)
-        return TrainJob(changed)
-
-    def _get(self, namespace: str, name: str) -> TrainJob:
-        return TrainJob(self._connection.get(_KIND, namespace, name, what=f"get job {name}"))
-
-    def _namespace_of(self, job: DiffusionTrainJob) -> str:
-        own = job.metadata.namespace
-        if own and self._chosen and own != self._chosen:
-            raise UsageError(
-                f"metadata.namespace is {own}, and the namespace asked for is {self._chosen}: drop one"
-            )
-        return own or self.namespace
-
-
-def _read(manifest: Manifest) -> DiffusionTrainJob:
-    match manifest:
-        case DiffusionTrainJob():
-            return manifest
-        case Path():
-            return read_manifest(manifest)
-        case str() if "\n" not in manifest and not manifest.lstrip().startswith("{"):
-            return read_manifest(Path(manifest))
-        case str():
-            return admit(manifest)
-    return admit(json.dumps(manifest))
-
-
-def as_written(job: DiffusionTrainJob) -> JsonObject:
-    """Return the manifest without defaults, as ``kubectl apply`` would send it."""
-    body: JsonObject = job.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-    body.pop("status", None)
-    kept = ("name", "namespace", "labels", "annotations")
-    body["metadata"] = {key: value for key, value in body["metadata"].items() if key in kept}
-    return body
+        return job_logs.pods_of(self._connection, one)
 
 
 def _differing(mine: DiffusionTrainJob, theirs: DiffusionTrainJob) -> list[str]:
@@ -273,8 +132,3 @@ def _differing(mine: DiffusionTrainJob, theirs: DiffusionTrainJob) -> list[str]:
     one, other = (job.spec.to_json_dict() for job in (mine, theirs))
     keys = [*one, *(key for key in other if key not in one)]
     return [f"spec.{key}" for key in keys if key != "suspend" and one.get(key) != other.get(key)]
-
-
-def _last_seen(event: JsonObject) -> str:
-    series = event.get("series") or {}
-    return str(series.get("lastObservedTime") or event.get("eventTime") or "")

@@ -27,11 +27,12 @@ from torchx.specs import (
 
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator import yaml_dialect
-from unmask_operator.client.advice import obstacle
 from unmask_operator.client.errors import ClusterError, NotFound
-from unmask_operator.client.jobs import TrainJobs, as_written
-from unmask_operator.client.logs import attempt_of, index_of
-from unmask_operator.client.view import JobState, TrainJob
+from unmask_operator.client.job_advice import obstacle
+from unmask_operator.client.job_logs import attempt_of, index_of
+from unmask_operator.client.job_view import JobState, TrainJob
+from unmask_operator.client.jobs import TrainJobs
+from unmask_operator.client.manifests import as_written
 from unmask_operator.decision import JsonObject
 from unmask_operator.launch import application
 from unmask_operator.launch.admission import read_manifest

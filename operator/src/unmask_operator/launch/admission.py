@@ -24,7 +24,16 @@ from unmask_api.reference import allowed, type_name
 from unmask_api.train_job import DiffusionTrainJob
 from unmask_operator import yaml_dialect
 
-__all__ = ["AdmissionError", "admit", "admit_any", "admit_service", "field_path", "read_any", "read_manifest"]
+__all__ = [
+    "AdmissionError",
+    "admit",
+    "admit_any",
+    "admit_service",
+    "field_path",
+    "read_any",
+    "read_manifest",
+    "read_service",
+]
 
 Json = dict[str, Any]
 Manifest = DiffusionTrainJob | DiffusionInferenceService
@@ -44,6 +53,11 @@ class AdmissionError(UsageError):
 def read_manifest(path: Path) -> DiffusionTrainJob:
     """Read and admit the training job at ``path``; raises :class:`AdmissionError`."""
     return admit(_text_of(path), source=str(path))
+
+
+def read_service(path: Path) -> DiffusionInferenceService:
+    """Read and admit the service at ``path``; raises :class:`AdmissionError`."""
+    return admit_service(_text_of(path), source=str(path))
 
 
 def read_any(path: Path) -> Manifest:

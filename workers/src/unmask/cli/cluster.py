@@ -2,16 +2,16 @@
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from unmask_operator.client import TrainJobs
+    from unmask_operator.client import Cluster, InferenceService, TrainJob
 
-__all__ = ["age", "as_json", "cluster_options", "connected", "output_option", "table"]
+__all__ = ["age", "as_json", "cluster_options", "connected", "named", "output_option", "section", "table"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,23 +34,28 @@ def cluster_options(command: Command) -> Command:
             help="File that says where the cluster is.  [default: $KUBECONFIG, else ~/.kube/config]",
         ),
         click.option("--context", "cluster", help="Context of that file.  [default: its current one]"),
-        click.option("-n", "--namespace", help="Namespace of the job.  [default: the context's]"),
+        click.option("-n", "--namespace", help="Namespace to work in.  [default: the context's]"),
     ):
         command = option(command)
     return command
 
 
-def connected(namespace: str | None, cluster: str | None, kubeconfig: Path | None) -> "TrainJobs":
-    """Return the jobs of the namespace that the options name."""
+def connected(namespace: str | None, cluster: str | None, kubeconfig: Path | None) -> "Cluster":
+    """Return what there is in the namespace that the options name."""
     try:
-        from unmask_operator.client import TrainJobs
+        from unmask_operator.client import connected as connected_to
     except ModuleNotFoundError as error:
         from unmask.errors import UsageError
 
         raise UsageError(
             f"this command needs {error.name}: install unmask with its extra operator (unmask[operator])"
         ) from None
-    return TrainJobs.connect(namespace=namespace, context=cluster, kubeconfig=kubeconfig)
+    return connected_to(namespace=namespace, context=cluster, kubeconfig=kubeconfig)
+
+
+def named(one: "TrainJob | InferenceService") -> str:
+    """Write the namespace and the name of a job or service."""
+    return f"{one.namespace}/{one.name}"
 
 
 def as_json(value: Any) -> str:
@@ -77,3 +82,10 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(f"{entry:<{width}}" for entry, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def section(name: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table below its name; nothing where it has no rows."""
+    if rows:
+        yield f"{name}:"
+        yield from (f"  {line}" for line in table(headings, rows).splitlines())

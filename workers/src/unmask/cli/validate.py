@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from unmask_api.inference_service import DiffusionInferenceService
     from unmask_api.train_job import DiffusionTrainJob
 
-__all__ = ["command", "read_job"]
+__all__ = ["command", "read_job", "read_manifest"]
 
 
 @click.command("validate", short_help="Check manifests as a cluster would.")
@@ -39,15 +39,21 @@ def read_job(path: Path) -> "DiffusionTrainJob":
     return _with_model(path, read_manifest(path))
 
 
-def _checked(path: Path) -> str:
-    """Sum up the manifest at ``path``, of whichever kind, once it is admitted."""
+def read_manifest(path: Path) -> "DiffusionTrainJob | DiffusionInferenceService":
+    """Read and admit the manifest at ``path``, of whichever kind; an inline model config is checked too."""
     from unmask_api.train_job import DiffusionTrainJob
     from unmask_operator.launch.admission import read_any
 
     manifest = read_any(path)
-    if isinstance(manifest, DiffusionTrainJob):
-        return summary(_with_model(path, manifest))
-    return _summary_of_service(manifest)
+    return _with_model(path, manifest) if isinstance(manifest, DiffusionTrainJob) else manifest
+
+
+def _checked(path: Path) -> str:
+    """Sum up the manifest at ``path``, of whichever kind, once it is admitted."""
+    from unmask_api.train_job import DiffusionTrainJob
+
+    manifest = read_manifest(path)
+    return summary(manifest) if isinstance(manifest, DiffusionTrainJob) else _summary_of_service(manifest)
 
 
 def _with_model(path: Path, job: "DiffusionTrainJob") -> "DiffusionTrainJob":

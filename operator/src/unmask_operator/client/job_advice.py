@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 
 from unmask_api.exit_codes import ExitCode
-from unmask_operator.client.view import JobState, TrainJob
+from unmask_operator.client.hints import hint, unseen
+from unmask_operator.client.job_view import JobState, TrainJob
 from unmask_operator.decision import JsonObject
 
 __all__ = ["next_step", "obstacle"]
@@ -32,55 +33,7 @@ _MEND = {
 }
 """Reason of a failure -> what has to change before another try can do better."""
 
-_OBSTACLES: tuple[tuple[str, str], ...] = (
-    (
-        r"ImagePull|ErrImage|InvalidImageName",
-        "see that spec.image exists and that the machines may fetch it (kubectl describe pod {pod}); a"
-        " private registry needs a pull secret on the service account",
-    ),
-    (
-        r"CreateContainerConfigError|CreateContainerError",
-        "make the Secret or ConfigMap that spec.env names (kubectl describe pod {pod})",
-    ),
-    (
-        r"CrashLoopBackOff|RunContainerError|StartError",
-        "see why the container does not start: kubectl describe pod {pod}",
-    ),
-    (
-        r"persistentvolumeclaim .*not found",
-        "make the claim that the manifest names as pvc://NAME/... in this namespace (kubectl get pvc)",
-    ),
-    (
-        r"unbound .*PersistentVolumeClaims|volume node affinity",
-        "see why the claim has no volume: kubectl describe pvc",
-    ),
-    (
-        r"Insufficient|node\(s\)|nodes are available|taint",
-        "no machine has room for the pod: lower spec.resources, free machines, or change spec.nodeSelector"
-        " and spec.tolerations (kubectl describe pod {pod} lists what each machine lacks)",
-    ),
-    (
-        r"MountVolume|FailedMount|AttachVolume",
-        "see why the volume cannot be mounted: kubectl describe pod {pod}",
-    ),
-    (
-        r"service ?account",
-        "make the service account that spec.serviceAccountName names, or drop it",
-    ),
-    (
-        r"exceeded quota",
-        "the namespace's quota is used up: lower spec.resources or end other jobs (kubectl describe quota)",
-    ),
-    (
-        r"violates PodSecurity",
-        "the namespace's Pod Security level forbids what spec.podTemplate or spec.volumes ask for: drop it,"
-        " or use another namespace",
-    ),
-)
-"""What a message says -> what to do; the first that matches counts."""
-
-_UNSEEN_S = 60.0
-"""Seconds after which a job that no operator looked at is a sign that there is none."""
+_RESOURCES = "spec.resources"
 
 
 def obstacle(job: TrainJob) -> str:
@@ -128,7 +81,7 @@ def next_step(job: TrainJob, pods: Sequence[JsonObject] = (), *, now: float) -> 
                 f' --namespace {job.namespace} --type merge --patch \'{{"spec":{{"suspend":false}}}}\''
             )
         case JobState.SUBMITTED:
-            return _unseen(job, now)
+            return unseen(job, job.created, now)
         case JobState.WAITING:
             other = job.raw["spec"]["model"]["init"].get("job", {}).get("name", "NAME")
             return f"wait for job {other}: unmask describe {other} --namespace {job.namespace} says how it is"
@@ -137,9 +90,11 @@ def next_step(job: TrainJob, pods: Sequence[JsonObject] = (), *, now: float) -> 
             look = f"kubectl describe localqueue {queue} --namespace {job.namespace}" if queue else ""
             return f"wait for the queue to have room{'; ' + look + ' says what it waits for' if look else ''}"
         case JobState.STALLED:
-            return _hint(obstacle(job), pods) or "change what the condition Stalled names"
+            return (
+                hint(obstacle(job), pods, resources=_RESOURCES) or "change what the condition Stalled names"
+            )
         case JobState.STARTING:
-            return _hint(_why_not_started(job), pods) or "wait: the pods are starting"
+            return hint(_why_not_started(job), pods, resources=_RESOURCES) or "wait: the pods are starting"
         case JobState.RESTARTING:
             return f"wait: the next attempt follows by itself, and goes on {_from_where(job)}"
         case JobState.RUNNING:
@@ -172,28 +127,9 @@ def _from_where(job: TrainJob) -> str:
     return f"from the checkpoint of step {checkpoint.latest_step}" if checkpoint else "from its start"
 
 
-def _unseen(job: TrainJob, now: float) -> str:
-    age = now - job.created.timestamp() if job.created else 0.0
-    if age < _UNSEEN_S:
-        return "wait: the operator has not looked at it yet"
-    return (
-        f"no operator has looked at it for {age:.0f} s: see that one runs and works in namespace"
-        f" {job.namespace} (kubectl get deployments,leases --all-namespaces | grep unmask)"
-    )
-
-
 def _why_not_started(job: TrainJob) -> str:
     found = [job.condition(kind) for kind in ("Running", "Scheduled")]
     return " ".join(one.message for one in found if one is not None and one.status != "True")
-
-
-def _hint(message: str, pods: Sequence[JsonObject]) -> str:
-    for pattern, advice in _OBSTACLES:
-        if re.search(pattern, message):
-            named = [pod["metadata"]["name"] for pod in pods if pod["metadata"]["name"] in message]
-            names = named or [pod["metadata"]["name"] for pod in pods] or ["NAME"]
-            return advice.format(pod=names[0])
-    return ""
 
 
 def _node_of(pod: str) -> int:

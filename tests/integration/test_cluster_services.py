@@ -1,6 +1,7 @@
 """Services on a cluster, from Python: against the API server in memory, and against a real one."""
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -275,6 +276,45 @@ def test_lines_are_followed_through_groups_that_come_until_the_service_is_delete
     thread.start()
     thread.join(60)
     assert not thread.is_alive() and rest == []
+
+
+def test_a_container_that_is_started_again_is_followed_on(stage: Stage) -> None:
+    services = stage.services()
+    services.submit(manifest())
+    uid = stage.server_pod("chat", 0, "engine")
+    logs, name = stage.server.logs, "chat-0-x7k2pd-e-0"
+    logs.write(uid, "one", stamp="2026-11-27T10:00:00Z")
+    lines = services.logs("chat", follow=True, poll=0.05)
+    assert next(lines).text == "one"
+    ended = {"terminated": {"exitCode": 1}}
+    stage.pod_state(name, ended, phase="Running", container="engine")
+    logs.end(uid)  # the stream ends, the pod does not
+    limit = time.monotonic() + 60
+    while logs.streams < 2 and time.monotonic() < limit:  # it was looked at while it stood still
+        time.sleep(0.01)
+    assert logs.streams >= 2
+    logs.write(uid, "two", stamp="2026-11-27T10:00:20Z")
+    stage.pod_state(name, {"running": {}}, phase="Running", container="engine", last=ended)
+    assert next(lines).text == "two"
+    stage.end(uid)
+    services.delete("chat")
+    assert list(lines) == []
+
+
+def test_a_container_that_keeps_ending_can_be_read(stage: Stage) -> None:
+    services = stage.services()
+    services.submit(manifest())
+    uid = stage.server_pod("chat", 0, "engine")
+    stage.server.logs.write(uid, "no such model", stamp="2026-11-27T10:00:00Z")
+    stage.server.logs.end(uid)
+    stage.pod_state(
+        "chat-0-x7k2pd-e-0",
+        {"waiting": {"reason": "CrashLoopBackOff"}},
+        phase="Running",
+        container="engine",
+        last={"terminated": {"exitCode": 66}},
+    )
+    assert [line.text for line in services.logs("chat")] == ["no such model"]
 
 
 def test_a_log_that_cannot_be_there_is_explained(stage: Stage) -> None:

@@ -100,9 +100,12 @@ class Stage:
         self.pod_state(name, state or running, phase="Running", container=role)
         return str(made["metadata"]["uid"])
 
-    def pod_state(self, name: str, state: Json, *, phase: str, container: str = CONTAINER) -> None:
-        """The kubelet says how a container is."""
-        status = {"phase": phase, "containerStatuses": [{"name": container, "state": state}]}
+    def pod_state(
+        self, name: str, state: Json, *, phase: str, container: str = CONTAINER, last: Json | None = None
+    ) -> None:
+        """The kubelet says how a container is, and how it was before it was started again."""
+        told = {"name": container, "state": state} | ({"lastState": last} if last else {})
+        status = {"phase": phase, "containerStatuses": [told]}
         self.server.set_status("Pod", self.namespace, name, status)
 
     def end(self, uid: str, exit_code: int = 0) -> None:

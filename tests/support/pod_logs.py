@@ -85,7 +85,8 @@ def waiting(pod: Json, container: str) -> str | None:
     for state in pod.get("status", {}).get("containerStatuses", ()):
         if state["name"] == container:
             now = state.get("state") or {}
-            if "waiting" not in now:
+            # A container that is to be started again still has the log of its last try.
+            if "waiting" not in now or "terminated" in (state.get("lastState") or {}):
                 return None
             return (
                 f'container "{container}" in pod "{name}" is waiting to start: {now["waiting"].get("reason")}'

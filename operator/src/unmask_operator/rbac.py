@@ -19,7 +19,7 @@ SYSTEM_NAMESPACE = "unmask-system"
 """Where the operator itself is installed by the manifests."""
 
 USER = "unmask-user"
-"""The role of people who submit jobs and follow them."""
+"""The role of people who submit jobs and services and follow them."""
 
 _LABELS = {"app.kubernetes.io/name": MANAGER, "app.kubernetes.io/part-of": "unmask"}
 

@@ -69,8 +69,10 @@ class Cluster:
             )
         if found:
             return found[0]
-        if any(isinstance(error, NotAllowed | NotDefined) for error in refused):
-            raise next(error for error in refused if isinstance(error, NotAllowed | NotDefined))
+        if barred := [error for error in refused if isinstance(error, NotAllowed)]:
+            raise barred[0]
+        if all(isinstance(error, NotDefined) for error in refused):
+            raise refused[0]
         raise NotFound(
             f"cannot get job or service {name}: namespace {self.jobs.namespace} has none of that name; unmask"
             " ps --all-namespaces lists all"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from unmask_operator.client.connection import Connection
 from unmask_operator.client.errors import NotFound
 from unmask_operator.client.job_view import JobState, TrainJob
-from unmask_operator.client.logs import PAUSE_S, PodLine, has_started, pod_lines
+from unmask_operator.client.logs import PAUSE_S, PodLine, has_started, number, pod_lines
 from unmask_operator.decision import JsonObject
 from unmask_operator.launch.pods import ATTEMPT_LABEL, CONTAINER, selector
 from unmask_operator.resources import RESOURCES
@@ -41,12 +41,12 @@ def pods_of(connection: Connection, job: TrainJob) -> list[JsonObject]:
 
 def attempt_of(pod: JsonObject) -> int:
     """Return the attempt that a pod is of."""
-    return _whole(pod["metadata"].get("labels", {}).get(ATTEMPT_LABEL))
+    return number(pod["metadata"].get("labels", {}).get(ATTEMPT_LABEL))
 
 
 def index_of(pod: JsonObject) -> int:
     """Return which node of its attempt a pod is."""
-    return _whole(pod["metadata"].get("annotations", {}).get(INDEX))
+    return number(pod["metadata"].get("annotations", {}).get(INDEX))
 
 
 def node_lines(
@@ -86,7 +86,9 @@ def node_lines(
         ]
         readable = [pod for pod in pods if has_started(pod, CONTAINER)]
         for pod in readable:
-            for line in pod_lines(connection, pod, CONTAINER, follow=follow, since=since, tail=tail):
+            for line in pod_lines(
+                connection, pod, CONTAINER, follow=follow, restarts=False, since=since, tail=tail
+            ):
                 yield Line(
                     text=line.text,
                     pod=line.pod,
@@ -118,7 +120,3 @@ def _nothing(job: TrainJob, pods: list[JsonObject], node: int) -> str:
         why = f"there is no pod of node {node} yet; --follow waits for it"
     named = f"{job.name} --namespace {job.namespace}"
     return f"job {job.name} is {job.state}: {why}; unmask describe {named} says more"
-
-
-def _whole(text: object) -> int:
-    return int(text) if isinstance(text, str) and text.isdigit() else 0

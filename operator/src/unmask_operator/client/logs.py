@@ -18,7 +18,7 @@ from unmask_operator.decision import JsonObject
 from unmask_operator.resources import RESOURCES
 from unmask_operator.transport import ApiError, Unreachable
 
-__all__ = ["PAUSE_S", "PodLine", "has_started", "pod_lines", "together"]
+__all__ = ["PAUSE_S", "PodLine", "has_started", "number", "pod_lines", "together"]
 
 PAUSE_S = 2.0
 """Seconds between two looks at what pods there are."""
@@ -48,6 +48,7 @@ def pod_lines(
     container: str,
     *,
     follow: bool,
+    restarts: bool,
     since: datetime.datetime | None,
     tail: int | None,
 ) -> Iterator[PodLine]:
@@ -57,7 +58,8 @@ def pod_lines(
         connection: to the cluster.
         pod: as it was read.
         container: whose lines.
-        follow: wait for more until the container has ended.
+        follow: wait for more until the container has ended for good.
+        restarts: whether a container that ended is started again in its pod.
         since: leave out what was written before.
         tail: only so many of the last lines.
 
@@ -79,7 +81,7 @@ def pod_lines(
                 for raw in place.new(lines):
                     failures = 0
                     yield PodLine(text=raw.text, pod=name, time=raw.time)
-            if not follow or _has_ended(connection, pod, container):
+            if not follow or _has_ended(connection, pod, container, restarts=restarts):
                 return
         except Unreachable as error:
             failures += 1
@@ -184,15 +186,13 @@ def _sortable(stamp: str) -> str | None:
 
 
 def has_started(pod: JsonObject, container: str) -> bool:
-    """Whether a pod's container runs or ran."""
-    for state in pod.get("status", {}).get("containerStatuses", ()):
-        if state.get("name") == container:
-            now = state.get("state") or {}
-            return bool("running" in now or "terminated" in now)
-    return False
+    """Whether a pod's container runs or ran, if only before it was started again."""
+    state = _container(pod, container)
+    now, before = state.get("state") or {}, state.get("lastState") or {}
+    return "running" in now or "terminated" in now or "terminated" in before
 
 
-def _has_ended(connection: Connection, pod: JsonObject, container: str) -> bool:
+def _has_ended(connection: Connection, pod: JsonObject, container: str, *, restarts: bool) -> bool:
     """Whether a pod whose stream has ended is over; kubelets end streams when log files are rotated, too."""
     metadata = pod["metadata"]
     what = f"look at pod {metadata['name']}"
@@ -202,5 +202,17 @@ def _has_ended(connection: Connection, pod: JsonObject, container: str) -> bool:
         return True
     if now["metadata"]["uid"] != metadata["uid"]:
         return True
-    states = now.get("status", {}).get("containerStatuses", ())
-    return any(one.get("name") == container and "terminated" in (one.get("state") or {}) for one in states)
+    if restarts and "deletionTimestamp" not in now["metadata"]:
+        return now.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    return "terminated" in (_container(now, container).get("state") or {})
+
+
+def _container(pod: JsonObject, name: str) -> JsonObject:
+    """Return what the kubelet says of a container; empty, nothing yet."""
+    told = pod.get("status", {}).get("containerStatuses", ())
+    return next((one for one in told if one.get("name") == name), {})
+
+
+def number(text: object) -> int:
+    """Return what a label or annotation counts; 0 where it does not."""
+    return int(text) if isinstance(text, str) and text.isdigit() else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unmask_operator.client.connection import Connection
 from unmask_operator.client.errors import NotFound
-from unmask_operator.client.logs import PAUSE_S, PodLine, has_started, pod_lines, together
+from unmask_operator.client.logs import PAUSE_S, PodLine, has_started, number, pod_lines, together
 from unmask_operator.client.service_view import InferenceService
 from unmask_operator.decision import JsonObject
 from unmask_operator.launch.groups import GROUP_LABEL, ORDINAL_LABEL, ROLE_LABEL, SERVICE_LABEL
@@ -33,12 +33,12 @@ class Choice:
     def takes(self, pod: JsonObject) -> bool:
         """Whether a pod is among them."""
         labels = pod["metadata"].get("labels") or {}
-        if labels.get(ROLE_LABEL) not in ROLES:
+        if (role := role_of(pod)) not in ROLES:
             return False
         if self.pods:
             return pod["metadata"]["name"] in self.pods
         chosen = not self.groups or labels.get(ORDINAL_LABEL) in {str(one) for one in self.groups}
-        return chosen and labels[ROLE_LABEL] in self.roles
+        return chosen and role in self.roles
 
     def __str__(self) -> str:
         """Return what people would call it."""
@@ -59,13 +59,18 @@ def pods_of(connection: Connection, service: InferenceService) -> list[JsonObjec
     return sorted(pods, key=_order)
 
 
+def role_of(pod: JsonObject) -> str:
+    """Return what a pod is, which is also the name of its container; empty, neither engine nor shard."""
+    return str((pod["metadata"].get("labels") or {}).get(ROLE_LABEL, ""))
+
+
 def _order(pod: JsonObject) -> tuple[int, str, str, int, str]:
     labels = pod["metadata"].get("labels") or {}
     return (
-        _whole(labels.get(ORDINAL_LABEL)),
+        number(labels.get(ORDINAL_LABEL)),
         str(labels.get(GROUP_LABEL)),
-        str(labels.get(ROLE_LABEL)),
-        _whole(labels.get(_INDEX)),
+        role_of(pod),
+        number(labels.get(_INDEX)),
         pod["metadata"]["name"],
     )
 
@@ -86,7 +91,7 @@ def group_lines(
         connection: to the cluster.
         read: reads the service anew.
         choice: whose lines.
-        follow: wait for pods and lines, through rollouts, until the service is deleted.
+        follow: wait for pods and lines, through restarts and rollouts, until the service is deleted.
         since: leave out what was written before.
         tail: only so many of the last lines of each pod.
         poll: seconds between two looks at what pods there are.
@@ -100,11 +105,8 @@ def group_lines(
     def more() -> list[Iterator[PodLine]] | None:
         service = read()
         chosen = [pod for pod in pods_of(connection, service) if choice.takes(pod)]
-        role = ROLE_LABEL
         new = [
-            pod
-            for pod in chosen
-            if pod["metadata"]["uid"] not in started and has_started(pod, pod["metadata"]["labels"][role])
+            pod for pod in chosen if pod["metadata"]["uid"] not in started and has_started(pod, role_of(pod))
         ]
         if not new and (service.deleting or not follow):
             if not follow and not started:
@@ -112,7 +114,7 @@ def group_lines(
             return None
         started.update(pod["metadata"]["uid"] for pod in new)
         return [
-            pod_lines(connection, pod, pod["metadata"]["labels"][role], follow=follow, since=since, tail=tail)
+            pod_lines(connection, pod, role_of(pod), follow=follow, restarts=True, since=since, tail=tail)
             for pod in new
         ]
 
@@ -133,7 +135,3 @@ def _nothing(service: InferenceService, pods: list[JsonObject], choice: Choice) 
         f"service {service.name} is {service.state}: {what}; unmask describe service/{named} says more, and"
         " --follow waits for it"
     )
-
-
-def _whole(text: object) -> int:
-    return int(text) if isinstance(text, str) and text.isdigit() else 0

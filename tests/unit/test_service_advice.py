@@ -1,6 +1,7 @@
 """What people are told of a service: its state, what is wrong, and what to do, from its status alone."""
 
 import datetime
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,16 @@ def test_every_word_that_the_operator_says_is_known() -> None:
     said |= set(re.findall(r'"(Degraded)" if .* else "(Progressing)"', body)[0])
     assert {"Stalled", "Ready", "Stuck", "Stopping"} < said
     assert said <= {str(state) for state in ServiceState}
+
+
+def test_every_reason_that_has_a_remedy_is_one_that_the_operator_gives() -> None:
+    cases = re.findall(r"^ +case (.*):$", inspect.getsource(remedy), re.MULTILINE)
+    kinds = {kind for case in cases for kind in re.findall(r'^"(\w+)", "(?:True|False)"', case)}
+    reasons = {reason for case in cases for reason in re.findall(r'"(\w+)"', case.partition(" if ")[0])}
+    assert {"Stalled", "Ready"} < kinds and {"Paused", "NotComing", "NameConflict"} < reasons
+    told = "".join(path.read_text() for path in Path(serving.__file__).parent.glob("*.py"))
+    said = set(re.findall(r'"(\w+)"', told))
+    assert kinds | reasons <= said
 
 
 @pytest.mark.parametrize("state", ServiceState)

@@ -1,8 +1,11 @@
 """What is made for the Helm charts: permissions, definitions, the schema of their values, and their pages.
 
-``values.yaml`` is the source of the last two. The comment above a value describes it; a line
-``@schema {...}`` in it adds to the value's JSON Schema, whose type is otherwise that of the default. A
-mapping is a section of values, unless it is empty or its schema says what may be in it.
+``values.yaml`` is the source of the last two. The comment above a value describes it. These lines in it say
+more; a mapping is a section of values, unless it is empty or its schema says what may be in it.
+
+- ``@schema {...}`` adds to the value's JSON Schema, whose type is otherwise that of the default.
+- ``@spec KIND``: the value is the spec of a custom resource, and its schema that of the models.
+- ``@standalone``: the value, or all of a section, is about pods that the chart itself describes.
 
 ``python scripts/charts.py`` lints the charts and packages them into ``dist/``.
 """
@@ -29,7 +32,7 @@ Json = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CHARTS = _ROOT / "deploy/helm"
-_OPERATOR = "unmask-operator"
+_OPERATOR, _INFERENCE = "unmask-operator", "unmask-inference"
 _MADE = "Made by `make generate`"
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 
@@ -45,6 +48,8 @@ class Value:
     """Its description; sections may do without."""
     schema: Json
     """What its comment adds to the schema."""
+    standalone: bool = False
+    """Whether it is about pods that the chart itself describes, and says nothing where an operator does."""
 
     @property
     def section(self) -> bool:
@@ -61,6 +66,8 @@ def files() -> dict[str, str]:
         found = values((chart / "values.yaml").read_text(encoding="utf-8"))
         texts[f"{chart.name}/README.md"] = markdown(about, found)
         texts[f"{chart.name}/values.schema.json"] = json.dumps(schema(found), indent=2) + "\n"
+        if chart.name == _INFERENCE:
+            texts[f"{chart.name}/templates/_standalone.tpl"] = _standalone(found)
     for resource in crd.RESOURCES:
         texts[f"{_OPERATOR}/templates/crds/{resource.full_name}.yaml"] = _definition(resource)
     texts[f"{_OPERATOR}/templates/_permissions.tpl"] = permissions()
@@ -112,7 +119,8 @@ def markdown(chart: Json, found: list[Value]) -> str:
     for value in found:
         default = "" if value.section else f"`{_cell(_compact(value.default))}`"
         if value.about or not value.section:
-            table.append(f"| `{'.'.join(value.path)}` | {default} | {_cell(value.about)} |")
+            about = f"{value.about} *Standalone.*" if value.standalone and not value.section else value.about
+            table.append(f"| `{'.'.join(value.path)}` | {default} | {_cell(about)} |")
     return "\n\n".join([*lines[:2], "\n".join(lines[2:]), "\n".join(table)]) + "\n"
 
 
@@ -169,39 +177,80 @@ def _definition(resource: crd.Resource) -> str:
     )
 
 
+def _standalone(found: list[Value]) -> str:
+    """Return the named template of the values that are for a release without an operator, as JSON."""
+    defaults = {
+        ".".join(value.path): value.default for value in found if value.standalone and not value.section
+    }
+    body = json.dumps(defaults, indent=1)
+    return (
+        f"{{{{- /* {_MADE} from values.yaml; change that. */ -}}}}\n"
+        f'{{{{- define "{_INFERENCE}.standaloneValues" -}}}}\n{body}\n{{{{- end }}}}\n'
+    )
+
+
+def _spec_of(kind: str) -> Json:
+    """Return what the models say of a spec, so that a misspelt field is refused before anything is applied.
+
+    Nothing is required: a release may have none. The API server applies the rules of more than one field.
+    """
+    (resource,) = [resource for resource in crd.RESOURCES if resource.kind == kind]
+    spec = _strict(crd.schema(resource.model)["properties"]["spec"])
+    return {name: value for name, value in spec.items() if name not in ("required", "description")}
+
+
+def _strict(node: Json) -> Json:
+    """Return a structural schema as JSON Schema, in which only fields that it names are allowed."""
+    kept = {name: value for name, value in node.items() if not name.startswith("x-kubernetes-")}
+    if "properties" in kept:
+        kept["properties"] = {name: _strict(below) for name, below in kept["properties"].items()}
+        kept["additionalProperties"] = False
+    for name in ("items", "additionalProperties"):
+        if isinstance(kept.get(name), dict):
+            kept[name] = _strict(kept[name])
+    return kept
+
+
 def _escaped(text: str) -> str:
     """Return what Helm's templates render as ``text``."""
     return text.replace("{{", '{{ "{{" }}')
 
 
-def _walk(node: yaml.Node | None, data: Any, path: tuple[str, ...], lines: list[str]) -> Iterator[Value]:
+def _walk(
+    node: yaml.Node | None, data: Any, path: tuple[str, ...], lines: list[str], standalone: bool = False
+) -> Iterator[Value]:
     assert isinstance(node, yaml.MappingNode)
     for key, inner in node.value:
         name = (*path, key.value)
-        about, own = _comment(key.start_mark, lines, ".".join(name))
-        value = Value(name, data[key.value], about, own)
+        about, own, alone = _comment(key.start_mark, lines, ".".join(name))
+        value = Value(name, data[key.value], about, own, standalone or alone)
         if not about and not value.section:
             raise ValueError(f"{'.'.join(name)}: has no comment; describe it above")
         yield value
         if value.section:
-            yield from _walk(inner, value.default, name, lines)
+            yield from _walk(inner, value.default, name, lines, value.standalone)
 
 
-def _comment(mark: yaml.Mark, lines: list[str], name: str) -> tuple[str, Json]:
-    """Return the words and the schema in the comment that ends above ``mark``."""
+def _comment(mark: yaml.Mark, lines: list[str], name: str) -> tuple[str, Json, bool]:
+    """Return the words and the schema in the comment that ends above ``mark``, and if ``@standalone`` is."""
     start = mark.line
     while start and lines[start - 1].startswith(" " * mark.column + "# "):
         start -= 1
-    words, own = [], {}
+    words, own, standalone = [], {}, False
     for line in lines[start : mark.line]:
         text = line.strip().removeprefix("# ")
-        if text.startswith("@schema "):
-            own = yaml_dialect.load(text.removeprefix("@schema "))
-            if not isinstance(own, dict):
-                raise ValueError(f"{name}: @schema has to be followed by {{...}}")
-        else:
-            words.append(text)
-    return " ".join(words), own
+        match text.split(maxsplit=1):
+            case ["@schema", given]:
+                own = yaml_dialect.load(given)
+                if not isinstance(own, dict):
+                    raise ValueError(f"{name}: @schema has to be followed by {{...}}")
+            case ["@spec", kind]:
+                own = _spec_of(kind)
+            case ["@standalone"]:
+                standalone = True
+            case _:
+                words.append(text)
+    return " ".join(words), own, standalone
 
 
 def _section(about: str) -> Json:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from typing import Any
 
 import pytest
 import yaml
+from observability.alerts import rules
+from observability.dashboards import queries
+from safetensors.torch import load_file, save_file
 
 from parent_death import bound
 from real_cluster import programs
@@ -29,10 +33,12 @@ from support import real_clusters
 from support.asking import answers
 from support.certificates import Authority, client_tls
 from support.charts import PAGE, Prompt, page_commands
+from support.monitoring import monitoring_pods
 from support.object_stores import BUCKET, store_server
 from support.quickstart import EXAMPLE, load_module
 from support.real_clusters import Cluster
 from unmask.client import Client
+from unmask.telemetry import metrics
 from unmask.training.fetching import fetch
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_images]
@@ -41,6 +47,7 @@ ROOT = Path(__file__).parents[2]
 SYSTEM, TRAINING = "unmask-system", "training"
 LOOK = ROOT / "docs/how-to/test-on-a-real-cluster.md"
 STORES = LOOK.with_name("use-object-stores.md")
+SERVING = LOOK.with_name("serve-on-a-cluster.md")
 FOLDERS = "/srv/unmask"
 """Where the first page has the volumes."""
 STEPS = 255
@@ -408,13 +415,12 @@ def test_the_model_is_served_and_a_client_outside_the_cluster_generates(
     cluster.until(lambda: not cluster.items("all", *chosen), "nothing of the release is left")
 
 
-def service_of_shards(name: str, job: str) -> Any:
-    """Return a service of what ``job`` trained: an engine and two shards a group, TLS everywhere."""
+def release_values(name: str, job: str) -> Any:
+    """Return values of a release: what ``job`` trained, an engine and two shards a group, TLS everywhere."""
     secret = f"{name}-tls"
     return {
-        "apiVersion": "unmask.dev/v1alpha1",
-        "kind": "DiffusionInferenceService",
-        "metadata": {"name": name, "namespace": TRAINING},
+        "standalone": False,
+        "fullnameOverride": name,
         "spec": {
             "model": {"job": {"name": job}},
             "group": {"shards": 2, "replication": 2, "tls": {"secretName": secret}},
@@ -426,7 +432,26 @@ def service_of_shards(name: str, job: str) -> Any:
                 "tls": {"secretName": secret, "clientCaSecretName": secret},
             },
         },
+        "gateway": {
+            "enabled": True,
+            "replicas": 1,
+            "tlsSecretName": secret,
+            "resources": {"requests": {"cpu": "50m"}},
+        },
     }
+
+
+def negated(model: Path, folder: Path) -> None:
+    """Write a model whose logits are those of ``model`` with the other sign: it says something else."""
+    shutil.copytree(model, folder)
+    changed = 0
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith(("model.norm.weight", "ln_f.weight"))]:
+            tensors[name] = -tensors[name]
+            changed += 1
+        save_file(tensors, path, {"format": "pt"})
+    assert changed == 1
 
 
 @contextmanager
@@ -456,19 +481,24 @@ def asked_all_the_time(
             process.terminate()
 
 
-def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollout_and_scaling(
+def spoken(model: Path, log: Path) -> list[list[int]]:
+    """Return what one process answers with a model."""
+    with load_module("demo").serving(model, log=log) as local, Client(local) as client:
+        return answers(client)
+
+
+def test_a_release_of_an_engine_and_shards_goes_through_a_kill_an_upgrade_and_scaling(
     place: Place, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLE)
-    demo, cluster, name = load_module("demo"), place.cluster, "chat"
-    with (
-        demo.serving(place.volumes / "run" / "quiet" / "model", log=tmp_path / "log") as local,
-        Client(local) as client,
-    ):
-        expected = answers(client)
+    cluster, name = place.cluster, "chat"
+    model, other = place.volumes / "run/quiet/model", place.volumes / "run/other/model"
+    negated(model, other)
+    expected, changed = spoken(model, tmp_path / "log"), spoken(other, tmp_path / "other-log")
+    assert all(one != another for one, another in zip(expected, changed, strict=True))
 
     authority, server_name = Authority(), f"{name}.{TRAINING}.svc"
-    pair = authority.issue(server_name)
+    pair = authority.issue(server_name, f"{name}-gateway")
     files = {"tls.crt": pair.certificate, "tls.key": pair.key, "ca.crt": authority.pem}
     secret = {
         "apiVersion": "v1",
@@ -476,8 +506,13 @@ def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollou
         "metadata": {"name": f"{name}-tls", "namespace": TRAINING},
         "data": {key: base64.b64encode(value).decode() for key, value in files.items()},
     }
-    cluster.kubectl("apply", "-f", "-", given=[secret, service_of_shards(name, "quiet")])
+    cluster.kubectl("apply", "-f", "-", given=secret)
     tls = client_tls(tmp_path / "tls", authority.pem, authority.issue("client"), server_name=server_name)
+    values = tmp_path / "chat.yaml"
+    values.write_text(yaml.safe_dump(release_values(name, "quiet")))
+    install, ready, test, upgrade, remove = page_commands(SERVING, "## By Helm")
+    place.prompt.run(f"{install.replace('chat.yaml', str(values))} --values {cluster.engine_values}")
+    place.prompt.run(ready)
 
     def pods() -> dict[str, Any]:
         found = cluster.items("pods", "-n", TRAINING, "-l", f"unmask.dev/service={name}")
@@ -500,6 +535,12 @@ def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollou
             raise AssertionError(f"{error}\n{place.story(name, 'dis', 'unmask.dev/service')}") from None
 
     (group,) = until_ready(1)
+    rollout = ["rollout", "status", f"deployment/{name}-gateway", "-n", TRAINING, "--timeout=120s"]
+    cluster.kubectl(*rollout)
+    said = place.prompt.run(test)
+    assert "Succeeded" in said and '"text"' in said, said
+    of = f'namespace="{TRAINING}",job="{TRAINING}/{name}",container="engine"'
+    (scratch := tmp_path / "prometheus").mkdir()
     found: list[list[list[int]]] = []
     enough = threading.Event()
 
@@ -508,10 +549,20 @@ def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollou
             while not enough.is_set():
                 found.append(answers(client))
 
-    with ThreadPoolExecutor(1) as pool:
+    with (
+        monitoring_pods(scratch, list(pods().values()), name, rules(of, of), cluster.inside) as monitor,
+        ThreadPoolExecutor(1) as pool,
+    ):
         asking = pool.submit(ask)
         try:
             cluster.until(lambda: len(found) >= 2 or asking.done(), "answers", 120)
+            # What the dashboard shows first; `answers` has seen in each reply that there is one.
+            per_forward = queries()[0].replace("$of", of).replace("$__rate_interval", "20s")
+            assert metrics.TOKENS_PER_FORWARD.name in per_forward
+            (ratio,) = cluster.until(lambda: monitor.values(per_forward) or asking.done(), "metrics", 120)
+            assert ratio > 0
+            assert len(monitor.values(f'up{{job="{TRAINING}/{name}"}} == 1')) == 3
+            assert monitor.values('unmask_expert_shards{state="lost"}') == [0]
             lost = pods()[f"{group}-s-0"]["metadata"]["uid"]
             kill(lost)
             before = len(found)
@@ -530,29 +581,35 @@ def test_a_job_s_model_is_served_by_an_engine_and_shards_through_a_kill_a_rollou
         asking.result(timeout=120)
     assert all(one == expected for one in found)
 
-    # Another model, as far as anyone can tell; its tokens are the same, so answers may come from either.
-    address = f"{cluster.get('service', name, '-n', TRAINING)['spec']['clusterIP']}:50051"
-    model = {"spec": {"model": {"job": None, "uri": "pvc://run/quiet/model"}}}
+    # Another model, and whoever asks at the gateway gets an answer each time: of the one, or of the other.
+    address = f"{cluster.get('service', f'{name}-gateway', '-n', TRAINING)['spec']['clusterIP']}:50050"
     with asked_all_the_time(cluster, address, tmp_path / "tls", server_name, tmp_path / "asked") as rounds:
         cluster.until(lambda: len(rounds()) >= 2, "answers", 120)
-        cluster.kubectl("patch", "dis", name, "-n", TRAINING, "--type=merge", "-p", json.dumps(model))
+        assert rounds()[0] == expected
+        another = upgrade.replace("pvc://models/other", "pvc://run/other/model")
+        place.prompt.run(f"{another} --set spec.model.job=null")
         (rolled,) = until_ready(1)
+        assert rolled != group
         seen = len(rounds())
         cluster.until(lambda: len(rounds()) >= seen + 2, "answers of the new group", 120)
-        assert all(one == expected for one in rounds())
-    assert rolled != group
+        told = rounds()
+    assert told[-1] == changed
+    for one in told:
+        assert all(answer in both for answer, *both in zip(one, expected, changed, strict=True))
 
     for groups in (2, 1):
         cluster.kubectl("scale", f"dis/{name}", "-n", TRAINING, f"--replicas={groups}")
         for one in until_ready(groups):
             with forwarded(cluster, f"pod/{one}-e-0", 50051) as address, Client(address, tls=tls) as client:
-                assert answers(client) == expected
+                assert answers(client) == changed
 
-    told = cluster.kubectl("describe", "dis", name, "-n", TRAINING)
-    assert "Routable" in told and "clients can connect to" in told, told
-    cluster.kubectl("delete", f"dis/{name}", f"secret/{name}-tls", "-n", TRAINING, "--wait")
+    described = cluster.kubectl("describe", "dis", name, "-n", TRAINING)
+    assert "Routable" in described and "clients can connect to" in described, described
+    place.prompt.run(remove)
+    cluster.kubectl("delete", f"secret/{name}-tls", "-n", TRAINING, "--wait")
     kinds = (
-        "statefulsets,pods,services,endpointslices,controllerrevisions,pdb,hpa,networkpolicies,secrets,dis"
+        "statefulsets,deployments,pods,services,endpointslices,controllerrevisions,pdb,hpa,networkpolicies,"
+        "secrets,serviceaccounts,dis"
     )
 
     def left() -> list[str]:

@@ -6,6 +6,7 @@ Nothing runs there: no controller makes a pod. What it needs pods for is tried o
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from unmask_operator.resources import RESOURCES
 
 pytestmark = [pytest.mark.slow, pytest.mark.helm, pytest.mark.real_api]
 
-TRAIN_JOB = RESOURCES["DiffusionTrainJob"]
+TRAIN_JOB, SERVICE = RESOURCES["DiffusionTrainJob"], RESOURCES["DiffusionInferenceService"]
 SYSTEM, TRAINING = "unmask-system", "training"
 NEEDS_PODS = re.compile(r" rollout status |^helm test | port-forward |^unmask generate ")
 # What a release may consist of.
@@ -62,18 +63,16 @@ def versions(objects: dict[tuple[str, str], Json]) -> dict[tuple[str, str], Any]
     return {key: one["metadata"]["resourceVersion"] for key, one in objects.items()}
 
 
+def pod_of(deployment: Json) -> Json:
+    """Return a pod as a Deployment would make it."""
+    spec = deployment["spec"]["template"]["spec"]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec}
+
+
 def pods_of(place: Place, release: str, space: str) -> list[Json]:
     """Return the pods that a release's Deployments and tests would make."""
     made = [one for (kind, _), one in place.objects(release).items() if kind == "Deployment"]
-    pods = [
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "one"},
-            "spec": one["spec"]["template"]["spec"],
-        }
-        for one in made
-    ]
+    pods = [pod_of(one) for one in made]
     hooks = place.prompt.run(f"helm get hooks {release} --namespace {space}")
     pods += [one for one in yaml.safe_load_all(hooks) if one]
     assert len(pods) == 2
@@ -155,6 +154,33 @@ def test_an_upgrade_of_the_operator_changes_what_its_values_say_and_nothing_else
     assert [one["status"] for one in history] == ["superseded", "superseded", "deployed"]
     place.prompt.run(f"helm uninstall unmask-operator --namespace {SYSTEM}")
     assert place.objects("unmask-operator") == {}
+
+
+def test_a_release_that_the_operator_makes_pods_of_comes_changes_and_goes(
+    place: Place, tmp_path: Path
+) -> None:
+    place.prompt.run(f"helm install unmask-operator deploy/helm/unmask-operator --namespace {SYSTEM}")
+    real_api_server.until_served(place.api, SERVICE)
+    page, heading = PAGE.with_name("serve-on-a-cluster.md"), "## By Helm"
+    section = page.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    values = tmp_path / "chat.yaml"
+    values.write_text(section.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    install, _, _, upgrade, remove = page_commands(page, heading)
+    # There is no pod that could pass the cluster's test, and nobody who says that it is ready.
+    place.prompt.run(install.replace("chat.yaml", str(values)))
+    made = place.api.get(SERVICE, TRAINING, "chat")
+    assert made["spec"]["model"]["uri"] == "pvc://models/LLaDA2.0-mini"
+    (front,) = (one for (kind, _), one in place.objects("chat").items() if kind == "Deployment")
+    place.dry_run(TRAINING, pod_of(front))
+    place.prompt.run(upgrade)
+    changed = place.api.get(SERVICE, TRAINING, "chat")
+    assert changed["metadata"]["uid"] == made["metadata"]["uid"]
+    assert changed["metadata"]["generation"] == made["metadata"]["generation"] + 1
+    assert changed["spec"] == made["spec"] | {"model": made["spec"]["model"] | {"uri": "pvc://models/other"}}
+    place.prompt.run(remove)
+    assert place.objects("chat") == {}
+    assert place.prompt.run(f"kubectl get diffusioninferenceservices --namespace {TRAINING} -o name") == ""
+    place.prompt.run(f"helm uninstall unmask-operator --namespace {SYSTEM}")
 
 
 def test_a_pod_that_is_not_restricted_is_refused_there(place: Place) -> None:

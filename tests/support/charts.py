@@ -24,7 +24,9 @@ __all__ = [
     "MATRIX",
     "MODEL",
     "MUTUAL",
+    "OPERATED",
     "OPERATOR",
+    "OTHER",
     "PAGE",
     "PEER",
     "PLACED",
@@ -34,9 +36,12 @@ __all__ = [
     "Prompt",
     "container",
     "helm",
+    "laid",
+    "nested",
     "obstacle",
     "of_kind",
     "one",
+    "other",
     "page_commands",
     "pods",
     "refused",
@@ -81,6 +86,18 @@ MONITORS = {"serviceMonitor": {"enabled": True, "labels": {"release": "p"}}}
 RUNBOOKS = "https://pages.example/runbooks"
 BY_CERT_MANAGER = {"enabled": True, "certManager": {"issuerRef": {"name": "internal"}}}
 MUTUAL = {"enabled": True, "secretName": "words-tls", "clientCASecretName": "clients", "allow": ["a.example"]}
+OPERATED: Json = {
+    "standalone": False,
+    "spec": {
+        "model": {"job": {"name": "pretrain"}},
+        "group": {"shards": 2, "replication": 2, "tls": {"secretName": "inside"}},
+        "server": {
+            "port": 50077,
+            "tls": {"secretName": "front", "clientCaSecretName": "clients", "allow": ["a.example"]},
+        },
+    },
+}
+"""A release that leaves its pods to the operator."""
 MATRIX: dict[str, tuple[str, Json]] = {
     "operator": (OPERATOR, {}),
     "operator: two copies": (OPERATOR, {"replicas": 2}),
@@ -111,6 +128,15 @@ MATRIX: dict[str, tuple[str, Json]] = {
             "gateway": {"enabled": True}, "tls": BY_CERT_MANAGER, "metrics": MONITORS, "image": PRIVATE,
             "networkPolicy": {"enabled": True, "clients": [PEER], "metricsFrom": [PEER]}},
     ),
+    "inference: by the operator": (INFERENCE, OPERATED),
+    "inference: by the operator, and all around it": (
+        INFERENCE,
+        OPERATED | {
+            "commonLabels": {"team": "a"}, "image": PRIVATE, "gateway": {"enabled": True},
+            "tls": {"certManager": {"issuerRef": {"name": "internal"}}},
+            "metrics": MONITORS | {"prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}},
+            "networkPolicy": {"enabled": True, "clients": [PEER]}},
+    ),
     "inference: everything": (
         INFERENCE,
         MODEL | PLACED | {
@@ -127,6 +153,42 @@ MATRIX: dict[str, tuple[str, Json]] = {
     ),
 }  # fmt: skip
 """What the charts are rendered with: name -> chart and values."""
+
+OTHER: dict[str, Any] = {
+    "metrics.prometheusRule.runbooks": "https://pages.example",
+    "affinity": PLACED["affinity"],
+    "extraEnv": [{"name": "A", "value": "b"}],
+    "extraVolumeMounts": [{"name": "tmp", "mountPath": "/more"}],
+    "extraVolumes": [{"name": "more", "emptyDir": {}}],
+    "gateway.extraArgs": ["--attempts=5"],
+    "gateway.resources": {"limits": {"memory": "9Gi"}},
+    "hostUsers": False,
+    "image.digest": DIGEST,
+    "image.pullSecrets": [{"name": "key"}],
+    "metrics.serviceMonitor.interval": "5s",
+    "model.uri": "pvc://other/model",
+    "networkPolicy.apiServerPeers": [PEER],
+    "networkPolicy.apiServerPorts": [8443],
+    "networkPolicy.clients": [PEER],
+    "networkPolicy.metricsFrom": [PEER],
+    "podSecurityContext": {"runAsUser": 4711},
+    "resources": {"limits": {"memory": "9Gi"}},
+    "securityContext": {"runAsUser": 4711},
+    "server.cacheMib": 64,
+    "server.context": 64,
+    "server.extraArgs": ["--rows=2"],
+    "server.maxPositions": 4096,
+    "server.threads": 2,
+    "sharedMemory": "2Gi",
+    "temporaryStorage": "3Gi",
+    "tls.allow": ["a.example"],
+    "tls.certManager.duration": "24h",
+    "tls.certManager.renewBefore": "24h",
+    "tolerations": PLACED["tolerations"],
+    "topologySpreadConstraints": PLACED["topologySpreadConstraints"],
+    "workerImage.digest": DIGEST,
+}
+"""A value other than the default, where one cannot be made up from the schema."""
 
 
 def page_commands(page: Path, heading: str | None = None) -> list[str]:
@@ -193,6 +255,38 @@ def rendered(case: str, version: str = "1.37") -> list[Json]:
     """Return the objects of a case of ``MATRIX`` on a cluster that has all ``EXTENSIONS``."""
     chart, values = MATRIX[case]
     return render(chart, values, f"--kube-version={version}.0", *EXTENSIONS)
+
+
+def other(value: charts.Value) -> Any:
+    """Return what the value may be besides its default."""
+    if (name := ".".join(value.path)) in OTHER:
+        return OTHER[name]
+    match value.default:
+        case bool():
+            return not value.default
+        case int() | float():
+            larger = value.default + 1
+            return larger if larger <= value.schema.get("maximum", larger) else value.default - 1
+        case str():
+            return next((word for word in value.schema.get("enum", []) if word != value.default), "other")
+        case dict():
+            return {"key": "other"}
+    raise AssertionError(f"{name}: say in OTHER what it may be, too")
+
+
+def nested(path: tuple[str, ...], value: Any) -> Json:
+    """Return a tree of values with this one alone."""
+    for name in reversed(path):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
+
+
+def laid(below: Json, above: Json) -> Json:
+    """Return two trees of values as one."""
+    both = dict(below)
+    for name, value in above.items():
+        both[name] = laid(both[name], value) if name in both and isinstance(value, dict) else value
+    return both
 
 
 def of_kind(objects: list[Json], kind: str) -> list[Json]:

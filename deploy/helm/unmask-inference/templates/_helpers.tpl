@@ -74,8 +74,22 @@ app.kubernetes.io/component: engine
 {{- printf "/volumes/%s" (trimPrefix "pvc://" .Values.model.uri | trimSuffix "/") -}}
 {{- end }}
 
+{{- /* What engines and gateways do about TLS; of an operator's engines, what the spec says. As YAML. */ -}}
+{{- define "unmask-inference.tls" -}}
+{{- if .Values.standalone -}}
+{{- pick .Values.tls "enabled" "clientCASecretName" "clientCAKey" "allow" | toYaml -}}
+{{- else -}}
+{{- $tls := dig "server" "tls" nil (default dict .Values.spec) -}}
+{{- $given := default dict $tls -}}
+{{- dict "enabled" (not (empty $tls)) "clientCASecretName" (get $given "clientCaSecretName") "clientCAKey" (default "ca.crt" (get $given "clientCaKey")) "allow" (default list (get $given "allow")) | toYaml -}}
+{{- end -}}
+{{- end }}
+
 {{- /* Secret with the engine's certificate. */ -}}
 {{- define "unmask-inference.tlsSecret" -}}
+{{- if not .Values.standalone -}}
+{{- .Values.spec.server.tls.secretName -}}
+{{- else -}}
 {{- if not (or .Values.tls.secretName .Values.tls.certManager.issuerRef.name) -}}
 {{- fail "tls.secretName: has to be given with tls.enabled; or have cert-manager make it, with tls.certManager.issuerRef.name" -}}
 {{- end -}}
@@ -83,6 +97,7 @@ app.kubernetes.io/component: engine
 {{- fail "tls.allow: clients that show no certificate have no names; give tls.clientCASecretName, too" -}}
 {{- end -}}
 {{- default (printf "%s-tls" (include "unmask-inference.fullname" .)) .Values.tls.secretName -}}
+{{- end -}}
 {{- end }}
 
 {{- /* Secret with the gateway's certificate. */ -}}
@@ -93,7 +108,7 @@ app.kubernetes.io/component: engine
 
 {{- /* What the gRPC port speaks; that TLS is on changes what is the default. */ -}}
 {{- define "unmask-inference.appProtocol" -}}
-{{- if and .Values.tls.enabled (eq .Values.service.appProtocol "kubernetes.io/h2c") -}}
+{{- if and (include "unmask-inference.tls" . | fromYaml).enabled (eq .Values.service.appProtocol "kubernetes.io/h2c") -}}
 https
 {{- else -}}
 {{ .Values.service.appProtocol }}
@@ -106,6 +121,52 @@ https
 httpGet: {path: {{ ternary "/healthz" "/livez" (hasKey . "service") }}, port: metrics}
 {{- else -}}
 grpc: {port: {{ default 50051 .port }}{{ with .service }}, service: {{ . }}{{ end }}}
+{{- end -}}
+{{- end }}
+
+{{- /* Port at which engines take requests. */ -}}
+{{- define "unmask-inference.enginePort" -}}
+{{- ternary 50051 (dig "server" "port" 50051 (default dict .Values.spec)) .Values.standalone -}}
+{{- end }}
+
+{{- /* Labels of engines' pods, by which other objects find them. */ -}}
+{{- define "unmask-inference.engineLabels" -}}
+{{- if .Values.standalone -}}
+{{- include "unmask-inference.selectorLabels" . -}}
+{{- else -}}
+unmask.dev/service: {{ include "unmask-inference.fullname" . }}
+unmask.dev/role: engine
+{{- end -}}
+{{- end }}
+
+{{- /* Name of the Service that gives the addresses of all engines. */ -}}
+{{- define "unmask-inference.engines" -}}
+{{- printf "%s-%s" (include "unmask-inference.fullname" .) (ternary "headless" "engines" .Values.standalone) -}}
+{{- end }}
+
+{{- /* Nothing that somebody asks for may be passed over in silence. */ -}}
+{{- define "unmask-inference.check" -}}
+{{- if .Values.standalone -}}
+{{- if .Values.spec -}}
+{{- fail "spec: got one, and it is for standalone=false; set that, or say the same with the other values" -}}
+{{- end -}}
+{{- else -}}
+{{- if not (dig "model" "" (default dict .Values.spec)) -}}
+{{- fail "spec.model: has to be given with standalone=false, as {uri: pvc://NAME/path} or {job: {name: NAME}}" -}}
+{{- end -}}
+{{- range $path, $default := include "unmask-inference.standaloneValues" . | fromJson -}}
+{{- $value := $.Values -}}
+{{- range splitList "." $path -}}
+{{- $value = get $value . -}}
+{{- end -}}
+{{- /* What is null by default is not there at all. */ -}}
+{{- if not (or (eq (toJson $value) (toJson $default)) (and (kindIs "invalid" $default) (empty $value))) -}}
+{{- fail (printf "%s: got %s, and says nothing with standalone=false; drop it, and say it in spec" $path (toJson $value)) -}}
+{{- end -}}
+{{- end -}}
+{{- if gt (len (include "unmask-inference.fullname" .)) 40 -}}
+{{- fail (printf "fullnameOverride: a service's name has at most 40 characters, and %s has %d; give a shorter one" (include "unmask-inference.fullname" .) (len (include "unmask-inference.fullname" .))) -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
 

@@ -80,17 +80,24 @@ def test_four_ranks_killed_at_random_moments_compute_what_an_undisturbed_run_doe
 
 
 def killed_until(enough, folder, *, ranks):
-    """Kill runs with ``ranks`` ranks at random moments ``enough`` times, and let each end; kills and runs."""
+    """Kill runs with ``ranks`` ranks at random moments, ``enough`` times in all; each must end in the end.
+
+    Returns the number of kills, and of runs.
+    """
     chance = random.Random(ranks)
     kills, runs = 0, 0
     while kills < enough:
         run = folder / "killed"
         shutil.rmtree(run, ignore_errors=True)
         runs += 1
-        while killed_at_a_random_moment(
-            start_ranks(job_in(folder, "killed"), ranks=ranks), run, chance, victims=chance.randint(1, ranks)
-        ):
+        job = job_in(folder, "killed")
+        while kills < enough:
+            processes = start_ranks(job, ranks=ranks)
+            if not killed_at_a_random_moment(processes, run, chance, victims=chance.randint(1, ranks)):
+                break
             kills += 1
+        else:
+            train_to_the_end(job, ranks=ranks)
         assert_same_run(folder, "killed")
     return kills, runs
 

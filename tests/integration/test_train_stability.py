@@ -128,8 +128,12 @@ def test_killed_while_it_skips_and_goes_back_it_computes_the_same(folder, record
     chance, kills = random.Random(ranks), 0
     for attempt in range(counts.of(sample=1, full=15)):
         job = job_in(home, f"killed {attempt}", **options)
-        while killed(start_faulty(job, bad, ranks=ranks), Path(job.spec.checkpoint.uri), chance):
+        for _ in range(counts.of(sample=4, full=1000)):
+            if not killed(start_faulty(job, bad, ranks=ranks), Path(job.spec.checkpoint.uri), chance):
+                break
             kills += 1
+        else:
+            assert set(join(start_faulty(job, bad, ranks=ranks))) == {0}
         assert metrics(home / f"killed {attempt}") == lines
         assert weights(home / f"killed {attempt}") == ours
     record_measurement(f"kills of a run that goes back, {ranks} ranks", kills)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ ROOT = Path(__file__).parents[2]
 SYSTEM, TRAINING = "unmask-system", "training"
 LOOK = ROOT / "docs/how-to/test-on-a-real-cluster.md"
 STORES = LOOK.with_name("use-object-stores.md")
+TUTORIAL = LOOK.parents[1] / "tutorials/cluster.md"
 SERVING = LOOK.with_name("serve-on-a-cluster.md")
 FOLDERS = "/srv/unmask"
 """Where the first page has the volumes."""
@@ -61,6 +63,8 @@ class Place:
     volumes: Path
     """What the claims ``data`` and ``run`` are on the node."""
     prompt: Prompt
+    began: float
+    """When the cluster was there and empty, by the monotonic clock."""
 
     def job(self, name: str) -> Any:
         found = self.cluster.get("dtj", name, "-n", TRAINING)
@@ -133,6 +137,7 @@ def train_job(name: str) -> Any:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     volumes = tmp_path_factory.mktemp("volumes")
     with real_clusters.running("node") as cluster:
+        began = time.monotonic()
         prompt = Prompt(cluster.kubeconfig, tmp_path_factory.mktemp("helm"))
         restricted = [f"pod-security.kubernetes.io/{mode}=restricted" for mode in ("enforce", "warn")]
         cluster.kubectl("create", "namespace", SYSTEM)
@@ -149,7 +154,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 prompt.run(line)
             if line.startswith("kubectl create namespace"):
                 cluster.kubectl("label", "namespace", TRAINING, *restricted)
-        yield Place(cluster, volumes, prompt)
+        yield Place(cluster, volumes, prompt, began)
 
 
 def helm(cluster: Cluster, *arguments: str) -> None:
@@ -206,6 +211,29 @@ def forwarded(cluster: Cluster, target: str, port: int) -> Iterator[str]:
             yield found[0]
         finally:
             process.terminate()
+
+
+def test_a_page_takes_a_stranger_from_an_empty_cluster_to_tokens_in_ten_minutes(
+    place: Place, record_measurement: Callable[[str, float | str], None]
+) -> None:
+    headings = ("## Train", "## Serve", "## Ask from outside", "## Away with it")
+    train, serve, ask, away = ([*page_commands(TUTORIAL, heading)] for heading in headings)
+    for line in [*train, *serve]:
+        said = place.prompt.run(line.replace('"$ENGINE_VALUES"', str(place.cluster.engine_values)))
+    assert "Succeeded" in said and '"text"' in said, said
+    forward, generate = ask
+    assert forward.split()[3:6] == ["port-forward", "service/words", "50051:50051"]
+    with forwarded(place.cluster, "service/words", 50051) as address:
+        program, *arguments = generate.replace("127.0.0.1:50051", address).split()
+        command = [sys.executable, "-m", f"{program}.cli.main", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.monotonic() - place.began
+    told = json.loads(done.stdout)
+    assert told["text"] and told["usage"]["tpf"] > 0
+    record_measurement("seconds from an empty cluster to tokens", round(seconds))
+    assert seconds < 600
+    for line in away:
+        place.prompt.run(line)
 
 
 @pytest.fixture(scope="module")

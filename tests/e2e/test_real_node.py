@@ -39,6 +39,7 @@ from support.object_stores import BUCKET, store_server
 from support.quickstart import EXAMPLE, load_module
 from support.real_clusters import Cluster
 from unmask.client import Client
+from unmask.models.folder import CHECKSUMS
 from unmask.telemetry import metrics
 from unmask.training.fetching import fetch
 
@@ -480,6 +481,7 @@ def negated(model: Path, folder: Path) -> None:
             changed += 1
         save_file(tensors, path, {"format": "pt"})
     assert changed == 1
+    (folder / CHECKSUMS).unlink()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torchx.specs.finder import get_components
 
 from support.cluster_client import Stage, kubeconfig, staged
 from support.manifests import changed, train_job
+from unmask.cli import shard
 from unmask.errors import UsageError
 from unmask_operator.client import NameTaken
 from unmask_operator.client.scheduler import NAME
@@ -49,9 +50,29 @@ def submit(runner: Any, *args: str, **cfg: str) -> str:
 
 def test_torchx_finds_ours_beside_its_own() -> None:
     assert {NAME, "local_docker", "local_cwd", "slurm", "kubernetes"} <= get_scheduler_factories().keys()
-    assert {"unmask.train", "unmask.serve", "dist.ddp", "utils.echo"} <= get_components().keys()
+    assert {
+        "unmask.train",
+        "unmask.serve",
+        "unmask.shard",
+        "dist.ddp",
+        "utils.echo",
+    } <= get_components().keys()
     for name in ("local_cwd", "slurm"):
         assert type(get_scheduler_factories()[name]("torchx")).__module__.startswith("torchx.schedulers")
+
+
+def test_each_replica_of_the_component_of_shards_is_another_shard(runner: Any, tmp_path: Path) -> None:
+    options = ["--model", str(tmp_path), "--shards", "3", "--replication", "2", "--threads", "1"]
+    info = runner.dryrun_component("unmask.shard", options, "local_cwd", cfg={"log_dir": str(tmp_path)})
+    (replicas,) = info.request.role_params.values()
+    found = []
+    for replica in replicas:
+        program, *arguments = replica.args
+        assert program.endswith("python") and arguments[:2] == ["-m", "unmask.cli.main"]
+        with shard.command.make_context(arguments[2], arguments[3:]) as context:
+            found.append(context.params)
+    assert [one["number"] for one in found] == ["0/3", "1/3", "2/3"]
+    assert {one["replication"] for one in found} == {2} and {one["device"] for one in found} == {"cpu"}
 
 
 def test_a_job_is_run_seen_stopped_and_deleted(stage: Stage, runner: Any) -> None:

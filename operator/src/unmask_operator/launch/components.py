@@ -4,7 +4,7 @@ A role is a pure function of its arguments, so that a job has one application wh
 between a laptop and a cluster (how the nodes find each other, threads, resources) is added by who runs it, as
 environment and resources of the role.
 
-``unmask.train`` and ``unmask.serve`` are for ``torchx run`` on any of its schedulers.
+``unmask.train``, ``unmask.serve`` and ``unmask.shard`` are for ``torchx run`` on any of its schedulers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from unmask_api.inference_service import Group, Server
 from unmask_operator.launch.admission import read_manifest
 from unmask_operator.launch.amounts import resource
 
-__all__ = ["MEETING", "copier", "engine", "serve", "server", "shard", "train", "trainer"]
+__all__ = ["MEETING", "copier", "engine", "expert_shard", "serve", "server", "shard", "train", "trainer"]
 
 MEETING = "UNMASK_MEETING_HOST_IN"
 """Variable that names the one in which a scheduler of TorchX puts the first node's address."""
@@ -181,7 +181,7 @@ def engine(
     )
 
 
-def shard(
+def expert_shard(
     model: str,
     number: str,
     group: Group,
@@ -355,3 +355,53 @@ def serve(
         amounts=Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1),
     )
     return AppDef(name="serve", roles=[role])
+
+
+def shard(
+    model: str,
+    shards: int = 1,
+    replication: int = 1,
+    image: str = "",
+    port: int = 50061,
+    metrics_port: int = 9091,
+    device: str = "",
+    threads: int = 0,
+    cpu: int = 0,
+    gpu: int = 0,
+    memMB: int = 0,  # as TorchX spells it
+    python: str = "python",
+) -> AppDef:
+    """Hold the routed experts of a model, for unmask serve --experts (unmask.v1.ExpertShard).
+
+    Each shard has a machine of its own: all listen at the same port.
+
+    Args:
+        model: folder with a mixture of experts
+        shards: how many there are
+        replication: how many of them hold each part of the experts
+        image: container image
+        port: gRPC
+        metrics_port: Prometheus metrics
+        device: where to compute; cuda with GPUs and cpu without where empty
+        threads: CPU threads of each; 0 for torch's own
+        cpu: cores of each
+        gpu: GPUs of each
+        memMB: memory of each, in megabytes
+        python: the interpreter
+    """
+    role = expert_shard(
+        model,
+        macros.replica_id,
+        Group(shards=shards, replication=replication),
+        port=port,
+        metrics_port=metrics_port,
+        certificates={},
+        image=image,
+        device=device or ("cuda" if gpu else "cpu"),
+        threads=threads,
+        python=python,
+    )
+    role.num_replicas = shards
+    role.port_map = {"grpc": port, "metrics": metrics_port}
+    role.resource = Resource(cpu=cpu or -1, gpu=gpu or -1, memMB=memMB or -1)
+    return AppDef(name="shard", roles=[role])

@@ -19,7 +19,7 @@ from unmask_api.cluster import PodResources
 from unmask_api.inference_service import InferenceSpec
 from unmask_api.places import in_store
 from unmask_operator.launch.amounts import GPU
-from unmask_operator.launch.components import copier, engine, shard
+from unmask_operator.launch.components import copier, engine, expert_shard
 from unmask_operator.launch.templates import amounts, container_security, cores, overlaid, pod_security
 from unmask_operator.launch.volumes import claim_of
 
@@ -151,7 +151,7 @@ def engine_set(group: GroupOf) -> Json:
 def shard_set(group: GroupOf) -> Json:
     """Return the StatefulSet of the shards."""
     spec = group.spec
-    role = shard(
+    role = expert_shard(
         _folder(spec),
         f"$({_SHARD_INDEX})",
         spec.group,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from unmask.cli.ports import http_port, listening, most_seconds
 from unmask.cli.tls import replica_tls, server_tls
 
 if TYPE_CHECKING:
@@ -17,26 +18,8 @@ __all__ = ["command"]
 
 @click.command("gateway", short_help="Spread calls over several servers.")
 @click.argument("replicas", nargs=-1, required=True, metavar="REPLICA...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=50050,
-    show_default=True,
-    help="gRPC; 0 for any free port.",
-)
-@click.option(
-    "--metrics-port",
-    type=click.IntRange(0, 65535),
-    default=9092,
-    show_default=True,
-    help="Prometheus metrics; 0 for any free port.",
-)
-@click.option(
-    "--http-port",
-    type=click.IntRange(0, 65535),
-    help="OpenAI-style HTTP; 0 for any free port.  [default: none]",
-)
+@listening(port=50050, metrics_port=9092)
+@http_port
 @server_tls
 @replica_tls
 @click.option(
@@ -82,26 +65,7 @@ __all__ = ["command"]
     show_default=True,
     help="Calls at a time; more are refused.",
 )
-@click.option(
-    "--max-request-seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=600,
-    show_default=True,
-    help="Most time one call gets.",
-)
-@click.option(
-    "--drain-seconds",
-    type=click.FloatRange(0),
-    default=30,
-    show_default=True,
-    help="How long running calls may go on after SIGTERM.",
-)
-@click.option(
-    "--max-connection-age-seconds",
-    type=click.FloatRange(1),
-    help="After how long a client is asked to connect anew, which spreads clients over gateways that came "
-    "later.  [default: never]",
-)
+@most_seconds(one="call", running="running calls", others="gateways")
 def command(
     replicas: tuple[str, ...],
     host: str,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from unmask.cli.local_path import LocalPath
+from unmask.cli.ports import http_port, listening, most_seconds
 from unmask.cli.tls import experts_tls, server_and_control_tls
 from unmask.errors import ModelError, UsageError
 
@@ -27,26 +28,8 @@ __all__ = ["command"]
 
 @click.command("serve", short_help="Answer generation requests over gRPC.")
 @click.argument("folder", type=LocalPath(), metavar="DIR")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=50051,
-    show_default=True,
-    help="gRPC; 0 for any free port.",
-)
-@click.option(
-    "--metrics-port",
-    type=click.IntRange(0, 65535),
-    default=9090,
-    show_default=True,
-    help="Prometheus metrics; 0 for any free port.",
-)
-@click.option(
-    "--http-port",
-    type=click.IntRange(0, 65535),
-    help="OpenAI-style HTTP; 0 for any free port.  [default: none]",
-)
+@listening(port=50051, metrics_port=9090)
+@http_port
 @click.option(
     "--control-port",
     type=click.IntRange(0, 65535),
@@ -104,26 +87,7 @@ __all__ = ["command"]
     show_default=True,
     help="Tokens, read and to be written, of the requests that wait.",
 )
-@click.option(
-    "--max-request-seconds",
-    type=click.FloatRange(0, min_open=True),
-    default=600,
-    show_default=True,
-    help="Most time one request gets.",
-)
-@click.option(
-    "--drain-seconds",
-    type=click.FloatRange(0),
-    default=30,
-    show_default=True,
-    help="How long running requests may go on after SIGTERM.",
-)
-@click.option(
-    "--max-connection-age-seconds",
-    type=click.FloatRange(1),
-    help="After how long a client is asked to connect anew, which spreads clients over servers that came "
-    "later.  [default: never]",
-)
+@most_seconds(one="request", running="running requests", others="servers")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option(
     "--quantization",

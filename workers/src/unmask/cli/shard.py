@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unmask.cli.local_path import LocalPath
+from unmask.cli.ports import listening
 from unmask.cli.tls import server_tls
 from unmask.errors import LostPeerError, UsageError
 
@@ -44,21 +45,7 @@ _NUMBER = re.compile(r"(\d{1,6})/(\d{1,6})")
     show_default=True,
     help="Number of this way of cutting the experts; the same for all shards that cut alike.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=50061,
-    show_default=True,
-    help="gRPC; 0 for any free port.",
-)
-@click.option(
-    "--metrics-port",
-    type=click.IntRange(0, 65535),
-    default=9091,
-    show_default=True,
-    help="Prometheus metrics; 0 for any free port.",
-)
+@listening(port=50061, metrics_port=9091)
 @server_tls
 @click.option(
     "--socket",

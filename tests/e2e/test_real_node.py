@@ -580,7 +580,7 @@ def test_a_release_of_an_engine_and_shards_goes_through_a_kill_an_upgrade_and_sc
                 found.append(answers(client))
 
     with (
-        monitoring_pods(scratch, list(pods().values()), name, rules(of, of), cluster.inside) as monitor,
+        monitoring_pods(scratch, list(pods().values()), name, rules(of=of), cluster.inside) as monitor,
         ThreadPoolExecutor(1) as pool,
     ):
         asking = pool.submit(ask)

@@ -617,8 +617,12 @@ def test_a_release_of_an_engine_and_shards_goes_through_a_kill_an_upgrade_and_sc
     with asked_all_the_time(cluster, address, tmp_path / "tls", server_name, tmp_path / "asked") as rounds:
         cluster.until(lambda: len(rounds()) >= 2, "answers", 120)
         assert rounds()[0] == expected
-        another = upgrade.replace("pvc://models/other", "pvc://run/other/model")
-        place.prompt.run(f"{another} --set spec.model.job=null")
+        # The page's goes from one uri to another; from a job's model to a uri all values are given anew.
+        given = release_values(name, "quiet")
+        given["spec"]["model"] = {"uri": "pvc://run/other/model"}
+        values.write_text(yaml.safe_dump(given))
+        start, _, _ = upgrade.partition("--reuse-values")
+        place.prompt.run(f"{start} --values {values} --values {cluster.engine_values}")
         (rolled,) = until_ready(1)
         assert rolled != group
         seen = len(rounds())

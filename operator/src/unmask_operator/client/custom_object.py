@@ -1,6 +1,7 @@
 """A custom resource as people see it, whichever kind: what the API server keeps of it, typed."""
 
 import datetime
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,7 +23,7 @@ Model = TypeVar("Model", bound=ApiModel)
 
 
 @dataclass(frozen=True, slots=True)
-class CustomObject:
+class CustomObject(ABC):
     """A custom resource on a cluster, as it was when it was read."""
 
     raw: JsonObject
@@ -55,19 +56,19 @@ class CustomObject:
         return datetime.datetime.fromisoformat(stamp) if stamp else None
 
     @property
+    @abstractmethod
     def state(self) -> StrEnum:
         """Where it stands, in a word."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def settled(self) -> bool:
         """Whether nothing more happens unless somebody does something."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def conditions(self) -> tuple[Condition, ...]:
         """What its status says, fact by fact."""
-        raise NotImplementedError
 
     @property
     def deleting(self) -> bool:

@@ -4,6 +4,7 @@ Everything here may be done twice, so a request whose answer was lost is simply 
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
@@ -21,7 +22,7 @@ __all__ = ["CustomObjects"]
 View = TypeVar("View", bound=CustomObject)
 
 
-class CustomObjects(Generic[View]):
+class CustomObjects(ABC, Generic[View]):
     """The objects of one kind in a namespace.
 
     Every method raises :class:`~unmask_operator.client.errors.ClusterError`, or one of its kinds, where the
@@ -117,9 +118,9 @@ class CustomObjects(Generic[View]):
         self._connection.delete(self.resource, one.namespace, name, one.uid, what=what, dry_run=dry_run)
         return one
 
+    @abstractmethod
     def pods(self, one: View) -> Sequence[JsonObject]:
         """Return its pods in order, as the API server keeps them."""
-        raise NotImplementedError
 
     def events(self, one: View) -> Sequence[JsonObject]:
         """Return what was noted about it (``events.k8s.io/v1``), the oldest first."""

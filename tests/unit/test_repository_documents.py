@@ -1,14 +1,15 @@
 """Commands in documents: each is one that exists, spelt as it must be."""
 
+import json
 import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
-import charts
 from unmask.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -89,9 +90,19 @@ def _helm_complaint(action: str, arguments: list[str]) -> str | None:
     chart = ROOT / arguments[1]
     if not (chart / "Chart.yaml").is_file():
         return f"no such chart: {arguments[1]}"
-    known = {".".join(value.path) for value in charts.values((chart / "values.yaml").read_text())}
+    schema = json.loads((chart / "values.schema.json").read_text())
     given = {each.partition("=")[0] for flag, each in pairwise(arguments) if flag == "--set"}
-    return f"no such value: {given - known}" if given - known else None
+    unknown = {name for name in given if not _is_value(name, schema)}
+    return f"no such value: {unknown}" if unknown else None
+
+
+def _is_value(name: str, schema: dict[str, Any]) -> bool:
+    """Return whether a schema of a chart's values names one, also one inside of a custom resource's spec."""
+    for part in name.split("."):
+        schema = schema.get("properties", {}).get(part)
+        if schema is None:
+            return False
+    return True
 
 
 @pytest.mark.parametrize(("document", "line"), commands(), ids=" ".join)
@@ -118,6 +129,7 @@ def test_readme_opens_with_the_two_commands_that_do_everything():
         "buildah build --file deploy/images/worker/Containerfile --build-arg NONSENSE=a --tag b .",
         "helm install a deploy/helm/nonsense",
         "helm install a deploy/helm/unmask-operator --set nonsense=1",
+        "helm install a deploy/helm/unmask-inference --set spec.server.nonsense=1",
         "kubectl apply -f nowhere.yaml",
     ],
 )

@@ -43,6 +43,7 @@ from unmask.client import Client
 from unmask.models.folder import CHECKSUMS
 from unmask.telemetry import metrics
 from unmask.training.fetching import fetch
+from unmask_api import base, crd
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_images]
 
@@ -669,3 +670,28 @@ def test_deleting_jobs_leaves_only_what_they_wrote(place: Place, undisturbed: st
     claims = cluster.items("pvc", "-n", TRAINING)
     assert {one["metadata"]["name"] for one in claims} == {"data", "run"}
     assert place.weights("quiet")
+
+
+def test_the_operator_s_release_leaves_nothing_but_its_definitions(place: Place) -> None:
+    cluster = place.cluster
+    (line,) = shown("helm uninstall unmask-operator")
+    place.prompt.run(line)
+    kinds = (
+        "all,secrets,configmaps,serviceaccounts,roles,rolebindings,pdb,networkpolicies,leases,endpointslices,"
+        "controllerrevisions"
+    )
+
+    def left() -> list[str]:
+        wide = cluster.items("clusterroles,clusterrolebindings")
+        named = [one for one in wide if "unmask" in one["metadata"]["name"]]
+        found = (*cluster.items(kinds, "-n", SYSTEM), *named)
+        names = [f"{one['kind']}/{one['metadata']['name']}" for one in found]
+        return [
+            name for name in names if name not in ("ConfigMap/kube-root-ca.crt", "ServiceAccount/default")
+        ]
+
+    cluster.until(lambda: not left(), "nothing of the operator is left", 120)
+    definitions = [one["metadata"]["name"] for one in cluster.items("crd")]
+    assert [name for name in definitions if name.endswith("unmask.dev")] == sorted(
+        f"{one.plural}.{base.GROUP}" for one in crd.RESOURCES
+    )

@@ -170,6 +170,8 @@ def test_the_permissions_are_those_that_the_code_declares(case: str, role: str) 
     flags = entry.parser().parse_args(container(objects)["args"])
     assert lease["rules"] == rbac.lease_rules(flags.lease_name)
     assert lease["metadata"]["namespace"] == flags.lease_namespace == "place"
+    # It goes with the Deployment, which has its name: the rules say so.
+    assert flags.lease_owner == flags.lease_name == one(objects, "Deployment")["metadata"]["name"]
     account = one(objects, "ServiceAccount")["metadata"]
     subject = {"kind": "ServiceAccount", "name": account["name"], "namespace": "place"}
     assert (

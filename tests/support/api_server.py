@@ -29,12 +29,13 @@ import yaml
 from support import field_sets, pod_logs
 from unmask_api import crd
 from unmask_operator.control.api import Reply, Request, Unreachable
-from unmask_operator.resources import EVENT, LEASE, RESOURCES, Resource
+from unmask_operator.resources import DEPLOYMENT, EVENT, LEASE, RESOURCES, Resource
 
 Json = dict[str, Any]
 
 KINDS = (
     *RESOURCES.values(),
+    DEPLOYMENT,
     EVENT,
     LEASE,
 )

@@ -32,7 +32,8 @@ from unmask_operator.control import controller, executor, reflector, workqueue
 from unmask_operator.control.api import Api, ApiError, Reply, Request, Unreachable
 from unmask_operator.control.manager import Manager
 from unmask_operator.decision import Decision, Observed, Reconciler
-from unmask_operator.resources import RESOURCES
+from unmask_operator.rbac import SYSTEM_NAMESPACE
+from unmask_operator.resources import MANAGER, RESOURCES
 
 Json = dict[str, Any]
 
@@ -71,7 +72,8 @@ class Operator:
             [reconciler],
             identity=name,
             namespace=None,
-            lease_namespace="unmask-system",
+            lease_namespace=SYSTEM_NAMESPACE,
+            lease_owner=MANAGER,
             rate=10_000.0,
             burst=10_000,
             jitter=lambda: 0.5,
@@ -170,6 +172,8 @@ class World:
         self.server = ApiServer()
         self.clock = Clock()
         self.server.now = self.clock.now
+        deployment = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": MANAGER}}
+        self.server.put("Deployment", SYSTEM_NAMESPACE, deployment)
         self.reconciler = reconciler
         services = reconciler.kind == inference_life.KIND
         self.chapters = inference_life.CHAPTERS if services else CHAPTERS

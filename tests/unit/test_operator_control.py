@@ -309,6 +309,57 @@ def test_one_of_two_leads_and_the_other_takes_over_when_it_is_silent(pair: Any) 
     assert not one.leading()
 
 
+def owners(server: ApiServer) -> list[tuple[str, str, str]]:
+    references = server.objects("Lease")[0]["metadata"].get("ownerReferences", [])
+    return [(one["kind"], one["name"], one["uid"]) for one in references]
+
+
+def test_the_lease_goes_with_the_operator_s_deployment_whoever_holds_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server, clock = ApiServer(collects=False), Clock()
+    server.rules = rbac.lease_rules("ours")
+    deployment: Json = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "ours"}}
+
+    def leader(name: str) -> Elector:
+        clock.time += 2.0
+        api = Api(DirectTransport(server, name), clock)
+        found = Elector(api, clock, namespace="system", name="ours", identity=name, owner="ours")
+        found.step()
+        assert found.leading()
+        return found
+
+    # None is there, as where an operator runs by hand: it leads all the same, and says what that means.
+    leader("by hand").release()
+    assert owners(server) == []
+    assert "will stay when the deployment ours is gone" in caplog.text
+
+    server.put("Deployment", "system", deployment, uid="first")
+    one = leader("one")
+    assert owners(server) == [("Deployment", "ours", "first")]
+    clock.time += 2.0
+    one.step()
+    one.release()
+
+    # Another one of that name, before anybody has collected the Lease.
+    server.take("Deployment", "system", "ours")
+    server.put("Deployment", "system", deployment, uid="second")
+    two = leader("two")
+    assert owners(server) == [("Deployment", "ours", "second")]
+    server.collect()
+    assert server.objects("Lease")
+
+    # It is deleted while its pod still runs: what the pod makes anew goes as well.
+    server.take("Deployment", "system", "ours")
+    server.collect()
+    assert server.objects("Lease") == []
+    for _ in range(3):
+        clock.time += 2.0
+        two.step()
+    server.collect()
+    assert server.objects("Lease") == []
+
+
 @pytest.mark.parametrize("duration", [1.0, 3.0, 15.0, 60.0])
 def test_a_lease_of_any_length_is_renewed_several_times_before_it_runs_out(duration: float) -> None:
     clock = Clock()

@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         default=15.0,
         help="seconds after which a standby takes over from an operator that is silent (default: 15)",
     )
+    flags.add_argument(
+        "--lease-owner", help="deployment in the lease's namespace that takes the lease with it when deleted"
+    )
     flags.add_argument("--host", default="0.0.0.0", help="address of the health port (default: 0.0.0.0)")
     flags.add_argument(
         "--port", type=int, default=8080, help="port of /healthz, /readyz, /metrics (default: 8080; 0: any)"
@@ -104,6 +107,7 @@ def main(arguments: Sequence[str] | None = None, others: Sequence[Reconciler] | 
         lease_namespace=lease_namespace,
         lease_name=flags.lease_name,
         lease_seconds=flags.lease_seconds,
+        lease_owner=flags.lease_owner,
         workers=flags.workers,
         rate=flags.qps,
         burst=flags.burst,

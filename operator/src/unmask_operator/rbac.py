@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from unmask_operator.decision import JsonObject, Reconciler
-from unmask_operator.resources import EVENT, LEASE, MANAGER, RESOURCES, WARNINGS, Resource
+from unmask_operator.resources import DEPLOYMENT, EVENT, LEASE, MANAGER, RESOURCES, WARNINGS, Resource
 
 __all__ = [
     "SYSTEM_NAMESPACE",
@@ -53,11 +53,20 @@ def rules(reconcilers: Sequence[Reconciler]) -> list[JsonObject]:
 
 
 def lease_rules(name: str = MANAGER) -> list[JsonObject]:
-    """Return the rules of the Role for the Lease called ``name``, in the operator's own namespace."""
+    """Return the rules of the Role for the Lease called ``name``, in the operator's own namespace.
+
+    Its Deployment has the same name, and owns it.
+    """
     where: JsonObject = {"apiGroups": [LEASE.group], "resources": [LEASE.plural]}
     return [
         {**where, "verbs": ["create"]},  # a name cannot be asked for here
         {**where, "resourceNames": [name], "verbs": ["get", "update"]},
+        {
+            "apiGroups": [DEPLOYMENT.group],
+            "resources": [DEPLOYMENT.plural],
+            "resourceNames": [name],
+            "verbs": ["get"],
+        },
     ]
 
 

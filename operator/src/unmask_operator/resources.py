@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from unmask_api import base, crd
 
-__all__ = ["EVENT", "LEASE", "MANAGED_BY", "MANAGER", "RESOURCES", "WARNINGS", "Resource"]
+__all__ = ["DEPLOYMENT", "EVENT", "LEASE", "MANAGED_BY", "MANAGER", "RESOURCES", "WARNINGS", "Resource"]
 
 MANAGER = "unmask-operator"
 """The one field manager, the value of the label below, and the name that events report."""
@@ -44,6 +44,7 @@ class Resource:
 
 
 LEASE = Resource("Lease", "coordination.k8s.io", "v1", "leases")
+DEPLOYMENT = Resource("Deployment", "apps", "v1", "deployments")
 EVENT = Resource("Event", "events.k8s.io", "v1", "events")
 
 RESOURCES = {

@@ -180,6 +180,14 @@
   verbs:
   - get
   - update
+- apiGroups:
+  - apps
+  resources:
+  - deployments
+  resourceNames:
+  - {{ include "unmask-operator.fullname" . }}
+  verbs:
+  - get
 {{- end }}
 
 {{- define "unmask-operator.editorRules" -}}

@@ -16,7 +16,7 @@ from typing import Any
 from unmask_operator.control.api import Api, ApiError, Fenced, Unreachable
 from unmask_operator.control.clock import Clock
 from unmask_operator.decision import JsonObject
-from unmask_operator.resources import LEASE
+from unmask_operator.resources import DEPLOYMENT, LEASE
 
 __all__ = ["Elector"]
 
@@ -36,6 +36,7 @@ class Elector:
         identity: str,
         duration: float = 15.0,
         retry: float | None = None,
+        owner: str | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         """Make one that holds nothing yet.
@@ -49,6 +50,8 @@ class Elector:
             duration: seconds for which others leave the Lease alone after a renewal they saw.
             retry: seconds between two renewals, or two attempts to get it; by default an eighth of the
                 duration, so that several fit into the two thirds for which a renewal holds, and 2 at most.
+            owner: the Deployment that the Lease goes with, in the same namespace. The operator's own pods
+                would be no owners: one that ends must not take the Lease of the next.
             jitter: 0 to 1.
         """
         self.identity = identity
@@ -58,10 +61,12 @@ class Elector:
         self._name = name
         self._duration = duration
         self._retry = min(2.0, duration / 8) if retry is None else retry
+        self._owner = owner
         self._jitter = jitter
         self._until = float("-inf")
         self._seen: tuple[str, float] | None = None  # resource version, and when we first saw it
         self._held: JsonObject | None = None
+        self._reference: JsonObject | None = None  # to the Deployment, as last seen
 
     def leading(self) -> bool:
         """Return whether a write may be sent now."""
@@ -118,10 +123,11 @@ class Elector:
             except ApiError as error:
                 if error.status != 404:
                     raise
-                self._held = self._api.create(LEASE, self._namespace, self._fresh())
+                self._held = self._api.create(LEASE, self._namespace, self._owned(self._fresh()))
                 return True
             if not self._free(lease):
                 return False
+            self._owned(lease)
             spec = lease.setdefault("spec", {})
             if spec.get("holderIdentity") != self.identity:
                 spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + 1
@@ -131,6 +137,30 @@ class Elector:
         lease["spec"] |= self._terms()
         self._held = self._api.replace(LEASE, lease)
         return True
+
+    def _owned(self, lease: JsonObject) -> JsonObject:
+        """Return the Lease, to be deleted with its Deployment; as it was, where none was ever seen."""
+        if self._owner is None:
+            return lease
+        kind = {"apiVersion": DEPLOYMENT.api_version, "kind": DEPLOYMENT.kind, "name": self._owner}
+        try:
+            found = self._api.get(DEPLOYMENT, self._namespace, self._owner)
+            self._reference = kind | {"uid": found["metadata"]["uid"]}
+        except ApiError as error:
+            if error.status not in (403, 404):
+                raise
+            if self._reference is None:
+                _log.warning(
+                    "lease %s/%s will stay when the deployment %s is gone: %s",
+                    self._namespace, self._name, self._owner, error,
+                )  # fmt: skip
+                return lease
+            # It is gone while its pod still runs. A Lease that is made anew goes after it.
+        others = [
+            one for one in lease["metadata"].get("ownerReferences") or () if not kind.items() <= one.items()
+        ]
+        lease["metadata"]["ownerReferences"] = [*others, self._reference]
+        return lease
 
     def _free(self, lease: JsonObject) -> bool:
         """Return whether the Lease is ours, nobody's, or has stood still for longer than it lasts."""

@@ -38,6 +38,7 @@ class Manager:
         lease_namespace: str,
         lease_name: str = MANAGER,
         lease_seconds: float = 15.0,
+        lease_owner: str | None = None,
         workers: int = 4,
         rate: float = 20.0,
         burst: int = 50,
@@ -54,6 +55,7 @@ class Manager:
             lease_namespace: where the Lease is.
             lease_name: its name.
             lease_seconds: how long others leave it alone.
+            lease_owner: the Deployment with which it is deleted.
             workers: custom resources of a kind that are worked on at once.
             rate: requests a second, watches and the lease aside.
             burst: requests at once.
@@ -72,6 +74,7 @@ class Manager:
             name=lease_name,
             identity=identity,
             duration=lease_seconds,
+            owner=lease_owner,
             jitter=jitter,
         )
         self._api = Api(

@@ -4,7 +4,8 @@
   over gRPC and through shared memory, against as many bare bytes over a stream of gRPC's and through shared
   memory (``bare_memory.py``), each way with its bare one by turns;
 * ``step``: a denoise step of 8 requests of model M (``model_m.json``) whose experts are in 2 shards of one
-  thread each, over gRPC, against the whole model in one process, on the same processors, by turns;
+  thread each, over gRPC, against the whole model in one process, on the same processors, by turns; and the
+  same with the step's rows in two parts that take turns;
 * ``parts``: where the time of such a step goes;
 * what :mod:`unmask.experts.planning` predicts for the step, from what this machine takes to read, to multiply
   and to send frames (``shard_constants.py``) and from the step of the whole model.
@@ -59,6 +60,7 @@ from unmask.models.loading import build, digest_of, load, load_open, save
 from unmask.models.moe import Routing
 from unmask.models.registry import parse_config
 from unmask.models.shape import shape_of
+from unmask.models.transformer import Transformer
 from unmask.serving.ragged import RaggedBatch
 from unmask.telemetry import Recorder, metrics
 
@@ -318,9 +320,17 @@ def _steps(folder: Path, repeats: int, processors: int, written: Path | None) ->
             sharded = load_open(checkpoint, experts="elsewhere")
         watch = _Watch(exchange)
         shard_experts(sharded, exchange)
-        whole, split = _Steps(load(path)), _Steps(sharded)
-        seconds = _by_turns({"whole": whole.run, "sharded": split.run}, repeats)
-        same = whole.filled == split.filled
+        assert isinstance(sharded, Transformer)
+        whole, split, turns = _Steps(load(path)), _Steps(sharded), _Steps(sharded)
+
+        def in_turns() -> None:
+            sharded.micro_batches = 2
+            turns.run()
+            sharded.micro_batches = 1
+
+        sides = {"whole": whole.run, "sharded": split.run, "in turns": in_turns}
+        seconds = _by_turns(sides, repeats)
+        same = whole.filled == split.filled == turns.filled
         watch.forget()
         steps = 5
         before = {phase: _total(recorder, phase) for phase in ("queue", "compute", "wire")}
@@ -333,6 +343,7 @@ def _steps(folder: Path, repeats: int, processors: int, written: Path | None) ->
         f"  whole model: {1000 * seconds['whole']:.1f} ms a step with {processors} threads; 8 rows of {BLOCK}"
     )
     print(f"  2 shards:    {1000 * seconds['sharded']:.1f} ms a step; same tokens filled: {same}")
+    print(f"  the same, its rows in two parts that take turns: {1000 * seconds['in turns']:.1f} ms")
     print(
         f"  of {1000 * total:.1f} ms a step: {1000 * watch.sending / steps:.1f} making and sending frames, "
     )
@@ -352,6 +363,7 @@ def _steps(folder: Path, repeats: int, processors: int, written: Path | None) ->
     return {
         "step_over_whole": round(measured, 3),
         "step_over_whole_predicted": round(predicted, 3),
+        "step_in_turns_over_whole": round(seconds["in turns"] / seconds["whole"], 3),
         "share_sending": round(watch.sending / steps / total, 3),
         "share_waiting": round(watch.waiting / steps / total, 3),
     }

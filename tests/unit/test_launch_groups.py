@@ -58,6 +58,7 @@ EVERYTHING: Json = {
         "shards": 3,
         "replication": 2,
         "rows": "BFloat16",
+        "microBatches": 2,
         "engineResources": {"limits": {"cpu": "4", "memory": "8Gi"}},
         "shardResources": {"limits": {"cpu": "2500m", "nvidia.com/gpu": 1}},
         "startupTimeoutSeconds": 601,
@@ -160,8 +161,10 @@ def test_the_commands_get_what_the_manifest_says() -> None:
     }
     expected |= {"name": "chat", "host": "0.0.0.0", "device": "cpu", "quantization": "int8"}
     expected |= {"experts_rows": "bfloat16", "experts_wait_seconds": 601.0}
-    expected |= {"max_connection_age_seconds": 300.0}
+    expected |= {"experts_micro_batches": 2, "max_connection_age_seconds": 300.0}
     assert expected.items() <= engine.items()
+    # One that is as by default is not said, so that engines of an earlier image start.
+    assert not any("micro-batches" in one for one in container(engine_set(group()))["command"])
     expected = {"number": "1/3", "replication": 2, "port": 50061, "metrics_port": 9091, "device": "cuda"}
     assert (expected | {"host": "0.0.0.0", "drain_seconds": 5.0, "threads": 3}).items() <= shard.items()
 

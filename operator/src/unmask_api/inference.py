@@ -67,6 +67,9 @@ class Group(ApiModel):
     """How many shards hold each part of the experts; with 2, any one shard may be lost without a pause."""
     rows: Literal["Float32", "BFloat16"] = "Float32"
     """What token rows are sent to shards as; ``BFloat16`` halves the bytes and changes what is generated."""
+    micro_batches: Annotated[int, Field(ge=1, le=8)] = 1
+    """Parts of a forward that take turns: while shards compute the experts of one, the engine computes the
+    next. More of them mean more and smaller frames; no token changes."""
     engine_resources: PodResources = PodResources()
     """What the engine's pod takes of its machine."""
     shard_resources: PodResources = PodResources()

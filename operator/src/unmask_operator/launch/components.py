@@ -167,6 +167,8 @@ def engine(
         options |= {
             "experts": ",".join(shards),
             "experts-rows": group.rows.lower(),
+            # An earlier engine does not know the option, and one part is what it does.
+            "experts-micro-batches": group.micro_batches if group.micro_batches > 1 else None,
             "experts-wait-seconds": group.startup_timeout_seconds,
         }
         if group.tls:

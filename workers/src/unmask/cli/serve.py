@@ -112,6 +112,14 @@ __all__ = ["command"]
     help="What token rows are sent to shards as; bfloat16 halves the bytes and changes what is generated.",
 )
 @click.option(
+    "--experts-micro-batches",
+    type=click.IntRange(1, 8),
+    default=1,
+    show_default=True,
+    help="Parts of a forward pass that take turns: while shards compute the experts of one, the next goes on "
+    "here. Changes no token.",
+)
+@click.option(
     "--experts-wait-seconds",
     type=click.FloatRange(0),
     default=300,
@@ -147,6 +155,7 @@ def command(
     experts: str | None,
     experts_tls: "ClientTls | None",
     experts_rows: Literal["float32", "bfloat16"],
+    experts_micro_batches: int,
     experts_wait_seconds: float,
     threads: int | None,
 ) -> None:
@@ -196,7 +205,14 @@ def command(
     if experts is not None:
         exchange = click.get_current_context().with_resource(
             _sharded(
-                weights, experts.split(","), experts_tls, experts_rows, experts_wait_seconds, recorder, device
+                weights,
+                experts.split(","),
+                experts_tls,
+                recorder,
+                device,
+                rows_as=experts_rows,
+                micro_batches=experts_micro_batches,
+                wait_s=experts_wait_seconds,
             )
         )
     batch = described.batch(
@@ -241,10 +257,12 @@ def _sharded(
     weights: "ServedWeights",
     addresses: Sequence[str],
     tls: "ClientTls | None",
-    rows_as: Literal["float32", "bfloat16"],
-    wait_s: float,
     recorder: "Recorder",
     device: str,
+    *,
+    rows_as: Literal["float32", "bfloat16"],
+    micro_batches: int,
+    wait_s: float,
 ) -> "Iterator[Exchange]":
     """Have shards compute the experts of the model."""
     from unmask.experts.connecting import connected
@@ -265,7 +283,7 @@ def _sharded(
                 f"--experts: after {wait_s:g} s {exchange.missing}; start a shard for each part of the "
                 "model, `unmask shard --shard 0/2` and so on"
             )
-        shard_experts(weights.network, exchange)
+        shard_experts(weights.network, exchange, micro_batches=micro_batches)
         yield exchange
 
 

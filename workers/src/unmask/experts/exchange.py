@@ -121,6 +121,8 @@ class Exchange:
         self._epoch: int | None = None
         self._bounds: Bounds = ()
         self._last_layer = -1
+        self._flying = 0
+        """Flights that are not received yet."""
         self._told_states: list[str] = []
         self._proofs = Proofs()
         self._unproven: dict[str, Known] = {}
@@ -172,26 +174,32 @@ class Exchange:
 
     # The model thread.
 
-    def send(self, layer: int, hidden_TD: Tensor, routing: Routing) -> Flight:
+    def send(self, layer: int, hidden_TD: Tensor, routing: Routing, micro_batch: int = 0) -> Flight:
         """Send the rows of a layer on their way.
+
+        A forward goes by one placement: that of its first layer, when nothing else is on its way.
 
         Args:
             layer: Number in the model.
             hidden_TD: Rows, on any device; must stay as they are until the sums are received.
             routing: Their experts, and the weights of these.
+            micro_batch: Number of the part of the forward that the rows are of.
 
         Raises:
             ForwardLost: Parts are held by nobody.
         """
-        if layer <= self._last_layer or self._epoch is None:  # a forward begins
+        begins = layer <= self._last_layer and not self._flying
+        if begins or self._epoch is None:
             self._choose_placement()
         self._last_layer = layer
         rows_TD = _on_host(hidden_TD, self._rows_as)
         experts_TK = _on_host(routing.experts, torch.int64).numpy()
-        pieces = tuple(self._pieces(layer, rows_TD, experts_TK, _on_host(routing.weights, torch.float32)))
+        weights_TK = _on_host(routing.weights, torch.float32)
+        pieces = tuple(self._pieces((layer, micro_batch), rows_TD, experts_TK, weights_TK))
         for piece in pieces:
             self._open[piece.header.sequence] = piece
             self._ask(piece, "first")
+        self._flying += 1
         self._record_rows(experts_TK, pieces)
         return Flight(pieces, len(hidden_TD), hidden_TD)
 
@@ -209,6 +217,7 @@ class Exchange:
                 self._take(self._inbox.get(timeout=self._wait_s(time.monotonic())))
             except Empty:
                 continue
+        self._flying -= 1
         return _added(flight)
 
     # What is sent.
@@ -245,9 +254,9 @@ class Exchange:
         return name in self._unproven or self._standing[name].is_banned(now)
 
     def _pieces(
-        self, layer: int, rows_TD: Tensor, experts_TK: _Numbers, weights_TK: Tensor
+        self, place: tuple[int, int], rows_TD: Tensor, experts_TK: _Numbers, weights_TK: Tensor
     ) -> Iterable[_Piece]:
-        """The frames of a layer, those of the first part first."""
+        """The frames of a layer and micro-batch, those of the first part first."""
         most = min((link.max_tokens for link in self._links.values() if link.is_ready), default=len(rows_TD))
         most = max(1, most)
         for part, (first, stop) in enumerate(pairwise(self._bounds)):
@@ -257,7 +266,7 @@ class Exchange:
             if some_absent:
                 slots_TK[absent_TK] = ABSENT
             if len(rows_TD) <= most and not (some_absent and absent_TK.all(axis=1).any()):
-                yield self._piece(layer, part, (torch.from_numpy(slots_TK), weights_TK, rows_TD), None)
+                yield self._piece(place, part, (torch.from_numpy(slots_TK), weights_TK, rows_TD), None)
                 continue
             index_P = np.flatnonzero(~absent_TK.all(axis=1))
             for some in torch.from_numpy(index_P).split(most):
@@ -266,18 +275,20 @@ class Exchange:
                         tensor.index_select(0, some)
                         for tensor in (torch.from_numpy(slots_TK), weights_TK, rows_TD)
                     )
-                    yield self._piece(layer, part, (slots, weights, rows), some)
+                    yield self._piece(place, part, (slots, weights, rows), some)
 
     def _piece(
-        self, layer: int, part: int, tensors: tuple[Tensor, Tensor, Tensor], index: Tensor | None
+        self, place: tuple[int, int], part: int, tensors: tuple[Tensor, Tensor, Tensor], index: Tensor | None
     ) -> _Piece:
         """A frame of a part's slots, weights and rows, and which of the layer's rows these are."""
         assert self._epoch is not None
         rows_TD = tensors[2]
+        layer, micro_batch = place
         header = Header(
             epoch=self._epoch,
             part=part,
             layer=layer,
+            micro_batch=micro_batch,
             sequence=next(self._sequence),
             tokens=len(rows_TD),
             hidden_size=rows_TD.shape[1],
@@ -464,7 +475,7 @@ class Exchange:
 
     def _lost(self, why: str) -> ForwardLost:
         self._open.clear()
-        self._last_layer = -1
+        self._last_layer, self._flying = -1, 0
         return ForwardLost(why)
 
     def _record_rows(self, experts_TK: _Numbers, pieces: Sequence[_Piece]) -> None:

@@ -5,8 +5,10 @@ lays out a forward; here a forward writes the pages of the blocks that it comput
 them. Shape letters: G key/value heads, P pages, B positions of a block, S those of a forward, D head size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from torch import Tensor
 from unmask.attention import AttentionMetadata, AttentionPlan
 from unmask.attention.paged import Span, plan_gathered, plan_paged
 from unmask.models.config import ModelConfig
+from unmask.models.row_tiles import TILE_ROWS
 
-__all__ = ["PagedCache", "page_bytes"]
+__all__ = ["PagedCache", "PagedPart", "page_bytes"]
 
 
 def page_bytes(config: ModelConfig, *, block_length: int, dtype: torch.dtype) -> int:
@@ -39,8 +42,8 @@ class PagedCache:
     device: torch.device | str = "cpu"
     _keys: Tensor = field(init=False)
     _values: Tensor = field(init=False)
-    _plan: AttentionPlan | None = field(init=False, default=None)
-    _written: Tensor | None = field(init=False, default=None)
+    _spans: tuple[Span, ...] = field(init=False, default=())
+    _blocks: "_Blocks | None" = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Allocate; memory is touched as pages are first written."""
@@ -56,11 +59,8 @@ class PagedCache:
 
     def lay_out(self, spans: Sequence[Span]) -> AttentionMetadata:
         """Let the next forward compute the asking blocks of ``spans``; who its tokens are, (1, S)."""
-        on_gpu = torch.device(self.device).type != "cpu"
-        chosen = plan_gathered if on_gpu else plan_paged
-        self._plan = chosen(spans, block_length=self.block_length, device=self.device)
-        written = [page for span in spans for page in span.written]
-        self._written = torch.tensor(written, device=self.device)
+        self._spans = tuple(spans)
+        self._blocks = self._laid_out(spans)
         blocks = [block for span in spans for block in range(span.first, len(span.pages))]
         block = torch.tensor(blocks, device=self.device)
         place = torch.arange(self.block_length, device=self.device)
@@ -71,13 +71,83 @@ class PagedCache:
 
     def plan(self, queries: AttentionMetadata) -> AttentionPlan:
         """How the forward attends; its queries are those that were laid out."""
-        if self._plan is None:
+        if self._blocks is None:
             raise RuntimeError("lay_out() the blocks before a forward")
-        return self._plan
+        return self._blocks.plan
 
     def extend(self, layer: int, key_1GSD: Tensor, value_1GSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the forward's keys and values into their pages; return all pages, each (G, P, B, D)."""
-        assert self._written is not None, "lay_out() comes first"
+        assert self._blocks is not None, "lay_out() comes first"
+        return self.write(layer, self._blocks.written, key_1GSD, value_1GSD)
+
+    def write(
+        self, layer: int, written: Tensor, key_1GSD: Tensor, value_1GSD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of the blocks whose pages are ``written``, int64 (N,)."""
         for pages, new in ((self._keys, key_1GSD), (self._values, value_1GSD)):
-            pages[layer].index_copy_(1, self._written, new[0].unflatten(1, (-1, self.block_length)))
+            pages[layer].index_copy_(1, written, new[0].unflatten(1, (-1, self.block_length)))
         return self._keys[layer], self._values[layer]
+
+    def divided(self, count: int) -> "list[PagedPart]":
+        """The forward that was laid out, in up to ``count`` parts of about as many whole blocks.
+
+        A part sees what those before it have written, so its layers must come after theirs. Parts have whole
+        tiles of rows as the forward has (:mod:`unmask.models.row_tiles`): not a bit differs.
+        """
+        blocks = sum(span.asking for span in self._spans)
+        step = TILE_ROWS // math.gcd(TILE_ROWS, self.block_length)
+        ends = sorted({min(blocks, step * round(blocks * part / count / step)) for part in range(1, count)})
+        parts = []
+        for start, stop in pairwise([0, *(end for end in ends if end), blocks]):
+            if stop > start:
+                spans = _between(self._spans, start, stop)
+                where = slice(start * self.block_length, stop * self.block_length)
+                parts.append(PagedPart(self, self._laid_out(spans), where))
+        return parts
+
+    def _laid_out(self, spans: Sequence[Span]) -> "_Blocks":
+        on_gpu = torch.device(self.device).type != "cpu"
+        chosen = plan_gathered if on_gpu else plan_paged
+        written = [page for span in spans for page in span.written]
+        return _Blocks(
+            chosen(spans, block_length=self.block_length, device=self.device),
+            torch.tensor(written, device=self.device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks that a forward computes."""
+
+    plan: AttentionPlan
+    written: Tensor
+    """int64 (N,): their pages."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedPart:
+    """The pages, for some of the blocks that were laid out. See :meth:`PagedCache.divided`."""
+
+    pages: PagedCache
+    blocks: _Blocks
+    where: slice
+    """Positions of the forward that these blocks are."""
+
+    def plan(self, queries: AttentionMetadata) -> AttentionPlan:
+        """See :meth:`PagedCache.plan`."""
+        return self.blocks.plan
+
+    def extend(self, layer: int, key_1GSD: Tensor, value_1GSD: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`PagedCache.extend`."""
+        return self.pages.write(layer, self.blocks.written, key_1GSD, value_1GSD)
+
+
+def _between(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The asking blocks ``start`` to ``stop``, with all that they see."""
+    found, passed = [], 0
+    for span in spans:
+        low, high = max(start - passed, 0), min(stop - passed, span.asking)
+        if high > low:
+            found.append(Span(span.pages[: span.first + high], high - low))
+        passed += span.asking
+    return found

@@ -8,8 +8,9 @@ of each family's ``weights`` module. Shape letters: B rows, S tokens, D hidden s
 H query heads, G key/value heads.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.attention import PADDING, AttentionMetadata, AttentionPlan, plan
+from unmask.attention.tiles import part_of
 from unmask.models.base import Cache, LanguageModel
 from unmask.models.config import ModelConfig
 from unmask.models.feedforward import FeedForward
 from unmask.models.moe import MixtureOfExperts, Router
 from unmask.models.norm import RMSNorm
 from unmask.models.output_layer import in_slices
+from unmask.models.paged import PagedCache, PagedPart
 from unmask.models.rotary import Rotation
 
 __all__ = ["Attention", "Layer", "Rotary", "Transformer", "pre_norm_layer"]
@@ -127,6 +130,24 @@ class Layer(nn.Module):
             return self.around(self._compute, x_BSD, rotation, attention, layer, cache)
         return self._compute(x_BSD, rotation, attention, layer, cache)
 
+    def begin(
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        attention: AttentionPlan,
+        layer: int,
+        cache: Cache,
+        micro_batch: int,
+    ) -> Callable[[], Tensor]:
+        """The same in two: returns what waits for experts that are elsewhere, if they are."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
+        normed_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            end = self.feed_forward.begin(normed_BSD, micro_batch)
+            return lambda: x_BSD + end()
+        out: Tensor = x_BSD + self.feed_forward(normed_BSD)
+        return lambda: out
+
     def store(self, x_BSD: Tensor, rotation: Rotation, layer: int, cache: Cache) -> None:
         """Put the keys and values of (B, S, D) into the cache, and compute nothing else."""
         self.attention.store(self.attention_norm(x_BSD), rotation, layer, cache)
@@ -159,8 +180,22 @@ def pre_norm_layer(
     )
 
 
+@dataclass(slots=True)
+class _Part:
+    """Some blocks of a forward, on their way through the layers."""
+
+    cache: PagedPart
+    rotation: Rotation
+    attention: AttentionPlan
+    end: Callable[[], Tensor]
+    """Waits for the layer that was begun last, and gives what comes out of it, (1, S, D)."""
+
+
 class Transformer(LanguageModel):
     """Embedding, layers, final norm and output layer."""
+
+    micro_batches: int = 1
+    """Parts of a forward over pages that take turns at each layer, where its experts are elsewhere."""
 
     def __init__(
         self, config: ModelConfig, *, layers: Iterable[Layer], rotary: Rotary, tied_output: bool = False
@@ -190,6 +225,9 @@ class Transformer(LanguageModel):
         disturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """See :meth:`LanguageModel.hidden`."""
+        if self.micro_batches > 1 and isinstance(cache, PagedCache):
+            parts = self._in_turns(ids, metadata, cache, self.layers)
+            return torch.cat([self.norm(part.end()) for part in parts], dim=1)
         attention = plan(metadata, metadata) if cache is None else cache.plan(metadata)
         rotation = self._rotation(metadata)
         if self.training:
@@ -207,13 +245,33 @@ class Transformer(LanguageModel):
 
     def store(self, ids: Tensor, metadata: AttentionMetadata, *, cache: Cache) -> None:
         """See :meth:`LanguageModel.store`; the last layer's keys and values are all that it is needed for."""
+        *before, last = self.layers
+        assert isinstance(last, Layer)
+        if self.micro_batches > 1 and isinstance(cache, PagedCache):
+            for part in self._in_turns(ids, metadata, cache, before):
+                last.store(part.end(), part.rotation, len(before), part.cache)
+            return
         attention, rotation = cache.plan(metadata), self._rotation(metadata)
         x_BSD = self.embedding(ids)
-        *before, last = self.layers
         for index, layer in enumerate(before):
             x_BSD = layer(x_BSD, rotation, attention, index, cache)
-        assert isinstance(last, Layer)
         last.store(x_BSD, rotation, len(before), cache)
+
+    def _in_turns(
+        self, ids: Tensor, metadata: AttentionMetadata, cache: PagedCache, layers: Iterable[nn.Module]
+    ) -> Sequence[_Part]:
+        """The forward's parts, each in its last layer: a part goes on while others wait for their experts."""
+        parts = []
+        for cut in cache.divided(self.micro_batches):
+            own = part_of(metadata, cut.where.start, cut.where.stop)
+            embedded = partial(self.embedding, ids[:, cut.where])
+            parts.append(_Part(cut, self._rotation(own), cut.plan(own), embedded))
+        for index, layer in enumerate(layers):
+            assert isinstance(layer, Layer)
+            for number, part in enumerate(parts):
+                x_BSD = part.end()
+                part.end = layer.begin(x_BSD, part.rotation, part.attention, index, part.cache, number)
+        return parts
 
     def _rotation(self, metadata: AttentionMetadata) -> Rotation:
         return Rotation.at(metadata.position, rotary_dim=self.rotary.dim, theta=self.rotary.theta)

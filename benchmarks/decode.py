@@ -6,7 +6,7 @@ takes 8 steps. Sides take turns, in one process with one thread, and ratios are 
 is the thread's own: what else runs on the machine takes none of its time, though it slows memory down.
 
 * ``p1``: one request, model M: ours in float32 and int8, the plain cached way, and the published way;
-* ``p2``: 16 such requests at once, against the published way one by one;
+* ``p2``: 16 such requests at once, against the others one by one;
 * ``p3``: one request, model S;
 * ``p4``: reading a prompt of 1,024 tokens, model M;
 * ``p5``: one step, against reading its weights once at the measured speed of memory, and in float32 against
@@ -18,10 +18,12 @@ The published way runs the whole text at every step. A step of each length is ti
 ``generate`` would take it; nobody waits for all of them. Prints what it measures; the last line is one JSON
 object.
 
-Other programs take turns with ours in ``p1`` and ``p3`` where UNMASK_PEERS is the path of a Python file that
+Other programs take turns with ours in ``p1`` to ``p4`` where UNMASK_PEERS is the path of a Python file that
 knows them. It defines ``peers(model)``, which is given our model and returns functions by name, each of which
 is given the prompt's token ids, how many to generate, the block length and the tokens that each step fills,
-does that with the model's weights, and returns the generated ids.
+does that with the model's weights, and returns the generated ids; of ``p2`` they do one request after the
+other, which is timed once. And it defines ``readers(model)`` for ``p4``: functions that are given a prompt's
+token ids and run one forward of them all.
 """
 
 import argparse
@@ -36,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,17 @@ class Subject:
     @cached_property
     def peers(self) -> dict[str, Peer]:
         """Other programs with the same weights, by name."""
+        return dict(self._known_peers["peers"](self.float32)) if self._known_peers else {}
+
+    @cached_property
+    def readers(self) -> dict[str, Callable[[list[int]], object]]:
+        """How these read a prompt."""
+        return dict(self._known_peers["readers"](self.float32)) if self._known_peers else {}
+
+    @cached_property
+    def _known_peers(self) -> dict[str, Any]:
         path = os.environ.get("UNMASK_PEERS")
-        return dict(runpy.run_path(path)["peers"](self.float32)) if path else {}
+        return runpy.run_path(path) if path else {}
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         """Random tokens."""
@@ -161,22 +172,21 @@ def _machine() -> str:
 def _measured(options: argparse.Namespace, medium: Subject, small: Subject) -> dict[str, Any]:
     found: dict[str, Any] = {}
     size, long = (options.prompt, options.new, options.repeats), options.long_prompt
-    published_s = None
+    one_by_one: dict[str, float] = {}
     for part in options.only:
         match part:
             case "p1":
-                seconds = _one_request(medium, *size)
-                published_s = seconds["published"]
-                found[part] = _against_all(seconds)
+                one_by_one = _one_request(medium, *size)
+                found[part] = _against_all(one_by_one)
             case "p2":
-                one_by_one = published_s or _published_seconds(medium, options.prompt, options.new)
+                one_by_one = one_by_one or _fastest(_others(medium, options.prompt, options.new), 1)
                 found[part] = _many_requests(medium, options.rows, options.prompt, options.new, one_by_one)
             case "p3":
                 seconds = _one_request(small, *size)
                 found[part] = _against_all(seconds)
             case "p4":
                 seconds = _reading(medium, long, options.repeats)
-                found[part] = _ratios(seconds, to="published", over=("plain", "float32", "int8"))
+                found[part] = _against_all(seconds)
             case "p5":
                 found[part] = _step_against_memory(medium, options.prompt)
             case "p7":
@@ -222,19 +232,26 @@ def _tell(what: str, seconds: dict[str, float], tokens: int) -> None:
 
 
 def _one_request(subject: Subject, prompt: int, new: int, repeats: int) -> dict[str, float]:
-    sides = {
-        "published": lambda: _published_seconds(subject, prompt, new),
-        "plain": lambda: _plain_seconds(subject, prompt, new),
+    sides = _others(subject, prompt, new) | {
         "float32": lambda: _ours_seconds(subject, subject.float32, 1, prompt, new),
         "int8": lambda: _ours_seconds(subject, subject.int8, 1, prompt, new),
     }
-    for name, peer in subject.peers.items():
-        sides[name] = lambda peer=peer: _peer_seconds(subject, peer, prompt, new)  # type: ignore[misc]
     for model in (subject.float32, subject.int8):
         _ours_seconds(subject, model, 1, BLOCK, BLOCK)  # the first one pays for warming up
     seconds = _fastest(sides, repeats)
     _tell(f"{subject.name}, prompt {prompt}, {new} new, 1 request", seconds, new)
     return seconds
+
+
+def _others(subject: Subject, prompt: int, new: int) -> dict[str, Callable[[], float]]:
+    """What ours is compared with."""
+    sides: dict[str, Callable[[], float]] = {
+        "published": partial(_published_seconds, subject, prompt, new),
+        "plain": partial(_plain_seconds, subject, prompt, new),
+    }
+    return sides | {
+        name: partial(_peer_seconds, subject, peer, prompt, new) for name, peer in subject.peers.items()
+    }
 
 
 def _published_seconds(subject: Subject, prompt: int, new: int) -> float:
@@ -277,13 +294,13 @@ def _ours_seconds(subject: Subject, model: LanguageModel, rows: int, prompt: int
 
 
 def _many_requests(
-    subject: Subject, rows: int, prompt: int, new: int, published_s: float
+    subject: Subject, rows: int, prompt: int, new: int, one_by_one: dict[str, float]
 ) -> dict[str, float]:
-    seconds = {"published": rows * published_s}
+    seconds = {side: rows * took for side, took in one_by_one.items()}
     for side, model in (("float32", subject.float32), ("int8", subject.int8)):
         seconds[side] = _ours_seconds(subject, model, rows, prompt, new)
     _tell(f"{subject.name}, prompt {prompt}, {new} new, {rows} requests", seconds, rows * new)
-    return _ratios(seconds, to="published", over=("float32", "int8"))
+    return _against_all(seconds)
 
 
 # Reading
@@ -310,6 +327,8 @@ def _reading(subject: Subject, length: int, repeats: int) -> dict[str, float]:
         "float32": lambda: ours(subject.float32),
         "int8": lambda: ours(subject.int8),
     }
+    for name, read in subject.readers.items():
+        sides[name] = lambda read=read: _seconds(lambda: read(subject.prompt(length)))  # type: ignore[misc]
     seconds = _fastest(sides, repeats + 1)
     _tell(f"{subject.name}, reading {length}", seconds, length)
     return seconds

@@ -282,7 +282,7 @@ def test_the_engine_s_arguments_are_those_of_its_values() -> None:
         "tls_cert": Path("/tls/server/tls.crt"), "tls_key": Path("/tls/server/tls.key"),
         "tls_client_ca": Path("/tls/clients/all.pem"), "tls_allow": ("a.example", "*.b", "spiffe://c/d"),
         "control_tls_client_ca": None, "control_tls_allow": (),
-        "experts": None, "experts_rows": "float32", "experts_wait_seconds": 300.0,
+        "experts": None, "experts_rows": "float32", "experts_micro_batches": 1, "experts_wait_seconds": 300.0,
         "experts_tls_ca": None, "experts_tls_cert": None, "experts_tls_key": None,
         "experts_tls_server_name": None,
     }  # fmt: skip

@@ -167,7 +167,7 @@ def test_rows_in_every_state_share_one_forward(model):
 
 
 def test_a_long_prompt_is_read_in_parts_beside_those_who_decode(model):
-    batch = ragged(model, capacity=96, max_positions=8 * BLOCK)
+    batch = ragged(model, capacity=96, max_positions=16 * BLOCK)
     decoder = batch.admit(random_tokens(2), params(threshold=2.0, max_new_tokens=40, eos_token_id=61))
     reader = batch.admit(random_tokens(37, seed=1), params())
     parts = []
@@ -176,7 +176,7 @@ def test_a_long_prompt_is_read_in_parts_beside_those_who_decode(model):
         assert [event for event in events if event.ticket == decoder]
         parts += [event.tokens for event in events if isinstance(event, Prefilled)]
         assert all(event.ticket == reader for event in events if isinstance(event, Prefilled))
-    assert parts == [8] * 4 + [4], "a quarter of the room, as one row decodes"
+    assert parts == [8] * 4 + [4], "an eighth of the room, as one row decodes"
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def test_reading_beside_decoders_is_bounded_by_them(wishes, room):
     read = sum(shares.get(wish.ticket, 0) for wish in wishes if wish.reads)
     decoded = sum(shares.get(wish.ticket, 0) for wish in wishes if not wish.reads)
     if decoded:
-        assert read <= max(decoded, room // 4)
+        assert read <= max(decoded, room // 8)
 
 
 @settings(deadline=None)
@@ -87,8 +87,15 @@ def test_a_long_prompt_at_most_doubles_a_full_forward_of_decoders():
     assert share_forward(wishes, room=32) == {**dict.fromkeys(range(8), 1), 9: 8}
 
 
-def test_beside_few_decoders_a_quarter_of_the_room_is_read():
-    assert share_forward([decoding(0), reading(1, 100)], room=16) == {0: 1, 1: 4}
+def test_beside_few_decoders_an_eighth_of_the_room_is_read():
+    assert share_forward([decoding(0), reading(1, 100)], room=16) == {0: 1, 1: 2}
+
+
+def test_a_quarter_of_the_room_is_kept_for_reading_where_decoders_would_fill_it():
+    wishes = [decoding(ticket) for ticket in range(16)] + [reading(16, 100)]
+    shares = share_forward(wishes, room=16)
+    assert shares.pop(16) == 4
+    assert sum(shares.values()) == 12
 
 
 def test_those_who_waited_longest_come_first_where_not_all_fit():

@@ -11,7 +11,7 @@ __all__ = ["Rotation"]
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Cosines and sines of one forward's positions, shared by all layers; float32 (B, 1, S, R)."""
+    """Cosines and sines of one forward's positions, shared by all layers; float32 (B, 1, S, R / 2)."""
 
     cos: Tensor
     sin: Tensor
@@ -21,13 +21,12 @@ class Rotation:
         """Angles of ``position`` (B, S) for the first ``rotary_dim`` (R) dimensions of each head."""
         exponent = torch.arange(0, rotary_dim, 2, device=position.device, dtype=torch.float32) / rotary_dim
         angle = position[:, None, :, None].float() * theta**-exponent
-        angle = torch.cat((angle, angle), dim=-1)
         return cls(angle.cos(), angle.sin())
 
     def turn(self, x_BHSD: Tensor) -> Tensor:
         """Rotate the first R dimensions of each head and pass the others through; keeps the dtype."""
-        rotary_dim = self.cos.shape[-1]
+        rotary_dim = 2 * self.cos.shape[-1]
         turned, passed = x_BHSD[..., :rotary_dim], x_BHSD[..., rotary_dim:]
         left, right = turned.to(torch.promote_types(turned.dtype, torch.float32)).chunk(2, dim=-1)
-        turned = torch.cat((left, right), dim=-1) * self.cos + torch.cat((-right, left), dim=-1) * self.sin
-        return torch.cat((turned.to(x_BHSD.dtype), passed), dim=-1)
+        pair = left * self.cos - right * self.sin, right * self.cos + left * self.sin
+        return torch.cat((*(half.to(x_BHSD.dtype) for half in pair), passed), dim=-1)

@@ -5,7 +5,7 @@ A forward has room for so many blocks. The rule:
 1. Requests that decode come first, those that have waited longest before the others. While some request is
    being read, a quarter of the room is kept for it.
 2. What is left goes to requests that are being read, the first that came first, as many blocks as fit. But
-   beside requests that decode, reading gets at most as many blocks as they have, or a quarter of the room if
+   beside requests that decode, reading gets at most as many blocks as they have, or an eighth of the room if
    that is more.
 
 So reading goes on in every forward, and so does decoding: with enough room every request takes part in each,
@@ -50,11 +50,10 @@ def share_forward(wishes: Iterable[Wish], *, room: int) -> dict[int, int]:
     decoding = sorted(
         (wish for wish in wishes if not wish.reads), key=lambda wish: (wish.last_part, wish.ticket)
     )
-    quarter = room // 4
-    kept = min(quarter, sum(wish.blocks for wish in reading))
+    kept = min(room // 4, sum(wish.blocks for wish in reading))
     shares = _in_turn(decoding, room - kept, whole=True)
     used = sum(shares.values())
-    left = min(room - used, max(used, quarter)) if used else room
+    left = min(room - used, max(used, room // 8)) if used else room
     return shares | _in_turn(reading, left, whole=False)
 
 

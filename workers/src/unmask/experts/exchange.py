@@ -188,20 +188,21 @@ class Exchange:
         Raises:
             ForwardLost: Parts are held by nobody.
         """
-        begins = layer <= self._last_layer and not self._flying
-        if begins or self._epoch is None:
+        again = layer == self._last_layer and not self._flying
+        if layer < self._last_layer or again or self._epoch is None:  # a forward begins
             self._choose_placement()
         self._last_layer = layer
         rows_TD = _on_host(hidden_TD, self._rows_as)
         experts_TK = _on_host(routing.experts, torch.int64).numpy()
         weights_TK = _on_host(routing.weights, torch.float32)
-        pieces = tuple(self._pieces((layer, micro_batch), rows_TD, experts_TK, weights_TK))
-        for piece in pieces:
+        pieces = []
+        for piece in self._pieces((layer, micro_batch), rows_TD, experts_TK, weights_TK):
             self._open[piece.header.sequence] = piece
-            self._ask(piece, "first")
+            self._ask(piece, "first")  # before the next one is made
+            pieces.append(piece)
         self._flying += 1
         self._record_rows(experts_TK, pieces)
-        return Flight(pieces, len(hidden_TD), hidden_TD)
+        return Flight(tuple(pieces), len(hidden_TD), hidden_TD)
 
     def receive(self, flight: Flight) -> Tensor:
         """The weighted sums of all experts of a layer's rows, (T, D); waits for them.
@@ -228,6 +229,7 @@ class Exchange:
         Raises:
             ForwardLost: There is none.
         """
+        self._flying = 0
         self._drain_inbox()
         if not self.wait_complete(self._patience_s):
             raise self._lost(f"experts cannot be had: {self.missing}")

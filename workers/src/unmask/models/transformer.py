@@ -136,8 +136,8 @@ class Layer(nn.Module):
         rotation: Rotation,
         attention: AttentionPlan,
         layer: int,
-        cache: Cache,
-        micro_batch: int,
+        cache: Cache | None,
+        micro_batch: int = 0,
     ) -> Callable[[], Tensor]:
         """The same in two: returns what waits for experts that are elsewhere, if they are."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
@@ -155,9 +155,7 @@ class Layer(nn.Module):
     def _compute(
         self, x_BSD: Tensor, rotation: Rotation, attention: AttentionPlan, layer: int, cache: Cache | None
     ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, attention, layer, cache)
-        out: Tensor = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
-        return out
+        return self.begin(x_BSD, rotation, attention, layer, cache)()
 
 
 def pre_norm_layer(

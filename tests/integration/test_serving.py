@@ -105,7 +105,8 @@ def test_different_prompts_at_once_each_get_what_they_get_alone(
         assert usage.completion_tokens == expected.kept_tokens
         assert usage.forwards_denoise == expected.usage.denoise
         assert usage.forwards_persist == 0, "blocks are stored beside the next one's first step"
-        assert usage.forwards_prefill <= expected.usage.prefill, "what others have begun with is shared"
+        # Beside those who decode it is read in parts; what others have begun with is not read at all.
+        assert usage.forwards_prefill <= len(prompt) // 8
         assert usage.tpf_denoise == pytest.approx(expected.kept_tokens / expected.usage.denoise)
         assert usage.tpf <= usage.tpf_decode <= usage.tpf_denoise
 

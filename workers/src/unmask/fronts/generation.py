@@ -1,7 +1,7 @@
 """``unmask.v1.Generation``: a call's events, written as they come or gathered into one answer."""
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from grpc.aio import ServicerContext
@@ -31,18 +31,22 @@ class GenerationService(GenerationServicer):
     ) -> pb.GenerateResponse:
         """One whole generation."""
         response = pb.GenerateResponse()
-        async with self._answered(context) as ended:
+
+        async def answer(ended: Ending) -> None:
             async with aclosing(self._answers.events(request, deadline=ended.deadline)) as events:
                 async for event in events:
                     gather(event, response)
                     ended.by(event)
+
+        await self._answered(context, answer)
         return response
 
     async def GenerateStream(  # type: ignore[override]  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> None:
         """Events as they happen; a coroutine that writes, so that a cancelled call ends here and now."""
-        async with self._answered(context) as ended:
+
+        async def answer(ended: Ending) -> None:
             canvas = check_canvas(request.options)
             told = self._answers.events(request.request, deadline=ended.deadline, canvas=canvas)
             async with aclosing(told) as events:
@@ -50,14 +54,18 @@ class GenerationService(GenerationServicer):
                     await context.write(event)
                     ended.by(event)
 
-    @asynccontextmanager
-    async def _answered(self, context: Context) -> AsyncIterator[Ending]:
-        """A call, whose refusal becomes the stream's status."""
+        await self._answered(context, answer)
+
+    async def _answered(self, context: Context, answer: Callable[[Ending], Awaitable[None]]) -> None:
+        """Account for a call; its refusal becomes the stream's status."""
         try:
             async with self._answers.accounted(context.time_remaining) as ending:
-                yield ending
+                return await answer(ending)
         except Refused as refused:
-            await context.abort_with_status(refused.status())
+            status = refused.status()
+        # Not while the refusal is handled, and out of all context managers: gRPC keeps what it ends a call
+        # with until another call comes, and with it every frame and exception that this leads to.
+        await context.abort_with_status(status)
 
 
 def check_canvas(options: pb.StreamOptions) -> bool:

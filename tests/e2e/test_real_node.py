@@ -55,7 +55,7 @@ TUTORIAL = LOOK.parents[1] / "tutorials/cluster.md"
 SERVING = LOOK.with_name("serve-on-a-cluster.md")
 FOLDERS = "/srv/unmask"
 """Where the first page has the volumes."""
-STEPS = 255
+STEPS = 655
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def train_job(name: str) -> Any:
     job["metadata"] = {"name": name, "namespace": TRAINING}
     job["spec"]["parallelism"] |= {"nodes": 2, "processesPerNode": 1}
     job["spec"]["checkpoint"]["uri"] = f"pvc://run/{name}"
-    job["spec"]["stages"][-1]["steps"] += 100  # or it ends before all has happened to it
+    job["spec"]["stages"][-1]["steps"] += 500  # or it ends before all has happened to it
     job["spec"]["observability"] = {"progressIntervalSeconds": 5}
     job["spec"]["runPolicy"] = {"restartBackoffSeconds": 1}
     return job

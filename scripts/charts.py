@@ -150,7 +150,11 @@ def main() -> int:
         return 1
     for chart in _folders():
         given = _REQUIRED.get(chart.name, ())
-        subprocess.run([program, "lint", "--strict", "--quiet", chart, *given], check=True)
+        command = [program, "lint", "--strict", "--quiet", chart, *given]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode or done.stdout.strip():  # quiet: it says what is wrong, or nothing
+            print(f"charts: helm lint {chart.name}:\n{done.stdout}")
+            return 1
         subprocess.run([program, "package", chart, f"--destination={_ROOT / 'dist'}"], check=True)
     return 0
 

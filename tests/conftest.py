@@ -1,6 +1,7 @@
 """What holds for every test: order, time limits, no device that is not there, no way out to a network."""
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Seconds for a slow test, and for any at its full counts, where it names none; else pyproject.toml says.
 SLOW_TIMEOUT = 1800
 _LEFT_OUT = pytest.StashKey[list[str]]()
+_OF_KERNELS = ["unit/test_forwards_on_a_gpu.py", "unit/test_moe_kernel.py", "unit/test_paged_kernel.py"]
+# A torch that is built for CPUs alone comes without Triton.
+collect_ignore = [] if find_spec("triton") else _OF_KERNELS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,6 +60,8 @@ def _deselect_what_needs_a_gpu(config: pytest.Config, items: list[pytest.Item]) 
 def _deselect_what_needs_a_cluster(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this machine cannot run, and say so; in CI it must be able to."""
     said = config.stash.setdefault(_LEFT_OUT, [])
+    if collect_ignore:
+        said.append(f"{len(collect_ignore)} files of tests left out that need Triton, which is not installed")
     for marker, why in (
         ("real_api", lambda: real_clusters.obstacle("api")),
         ("real_node", lambda: real_clusters.obstacle("node")),

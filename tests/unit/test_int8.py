@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import counts
 from support.folders import GOLDEN
 from support.models import TINY, random_tokens, tiny_canvas_model, tiny_model
-from unmask.attention import AttentionMetadata
+from unmask.attention import AttentionMetadata, kernels
 from unmask.diffusion.batch import Committed, Filled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.errors import UsageError
@@ -25,13 +25,13 @@ from unmask.models.int8 import (
     check_int8,
     int8_products,
     quantise,
-    quantised_channels,
     scaled_tokens,
 )
 from unmask.models.loading import build, load, save
 from unmask.models.moe import Experts, Routing
 from unmask.models.registry import parse_config
 from unmask.models.replacement import Replacement
+from unmask.models.weight_only_int8 import quantised_channels
 from unmask.serving.ragged import RaggedBatch
 
 BLOCK = 4
@@ -61,7 +61,7 @@ def linear(weight):
 
 def in_whole_numbers(weight, x):
     """The slow way: the same whole numbers, added up in 64 bits, and scaled at the end."""
-    levels, channel_scale = quantised_channels(weight)
+    levels, channel_scale = quantised_channels(weight, levels=WEIGHT_LEVELS)
     scaled, token_scale = scaled_tokens(x)
     sums = scaled.round().to(torch.int64) @ levels.to(torch.int64).T
     return sums.float() * channel_scale * token_scale
@@ -74,7 +74,7 @@ def experts_in_whole_numbers(experts, hidden, routing):
         token, choice = torch.where(routing.experts == number)
         gate, up = in_whole_numbers(gate_up, hidden[token]).chunk(2, dim=-1)
         inner, scale = F.silu(gate) * up, routing.weights[token, choice].unsqueeze(1)
-        levels, channel_scale = quantised_channels(down)
+        levels, channel_scale = quantised_channels(down, levels=WEIGHT_LEVELS)
         scaled, token_scale = scaled_tokens(inner)
         sums = scaled.round().to(torch.int64) @ levels.to(torch.int64).T
         total = total.index_add(0, token, sums.float() * channel_scale * (token_scale * scale))
@@ -101,7 +101,7 @@ def random_experts(experts, hidden, width, tokens, choose):
 
 def test_a_weight_is_within_half_a_step_and_the_largest_of_a_channel_is_the_end_of_the_scale():
     weight = numbers(7, 33, spread=3.0)
-    levels, scale = quantised_channels(weight)
+    levels, scale = quantised_channels(weight, levels=WEIGHT_LEVELS)
     assert levels.dtype == torch.int8 and scale.dtype == torch.float32
     assert levels.abs().amax(1).tolist() == [WEIGHT_LEVELS] * 7
     assert ((levels.float() * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
@@ -342,12 +342,17 @@ def test_a_model_of_the_whole_canvas_can_be_quantised():
 
 
 def test_devices_that_cannot_are_told_so(monkeypatch):
-    for device in ("cuda", "cuda:1", "meta"):
-        with pytest.raises(UsageError, match=f"got device {device}, only a CPU"):
-            check_int8(device)
-    with pytest.raises(UsageError, match="got device cuda"):
-        load(GOLDEN / "llada2_a", device="cuda", quantization="int8")
+    with pytest.raises(UsageError, match="got device meta, only CPUs and CUDA devices"):
+        check_int8("meta")
     check_int8("cpu")
+    monkeypatch.setattr(kernels, "_is_installed", lambda: True)
+    check_int8("cuda:1")
+    monkeypatch.setattr(kernels, "_is_installed", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match="on a GPU it takes Triton"):
+            check_int8(device)
+    with pytest.raises(UsageError, match="on a GPU it takes Triton"):
+        load(GOLDEN / "llada2_a", device="cuda", quantization="int8")
     monkeypatch.setattr(
         type(torch.backends.quantized), "supported_engines", property(lambda _: ["qnnpack"]), raising=False
     )

@@ -386,7 +386,7 @@ def test_a_request_may_go_in_every_state(model, state):
 def test_no_forward_writes_a_page_that_another_row_sees(seed):
     model, dice = tiny_model(dtype=torch.float32), random.Random(seed)
     batch = ragged(model, rows=5, max_positions=12 * BLOCK)
-    lay_out, forwards = batch._cache.lay_out, 0
+    lay_out, forwards = batch._forwards._cache.lay_out, 0
 
     def checked(spans):
         nonlocal forwards
@@ -397,7 +397,7 @@ def test_no_forward_writes_a_page_that_another_row_sees(seed):
             assert len(set(span.pages)) == len(span.pages)
         return lay_out(spans)
 
-    batch._cache = _With(batch._cache, lay_out=checked)
+    batch._forwards._cache = _With(batch._forwards._cache, lay_out=checked)
     common = random_tokens(16)
     prompts = [
         common[: dice.choice([0, 4, 9, 16])] + random_tokens(dice.randint(1, 9), seed=n) for n in range(8)

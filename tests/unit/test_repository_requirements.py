@@ -131,7 +131,8 @@ def test_a_gateway_imports_what_its_extra_declares():
 
 def test_what_the_sources_import_is_declared():
     everything = {*declared(), *declared("worker", "operator", "data", "eval")}
-    assert imports("operator/src", "workers/src") <= everything
+    by_torch = {"triton"}  # where it is built for GPUs; nothing else imports the kernels
+    assert imports("operator/src", "workers/src") <= everything | by_torch
 
 
 def test_what_the_operator_and_the_client_import_is_declared_for_them():

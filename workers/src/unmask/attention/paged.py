@@ -9,10 +9,11 @@ that share a key head are folded into the queries, which saves expanding keys an
 What is computed for a block of queries depends on its own sequence alone, down to the shapes of the calls.
 So neighbours in the forward cannot change a bit of it.
 
-A GPU wants few large calls rather than many small ones: there the pages of all sequences are gathered and
-attended to under one mask (:class:`GatheredPlan`), which is also the plain way that the other is tested
-against. Shape letters: G key/value heads, H query heads, R = H / G, N blocks of queries, B positions of a
-block, P pages, K keys, D head size.
+A GPU wants few large calls rather than many small ones. There one kernel attends for all blocks of queries
+and reads the pages where they lie (:class:`TabledPlan`). Where it cannot run, pages of all sequences are
+gathered and attended to under one mask (:class:`GatheredPlan`), which is also the plain way that the others
+are tested against. Shape letters: G key/value heads, H query heads, R = H / G, N blocks of queries, B
+positions of a block, P pages, W the most pages that a block sees, K keys, D head size.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GatheredPlan", "PagedPlan", "Span", "plan_gathered", "plan_paged"]
+__all__ = ["GatheredPlan", "PagedPlan", "Span", "TabledPlan", "plan_gathered", "plan_paged", "seen_pages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,22 @@ class GatheredPlan:
         return _in_a_row(answers, self.block_length)
 
 
+@dataclass(frozen=True, slots=True)
+class TabledPlan:
+    """One kernel for all, on a GPU (:mod:`unmask.attention.paged_kernel`)."""
+
+    table: Tensor
+    """Integers (N, W): the pages that each block of queries sees; behind them, any."""
+    seen: Tensor
+    """Integers (N,): how many these are."""
+
+    def attend(self, query_1HSD: Tensor, key_GPBD: Tensor, value_GPBD: Tensor) -> Tensor:
+        """(1, H, S, D), S = N x B: see :meth:`unmask.attention.backend.AttentionPlan.attend`."""
+        from unmask.attention.paged_kernel import attend_to_pages  # no Triton where there is no GPU
+
+        return attend_to_pages(query_1HSD, key_GPBD, value_GPBD, self.table, self.seen)
+
+
 def _by_block(query_1HSD: Tensor, groups: int, block_length: int) -> Tensor:
     """Queries by their block, the heads that share a key head one behind the other: (N, G, R x B, D)."""
     query_GRNBD: Tensor = query_1HSD[0].unflatten(1, (-1, block_length)).unflatten(0, (groups, -1))
@@ -134,10 +151,15 @@ def plan_gathered(
     spans: Sequence[Span], *, block_length: int, device: torch.device | str = "cpu"
 ) -> GatheredPlan:
     """The same in the plain way."""
-    seen = [list(span.pages[: last + 1]) for span in spans for last in range(span.first, len(span.pages))]
+    seen = [list(pages) for pages in seen_pages(spans)]
     longest = max(map(len, seen))
     table = torch.tensor([pages + [0] * (longest - len(pages)) for pages in seen], device=device)
     counts = torch.tensor([len(pages) for pages in seen], device=device) * block_length
     allowed = torch.arange(longest * block_length, device=device) < counts[:, None]
     mask = None if min(map(len, seen)) == longest else allowed[:, None, None]
     return GatheredPlan(block_length, table, mask)
+
+
+def seen_pages(spans: Sequence[Span]) -> list[tuple[int, ...]]:
+    """The pages that each block of queries sees, in the order of the blocks."""
+    return [span.pages[: last + 1] for span in spans for last in range(span.first, len(span.pages))]

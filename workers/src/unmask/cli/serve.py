@@ -94,7 +94,13 @@ __all__ = ["command"]
     type=click.Choice(["none", "int8"]),
     default="none",
     show_default=True,
-    help="int8: weights and activations of eight bits, on a CPU; changes what is generated.",
+    help="int8: weights of eight bits, and on a CPU activations too; changes what is generated.",
+)
+@click.option(
+    "--eager",
+    is_flag=True,
+    help="On a GPU, launch each operation of a forward pass; by default passes are recorded at the start "
+    "(CUDA graphs) and replayed. With --experts they always are launched so.",
 )
 @click.option(
     "--experts",
@@ -152,6 +158,7 @@ def command(
     max_connection_age_seconds: float | None,
     device: str,
     quantization: Literal["none", "int8"],
+    eager: bool,
     experts: str | None,
     experts_tls: "ClientTls | None",
     experts_rows: Literal["float32", "bfloat16"],
@@ -219,6 +226,7 @@ def command(
         weights.network,
         cache_bytes=None if cache_mib is None else cache_mib << 20,
         max_positions=max_positions,
+        eager=eager or experts is not None,
     )
     options = ServerOptions(
         host=host,

@@ -15,34 +15,37 @@ Two others were tried on an AMD EPYC with AVX2 and no VNNI (torch 2.15, one thre
 of an expert with four. torch means to give up one day the kind of tensors that FBGEMM's weights are made
 from; what is used of them is in :func:`_pack` alone.
 
-Embedding, norms, router, rotation and attention stay float32. Shape letters: N rows, I and O the inner and
-outer width of a product; T, D, E, K as in :mod:`unmask.models.moe`.
+Embedding, norms, router, rotation and attention stay float32. On a GPU weights alone are of eight bits
+(:mod:`unmask.models.weight_only_int8`), and all else keeps the model's own format. Shape letters: N rows, I
+and O the inner and outer width of a product; T, D, E, K as in :mod:`unmask.models.moe`.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.attention import kernels
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
 from unmask.models.moe import Experts, Routing, sorted_by_expert
 from unmask.models.transformer import Transformer
+from unmask.models.weight_only_int8 import WeightOnlyExperts, WeightOnlyLinear, quantised_channels
 
 __all__ = [
     "TOKEN_LEVELS",
     "WEIGHT_LEVELS",
     "Int8Experts",
     "Int8Linear",
+    "Int8Product",
     "check_int8",
     "expect_int8",
     "int8_products",
     "quantise",
-    "quantised_channels",
     "scaled_tokens",
 ]
 
@@ -63,22 +66,24 @@ def check_int8(device: str | torch.device) -> None:
     Raises:
         UsageError: It cannot.
     """
-    if torch.device(device).type != "cpu":
+    device = torch.device(device)
+    if kernels.run_on(device):
+        return
+    if device.type == "cuda":
         raise UsageError(
-            f"quantization int8: got device {device}, only a CPU has it; take cpu, or leave the weights alone"
+            "quantization int8: on a GPU it takes Triton, which this Python does not have; install torch as "
+            "PyPI has it, or leave the weights alone"
+        )
+    if device.type != "cpu":
+        raise UsageError(
+            f"quantization int8: got device {device}, only CPUs and CUDA devices have it; take one of these, "
+            "or leave the weights alone"
         )
     if _ENGINE not in torch.backends.quantized.supported_engines:
         raise UsageError(
             "quantization int8: this torch comes without FBGEMM, as it does on other processors than x86; "
             "leave the weights alone"
         )
-
-
-def quantised_channels(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers and the scale of each row: int8 (O, I) and float32 (O,); their product is the weight."""
-    weight_OI = weight_OI.float()
-    scale_O = (weight_OI.abs().amax(1) / WEIGHT_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight_OI / scale_O.unsqueeze(1)).round_().to(torch.int8), scale_O
 
 
 def scaled_tokens(x_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +120,7 @@ class _Matrix:
         if self._levels_OI is None:
             self._levels_OI = torch.empty(self.shape, dtype=torch.int8)
             self._scale_O = torch.empty(self.shape[0])
-        self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight)
+        self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight, levels=WEIGHT_LEVELS)
         self._missing -= len(weight)
         if self._missing == 0:
             self._packed, self._levels_OI = _pack(self._levels_OI, self._scale_O), None
@@ -252,30 +257,48 @@ def _grouped(matrices: list[_Matrix], scaled_NI: Tensor, counts: list[int]) -> T
     return torch.cat([matrix.times(part) for matrix, part in zip(matrices, parts, strict=True) if len(part)])
 
 
-def expect_int8(model: LanguageModel) -> None:
+Int8Product: TypeAlias = Int8Linear | Int8Experts | WeightOnlyLinear | WeightOnlyExperts
+"""What multiplies by weights of eight bits."""
+
+
+def expect_int8(model: LanguageModel, *, device: str | torch.device) -> None:
     """Replace what multiplies by weights; the replacements wait for theirs, and have none so far.
 
     A model whose embedding is its output layer gets an output layer of its own. The router stays as it is.
+
+    Args:
+        model: On any device, the meta device too.
+        device: Where it is to compute.
     """
+    weights_alone = kernels.run_on(torch.device(device))
+
+    def linear(weight_OI: Tensor) -> Int8Linear | WeightOnlyLinear:
+        outer, inner = weight_OI.shape
+        if weights_alone:
+            return WeightOnlyLinear(inner, outer, device=weight_OI.device)
+        return Int8Linear(inner, outer)
+
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 assert getattr(child, "bias", None) is None, f"{name}: biases are not known here"
-                setattr(module, name, Int8Linear(child.in_features, child.out_features))
+                setattr(module, name, linear(child.weight))
             elif isinstance(child, Experts):
-                experts, hidden, intermediate = child.down_proj.shape
-                setattr(module, name, Int8Experts(experts, hidden, intermediate))
+                experts, hidden, inner = child.down_proj.shape
+                where = child.down_proj.device
+                made = WeightOnlyExperts(experts, hidden, inner, device=where) if weights_alone else None
+                setattr(module, name, made or Int8Experts(experts, hidden, inner))
     if isinstance(model, Transformer) and model.head is None:
-        model.head = Int8Linear(model.config.hidden_size, model.config.vocab_size)
+        model.head = linear(model.embedding.weight)
 
 
-def int8_products(model: LanguageModel) -> dict[str, Int8Linear | Int8Experts]:
+def int8_products(model: LanguageModel) -> dict[str, Int8Product]:
     """The modules that wait for weights, or have them, by the names of the parameters that they take."""
-    products: dict[str, Int8Linear | Int8Experts] = {}
+    products: dict[str, Int8Product] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, Int8Linear | WeightOnlyLinear):
             products[f"{name}.weight"] = module
-        elif isinstance(module, Int8Experts):
+        elif isinstance(module, Int8Experts | WeightOnlyExperts):
             products[f"{name}.gate_up_proj"] = products[f"{name}.down_proj"] = module
     return products
 
@@ -286,11 +309,11 @@ def quantise(model: LanguageModel) -> LanguageModel:
     check_int8(model.device)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tied = isinstance(model, Transformer) and model.head is None
-    expect_int8(model)
+    expect_int8(model, device=model.device)
     for name, product in int8_products(model).items():
         weight = weights["embedding.weight"] if tied and name == "head.weight" else weights.pop(name)
         parameter = name.rpartition(".")[2]
-        if isinstance(product, Int8Linear):
+        if isinstance(product, Int8Linear | WeightOnlyLinear):
             product.put(parameter, (), weight)
         else:
             for expert, own in enumerate(weight):

@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from unmask.attention import kernels
 from unmask.models.base import LanguageModel
 from unmask.models.checkpoint_files import (
     Checkpoint,
@@ -107,7 +108,7 @@ def load(
     """Load the checkpoint in the folder ``path``, in ``dtype`` (that of its tensors by default).
 
     With ``quantization="int8"`` weights are quantised one tensor after the other as they are read
-    (:mod:`unmask.models.int8`), and what is not a product's weight is float32.
+    (:mod:`unmask.models.int8`), and on a CPU what is not a product's weight is float32.
 
     Raises:
         UsageError: If ``device`` cannot compute with weights so quantised.
@@ -136,8 +137,9 @@ def load_open(
     slots = matching_slots(checkpoint)
     own = DTYPES[checkpoint.tensors[slots[-1].name].dtype]
     if quantization == "int8":
-        model = _on_meta(checkpoint.config, torch.float32)
-        expect_int8(model)
+        weights_alone = kernels.run_on(torch.device(device))
+        model = _on_meta(checkpoint.config, dtype or own if weights_alone else torch.float32)
+        expect_int8(model, device=device)
     else:
         model = _on_meta(checkpoint.config, dtype or own)
     if experts == "elsewhere":

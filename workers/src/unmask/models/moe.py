@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unmask.attention import kernels
 from unmask.models.balance_losses import BalancePull, RouterSums, pulled, sums_of
 from unmask.models.feedforward import FeedForward
 from unmask.models.row_tiles import tiled
@@ -161,7 +162,19 @@ class Experts(nn.Module):
 
         In inference mode on a CPU an expert's rows are filled up to whole tiles
         (:mod:`unmask.models.row_tiles`), so that who else is in the batch does not change a bit of a token.
+        On a GPU kernels of our own do it there (:mod:`unmask.models.moe_kernel`), to the same end.
         """
+        if torch.is_inference_mode_enabled() and kernels.run_on(hidden_TD.device):
+            from unmask.models.moe_kernel import experts_at_once  # no Triton where there is no GPU
+
+            if hidden_TD.dtype != torch.float64:  # which tensor cores do not have
+                return experts_at_once(
+                    hidden_TD.contiguous(),
+                    routing.experts,
+                    routing.weights,
+                    self.gate_up_proj,
+                    self.down_proj,
+                )
         return self.of_copies(hidden_TD, *sorted_by_expert(routing, len(self.gate_up_proj)))
 
     def of_copies(self, hidden_TD: Tensor, token_N: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 The tensors alone. Which sequence has which page, and which of them may be written, is decided by whoever
 lays out a forward; here a forward writes the pages of the blocks that it computes and reads those before
-them. Shape letters: G key/value heads, P pages, B positions of a block, S those of a forward, D head size.
+them. Shape letters: G key/value heads, P pages, B positions of a block, S those of a forward, D head size; N
+blocks of a forward, W the most pages that one of them sees.
 """
 
 import math
@@ -13,18 +14,87 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from unmask.attention import AttentionMetadata, AttentionPlan
-from unmask.attention.paged import Span, plan_gathered, plan_paged
+from unmask.attention import AttentionMetadata, AttentionPlan, kernels
+from unmask.attention.paged import Span, TabledPlan, plan_gathered, plan_paged, seen_pages
 from unmask.models.config import ModelConfig
 from unmask.models.row_tiles import TILE_ROWS
 
-__all__ = ["PagedCache", "PagedPart", "page_bytes"]
+__all__ = ["BlockTensors", "PagedCache", "PagedPart", "page_bytes"]
 
 
 def page_bytes(config: ModelConfig, *, block_length: int, dtype: torch.dtype) -> int:
     """Memory of one page: keys and values of all layers for one block."""
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * block_length
     return elements * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTensors:
+    """All that a forward on a GPU is told of its blocks: views of one tensor, which is copied at once.
+
+    A forward that was recorded reads them where they were then, so others can be copied over them.
+    """
+
+    numbers: Tensor
+    """int64, flat; all of the others, one behind the other."""
+    blocks: int
+    block_length: int
+
+    @property
+    def ids(self) -> Tensor:
+        """(1, S): token ids."""
+        return self._part(0, self._positions).unsqueeze(0)
+
+    @property
+    def position(self) -> Tensor:
+        """(1, S): positions of the tokens in their sequences."""
+        return self._part(self._positions, self._positions).unsqueeze(0)
+
+    @property
+    def written(self) -> Tensor:
+        """(N,): the page of each block."""
+        return self._part(2 * self._positions, self.blocks)
+
+    @property
+    def seen(self) -> Tensor:
+        """(N,): how many pages each block sees."""
+        return self._part(2 * self._positions + self.blocks, self.blocks)
+
+    @property
+    def table(self) -> Tensor:
+        """(N, W): which they are; behind them, page 0."""
+        return self.numbers[2 * (self._positions + self.blocks) :].view(self.blocks, -1)
+
+    @property
+    def _positions(self) -> int:
+        return self.blocks * self.block_length
+
+    def _part(self, start: int, length: int) -> Tensor:
+        return self.numbers[start : start + length]
+
+    @classmethod
+    def empty(
+        cls, blocks: int, *, block_length: int, wide: int, device: torch.device | str = "cpu"
+    ) -> "BlockTensors":
+        """Zeros for ``blocks`` blocks that see ``wide`` pages at most."""
+        length = blocks * (2 * block_length + 2 + wide)
+        return cls(torch.zeros(length, dtype=torch.int64, device=device), blocks, block_length)
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[int], spans: Sequence[Span], *, block_length: int, wide: int | None = None
+    ) -> "BlockTensors":
+        """On the CPU: the asking blocks of ``spans``, whose tokens are ``ids``."""
+        seen = seen_pages(spans)
+        made = cls.empty(len(seen), block_length=block_length, wide=wide or max(map(len, seen)))
+        made.ids[0] = torch.tensor(ids)
+        block = torch.tensor([len(pages) - 1 for pages in seen])
+        made.position[0] = (block[:, None] * block_length + torch.arange(block_length)).flatten()
+        made.written[:] = torch.tensor([pages[-1] for pages in seen])
+        made.seen[:] = block + 1
+        for row, pages in zip(made.table, seen, strict=True):
+            row[: len(pages)] = torch.tensor(pages)
+        return made
 
 
 @dataclass(slots=True)
@@ -69,6 +139,14 @@ class PagedCache:
             position, torch.zeros_like(position), block_length=self.block_length
         )
 
+    def read_from(self, told: BlockTensors) -> AttentionMetadata:
+        """The same of blocks that ``told``, on the cache's device, says while the forward runs."""
+        self._spans = ()
+        self._blocks = _Blocks(TabledPlan(told.table, told.seen), told.written)
+        return AttentionMetadata.block_causal(
+            told.position, torch.zeros_like(told.position), block_length=self.block_length
+        )
+
     def plan(self, queries: AttentionMetadata) -> AttentionPlan:
         """How the forward attends; its queries are those that were laid out."""
         if self._blocks is None:
@@ -106,12 +184,15 @@ class PagedCache:
         return parts
 
     def _laid_out(self, spans: Sequence[Span]) -> "_Blocks":
-        on_gpu = torch.device(self.device).type != "cpu"
-        chosen = plan_gathered if on_gpu else plan_paged
+        device = torch.device(self.device)
+        if kernels.run_on(device):
+            nothing = [0] * (self.block_length * sum(span.asking for span in spans))
+            told = BlockTensors.of(nothing, spans, block_length=self.block_length)
+            return _Blocks(TabledPlan(told.table.to(device), told.seen.to(device)), told.written.to(device))
+        chosen = plan_paged if device.type == "cpu" else plan_gathered
         written = [page for span in spans for page in span.written]
         return _Blocks(
-            chosen(spans, block_length=self.block_length, device=self.device),
-            torch.tensor(written, device=self.device),
+            chosen(spans, block_length=self.block_length, device=device), torch.tensor(written, device=device)
         )
 
 

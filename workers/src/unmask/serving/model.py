@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from unmask.attention import Attends
+from unmask.attention import Attends, kernels
 from unmask.diffusion.batch import Batch
 from unmask.diffusion.decoding import Credit, DecodingParams, Vicinity
 from unmask.diffusion.full_sequence import CanvasBatch
@@ -223,7 +223,12 @@ class ServedModel:
         )
 
     def batch(
-        self, network: LanguageModel, *, cache_bytes: int | None = None, max_positions: int | None = None
+        self,
+        network: LanguageModel,
+        *,
+        cache_bytes: int | None = None,
+        max_positions: int | None = None,
+        eager: bool = False,
     ) -> Batch:
         """What decodes requests with the model's weights.
 
@@ -231,6 +236,8 @@ class ServedModel:
             network: The weights.
             cache_bytes: Memory for keys and values of blocks; see :class:`RaggedBatch`.
             max_positions: Most positions in one forward.
+            eager: Launch each operation of a forward, on a GPU too, in the place of replaying recorded ones;
+                as has to be where other processes compute a part of it.
 
         Raises:
             UsageError: A limit is too small, or the model attends to the canvas, which has neither.
@@ -250,6 +257,7 @@ class ServedModel:
             cache_bytes=cache_bytes,
             max_positions=max_positions,
             revision=self.name,
+            recorded=not eager and kernels.run_on(network.device),
         )
 
 

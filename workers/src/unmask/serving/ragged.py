@@ -31,7 +31,8 @@ from unmask.diffusion.block_row import BlockRow, at_places, check_block_request,
 from unmask.diffusion.decoding import Candidates, DecodingParams, best_tokens_at
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
-from unmask.models.row_tiles import missing_rows, tiled_rows
+from unmask.models.row_tiles import tiled_rows
+from unmask.serving.forwards import Forwards, PlainForwards, RecordedForwards
 from unmask.serving.paging import BlockPool, Holding, digest_of, digests_of, root_digest
 from unmask.serving.scheduling import SMALLEST_ROOM, Wish, share_forward
 
@@ -124,6 +125,7 @@ class RaggedBatch:
         max_positions: int | None = None,
         fuse: bool = True,
         revision: str = "",
+        recorded: bool = False,
     ) -> None:
         """Room for ``rows`` requests of at most ``capacity`` tokens each, prompt included.
 
@@ -137,6 +139,8 @@ class RaggedBatch:
                 is more.
             fuse: Whether storing a block shares a forward with the next block's first step.
             revision: Names the weights, among whose keys and values blocks are shared.
+            recorded: Whether forwards are recorded now and replayed (:mod:`unmask.serving.forwards`); on a
+                GPU that has kernels for all of them.
 
         Raises:
             ModelError: The model attends to the whole canvas.
@@ -150,10 +154,16 @@ class RaggedBatch:
         self._room = _room(max_positions, block_length, rows)
         self._model = model
         self._pool = BlockPool(pages)
-        self._cache = model.new_paged_cache(pages=pages, block_length=block_length)
+        cache = model.new_paged_cache(pages=pages, block_length=block_length)
+        self._forwards: Forwards = PlainForwards(model, cache)
+        if recorded:
+            with torch.inference_mode():
+                self._forwards = RecordedForwards(
+                    model, cache, most_blocks=self._room, most_pages=blocks_of_one
+                )
         self._seats: dict[int, _Seat] = {}
         self._tickets = count()
-        self._forwards = 0
+        self._steps = 0
         self._forgotten = 0
 
     @property
@@ -233,10 +243,10 @@ class RaggedBatch:
         events = self._share_given_blocks()
         shares = share_forward(self._wishes(), room=self._room)
         parts = [self._part(self._seats[ticket], blocks) for ticket, blocks in sorted(shares.items())]
-        self._forwards += 1
+        self._steps += 1
         candidates = self._forward(parts)
         for part in parts:
-            part.seat.last_part = self._forwards
+            part.seat.last_part = self._steps
             events += self._store(part)
             if part.denoises:
                 events += self._denoise(part.seat, candidates[part.seat.row.ticket])
@@ -288,15 +298,10 @@ class RaggedBatch:
         """Compute all positions of the parts; what :meth:`_candidates` finds in their hidden states."""
         ids = [token for part in parts for token in part.ids]
         spans = [part.span for part in parts]
-        while missing_rows(len(ids)):  # blocks of nobody, so that products are of whole tiles
-            ids += [0] * self.block_length
-            spans.append(Span((self._cache.nobodys,), asking=1))
-        metadata = self._cache.lay_out(spans)
-        ids_1S = torch.tensor([ids], device=self._model.device)
         if not any(part.denoises for part in parts):
-            self._model.store(ids_1S, metadata, cache=self._cache)
+            self._forwards.store(ids, spans)
             return {}
-        return self._candidates(parts, self._model.hidden(ids_1S, metadata, cache=self._cache)[0])
+        return self._candidates(parts, self._forwards.hidden(ids, spans))
 
     def _logits(self, hidden_PD: Tensor) -> Tensor:
         """Scores of P positions, computed in whole tiles."""

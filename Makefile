@@ -24,7 +24,7 @@ OR_NONE = || test $$? = 5
 
 export TORCH_INDEX UNMASK_CACHE UNMASK_CLUSTER
 
-.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-shards test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images prometheus lint format generate verify path lock bench bench-decode bench-serve bench-shards bench-train clean
+.PHONY: ablations help setup setup-eval demo test test-fast test-training test-serving test-shards test-kills test-faults bench-operator test-full test-torchx-nightly test-cluster charts cluster cluster-programs images prometheus lint format generate verify path lock bench bench-decode bench-gpu bench-serve bench-shards bench-train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -139,6 +139,9 @@ ablations: setup ## Train the quickstart without each of its parts, over SEEDS s
 
 bench-decode: setup ## Time decoding beside the plain and the published way; BENCH="--only p7" for a part (long: a run of the published way takes minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/decode.py $(BENCH)
+
+bench-gpu: setup ## Time steps of decoding on a GPU against reading their weights; the last line is one JSON object (minutes)
+	@$(RUN) python benchmarks/gpu_decoding.py $(BENCH)
 
 bench-serve: setup ## Time a server's forwards and what its users wait for; BENCH="--only users" for a part (minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python benchmarks/serving.py $(BENCH)

@@ -144,7 +144,7 @@ class Server(ApiModel):
     device: Literal["Auto", "Cpu", "Cuda"] = "Auto"
     """Where to compute; ``Auto`` is Cuda where the limits of a pod's resources have a GPU, else Cpu."""
     quantization: Literal["None", "Int8"] = "None"
-    """``Int8``: weights and activations of eight bits, on a CPU; changes what is generated."""
+    """``Int8``: weights of eight bits, and on a CPU activations too; changes what is generated."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of a process; left out, the whole cores of its resources."""
     tls: ServerTls | None = None

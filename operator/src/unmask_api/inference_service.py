@@ -62,11 +62,6 @@ class InferenceSpec(ApiModel):
             field_path=".rollout.progressDeadlineSeconds",
         ),
         Rule(
-            rule="self.server.quantization == 'None' || self.server.device != 'Cuda'",
-            message="eight bits are for CPUs: set server.device to Cpu, or drop server.quantization",
-            field_path=".server.quantization",
-        ),
-        Rule(
             rule="has(self.server.tls) == has(oldSelf.server.tls)",
             message="TLS cannot be switched on or off: for a while clients would meet both behind one"
             " address; make a new service",

@@ -54,6 +54,7 @@ from unmask.models.feedforward import FeedForward
 from unmask.models.int8 import Int8Experts, quantise
 from unmask.models.loading import build
 from unmask.models.moe import Experts, MixtureOfExperts, Router
+from unmask.models.onednn import ReorderedExperts, ReorderedLinear, reorder
 from unmask.models.registry import parse_config
 from unmask.models.row_tiles import tiled
 from unmask.models.transformer import Attention
@@ -78,9 +79,14 @@ class Subject:
         self.config = parse_config(json.loads(path.read_text()))
 
     @cached_property
-    def float32(self) -> LanguageModel:
-        """With the weights as they are."""
+    def weights(self) -> LanguageModel:
+        """As others take them."""
         return build(self.config).eval()
+
+    @cached_property
+    def float32(self) -> LanguageModel:
+        """With the same weights, as a server has them."""
+        return reorder(build(self.config).eval())
 
     @cached_property
     def int8(self) -> LanguageModel:
@@ -90,22 +96,22 @@ class Subject:
     @cached_property
     def plain(self) -> PlainModel:
         """Plain decoding with the same weights."""
-        return PlainModel(self.float32, grouped=True)
+        return PlainModel(self.weights, grouped=True)
 
     @cached_property
     def published(self) -> PlainModel:
         """The published way with them."""
-        return PlainModel(self.float32, grouped=False)
+        return PlainModel(self.weights, grouped=False)
 
     @cached_property
     def peers(self) -> dict[str, Peer]:
         """Other programs with the same weights, by name."""
-        return dict(self._known_peers["peers"](self.float32)) if self._known_peers else {}
+        return dict(self._known_peers["peers"](self.weights)) if self._known_peers else {}
 
     @cached_property
     def readers(self) -> dict[str, Callable[[list[int]], object]]:
         """How these read a prompt."""
-        return dict(self._known_peers["readers"](self.float32)) if self._known_peers else {}
+        return dict(self._known_peers["readers"](self.weights)) if self._known_peers else {}
 
     @cached_property
     def _known_peers(self) -> dict[str, Any]:
@@ -388,8 +394,9 @@ def _products_seconds(subject: Subject, experts: float) -> float:
 def _products_per_second(rows: int, inner: int) -> float:
     """Floating-point operations of the fastest way to multiply so many rows by a weight in the cache."""
     x, weight = torch.randn(rows, inner), torch.randn(512, inner)
-    turned = weight.T.contiguous()
-    ways = (lambda: F.linear(x, weight), lambda: x @ turned, lambda: weight @ x.T)
+    turned, reordered = weight.T.contiguous(), ReorderedLinear(inner, 512)
+    reordered.put("weight", (), weight)
+    ways = (lambda: F.linear(x, weight), lambda: x @ turned, lambda: weight @ x.T, lambda: reordered(x))
     return 2 * rows * weight.numel() / min(_seconds(way) for way in ways for _ in range(100))
 
 
@@ -479,6 +486,7 @@ def _watched(model: LanguageModel) -> Iterator[Stopwatch]:
         Router: "router",
         Experts: "experts",
         Int8Experts: "experts",
+        ReorderedExperts: "experts",
         FeedForward: "dense feed-forward",
         MixtureOfExperts: "experts",
     }

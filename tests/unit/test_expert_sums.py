@@ -11,7 +11,7 @@ from unmask.experts.holding import Holding, NotHeld, shape_of_experts, weighted_
 from unmask.experts.placement import even_bounds
 from unmask.models.checkpoint_files import Checkpoint
 from unmask.models.loading import load
-from unmask.models.moe import Routing, experts_one_by_one, mixtures_of
+from unmask.models.moe import Experts, Routing, experts_one_by_one, mixtures_of
 from unmask.models.registry import read_config
 
 GOLDENS = ["llada2_a", "lladamoe_a"]
@@ -57,7 +57,7 @@ def test_a_row_gets_the_same_bits_alone_and_among_others(folder: Path) -> None:
 
 def test_rows_for_other_parts_only_are_zero(folder: Path) -> None:
     held = holding_of(folder, 0, shards=2).find(1, 0)
-    rows = torch.randn(3, held.layers[max(held.layers)].down_proj.shape[1])
+    rows = torch.randn(3, read_config(folder).hidden_size)
     elsewhere = torch.full((3, 2), -1)
     sums = weighted_sums(held.layers[max(held.layers)], elsewhere, torch.ones(3, 2), rows)
     assert torch.equal(sums, torch.zeros_like(rows))
@@ -73,11 +73,30 @@ def test_a_shard_has_its_share_of_the_weights_and_no_more(folder: Path, shards: 
     assert both.nbytes == all_of_them
 
 
-def test_what_a_part_holds_is_what_the_whole_model_has(folder: Path) -> None:
+def test_each_expert_of_a_part_is_the_whole_model_s(folder: Path) -> None:
+    whole = mixtures_of(load(folder))
+    rows, _ = routed(folder)
+    one = torch.ones(len(rows), 1)
+    for number in range(2):
+        held = holding_of(folder, number, shards=2).find(1, number)
+        for layer, experts in held.layers.items():
+            for expert in range(held.num_experts):
+                chosen = torch.full((len(rows), 1), expert)
+                got = weighted_sums(experts, chosen, one, rows)
+                own = Routing(chosen + held.first, one)
+                expected = experts_one_by_one(whole[layer].experts, rows, own)
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_weights_that_are_not_laid_out_anew_are_the_whole_model_s(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unmask.experts.holding.can_reorder", lambda device, dtype: False)
     whole = mixtures_of(load(folder))
     for number in range(2):
         held = holding_of(folder, number, shards=2).find(1, number)
         for layer, experts in held.layers.items():
+            assert isinstance(experts, Experts)
             own = slice(held.first, held.first + held.num_experts)
             assert torch.equal(experts.gate_up_proj, whole[layer].experts.gate_up_proj[own])
             assert torch.equal(experts.down_proj, whole[layer].experts.down_proj[own])

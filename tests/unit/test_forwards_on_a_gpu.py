@@ -16,9 +16,10 @@ from unmask.attention.paged import Span
 from unmask.diffusion.batch import Filled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.models import moe_kernel
-from unmask.models.int8 import expect_int8
+from unmask.models.int8 import int8_on
 from unmask.models.loading import build, load, save
 from unmask.models.moe import Experts
+from unmask.models.products import expect
 from unmask.models.registry import parse_config
 from unmask.models.weight_only_int8 import LEVELS, WeightOnlyLinear, quantised_channels
 from unmask.serving.forwards import PlainForwards, RecordedForwards, recorded_sizes
@@ -149,7 +150,7 @@ def a_model_of_no_numbers(monkeypatch, *, quantised=False):
     with FakeTensorMode(), torch.inference_mode():
         model = build(parse_config(TINY), device="meta").eval()
         if quantised:
-            expect_int8(model, device="cuda")
+            expect(model, int8_on("cuda"))
         for module in model.modules():
             for kept in (module._parameters, module._buffers):
                 for name, tensor in kept.items():

@@ -23,12 +23,12 @@ from unmask.models.int8 import (
     Int8Linear,
     _in_parts,
     check_int8,
-    int8_products,
     quantise,
     scaled_tokens,
 )
 from unmask.models.loading import build, load, save
 from unmask.models.moe import Experts, Routing
+from unmask.models.products import products_of
 from unmask.models.registry import parse_config
 from unmask.models.replacement import Replacement
 from unmask.models.weight_only_int8 import quantised_channels
@@ -306,7 +306,7 @@ def test_separate_projections_and_a_tied_output_layer_are_quantised_as_well(tmp_
     layer = {"attention.query_key_value", "attention.output"}
     layer |= {f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
     products = {f"layers.{index}.{part}.weight" for index in range(2) for part in layer}
-    assert set(int8_products(loaded)) == products | {"head.weight"}
+    assert set(products_of(loaded)) == products | {"head.weight"}
 
 
 @pytest.mark.parametrize("config", [TINY, LLAMA | {"tie_word_embeddings": True}], ids=["experts", "tied"])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from support import counts
 from support.models import tiny_model
 from unmask.models.moe import Experts, Routing, experts_one_by_one, grouped_linear
+from unmask.models.onednn import ReorderedExperts, ReorderedLinear
 from unmask.models.output_layer import in_slices
 from unmask.models.row_tiles import TILE_ROWS, missing_rows, tiled, tiled_rows
 
@@ -34,11 +35,16 @@ def test_a_row_of_a_product_of_whole_tiles_is_the_same_to_the_bit(inner, outer, 
     torch.set_num_threads(threads)
     try:
         whole = F.linear(x, weight)
+        reordered = ReorderedLinear(inner, outer)
+        reordered.put("weight", (), weight)
+        by_onednn = reordered(x)
+        torch.testing.assert_close(by_onednn, whole, rtol=0, atol=1e-3)
         for rows in (4, 8, 12, 20, 32, 36, 64, 100, 128, 252):
             chosen = torch.randperm(len(x), generator=generator)[:rows]
             assert torch.equal(F.linear(x[chosen], weight), whole[chosen])
             ends = torch.tensor([rows])
             assert torch.equal(grouped_linear(x[chosen], weight.unsqueeze(0), ends), whole[chosen])
+            assert torch.equal(reordered(x[chosen]), by_onednn[chosen])
     finally:
         torch.set_num_threads(before)
 
@@ -95,10 +101,38 @@ def test_no_tokens_have_no_experts():
     assert layer(torch.zeros(0, 16), none).shape == (0, 16)
 
 
+def in_their_layout(layer):
+    """The same experts, laid out for oneDNN."""
+    reordered = ReorderedExperts(*layer.down_proj.shape)
+    for name, weight in layer.named_parameters():
+        for expert, own in enumerate(weight):
+            reordered.put(name, (expert,), own)
+    return reordered
+
+
 @torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 3, 32, 200])
+def test_reordered_experts_are_those_one_by_one(tokens):
+    layer, routing = experts_and_routing(tokens, experts=9, hidden=48, width=20, choose=3)
+    hidden = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(1))
+    expected = experts_one_by_one(layer.double(), hidden.double(), routing)
+    got = in_their_layout(layer.float())(hidden, routing)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_no_tokens_have_no_reordered_experts():
+    layer, routing = experts_and_routing(1, experts=4, hidden=16, width=8, choose=2)
+    none = Routing(routing.experts[:0], routing.weights[:0])
+    assert in_their_layout(layer)(torch.zeros(0, 16), none).shape == (0, 16)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("arranged", [lambda layer: layer, in_their_layout], ids=["as they are", "reordered"])
 @pytest.mark.parametrize(("hidden_size", "width"), [(256, 128), (96, 24), (512, 256)])
-def test_a_token_s_experts_are_the_same_to_the_bit_among_few_and_many(hidden_size, width):
+def test_a_token_s_experts_are_the_same_to_the_bit_among_few_and_many(hidden_size, width, arranged):
     layer, routing = experts_and_routing(300, experts=9, hidden=hidden_size, width=width, choose=3)
+    layer = arranged(layer)
     hidden = torch.randn(300, hidden_size, generator=torch.Generator().manual_seed(1))
     whole = layer(hidden, routing)
     for first, last in ((0, 1), (7, 12), (64, 96), (100, 299)):
@@ -108,9 +142,11 @@ def test_a_token_s_experts_are_the_same_to_the_bit_among_few_and_many(hidden_siz
 
 
 @torch.inference_mode()
-def test_what_is_not_finite_stays_with_its_token():
+@pytest.mark.parametrize("arranged", [lambda layer: layer, in_their_layout], ids=["as they are", "reordered"])
+def test_what_is_not_finite_stays_with_its_token(arranged):
     """Rows that fill up a tile are what the expert before left there."""
     layer, routing = experts_and_routing(33, experts=9, hidden=32, width=16, choose=3)
+    layer = arranged(layer)
     hidden = torch.randn(33, 32, generator=torch.Generator().manual_seed(1))
     whole = layer(hidden, routing)
     hidden[5] = float("nan")

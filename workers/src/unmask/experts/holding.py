@@ -21,6 +21,7 @@ from unmask.models.checkpoint_files import Checkpoint, matching_slots
 from unmask.models.config import ModelConfig
 from unmask.models.loading import build, copy_tensor, digest_of
 from unmask.models.moe import Experts, mixtures_of
+from unmask.models.onednn import ReorderedExperts, can_reorder
 from unmask.models.slots import Slot
 from unmask.models.tensor_pieces import DTYPES
 from unmask.v1 import experts_pb2 as pb
@@ -75,23 +76,25 @@ def shape_of_experts(config: ModelConfig) -> ExpertShape:
 class Held:
     """The experts of one part, of all layers."""
 
-    def __init__(self, first: int, layers: Mapping[int, Experts]) -> None:
+    def __init__(self, first: int, layers: Mapping[int, Experts | ReorderedExperts]) -> None:
         """``first`` is the number of the part's first expert."""
         self.first, self.layers = first, dict(layers)
 
     @property
     def num_experts(self) -> int:
         """Of one layer."""
-        return next(len(experts.down_proj) for experts in self.layers.values())
+        return next(experts.count for experts in self.layers.values())
 
     @property
     def nbytes(self) -> int:
         """Memory of the weights."""
-        return sum(parameter.nbytes for experts in self.layers.values() for parameter in experts.parameters())
+        return sum(experts.nbytes for experts in self.layers.values())
 
 
 @torch.inference_mode()
-def weighted_sums(experts: Experts, slots_TK: Tensor, weights_TK: Tensor, rows_TD: Tensor) -> Tensor:
+def weighted_sums(
+    experts: Experts | ReorderedExperts, slots_TK: Tensor, weights_TK: Tensor, rows_TD: Tensor
+) -> Tensor:
     """What some experts make of rows, weighted and added up: (T, D), in the experts' number format.
 
     A row's sum does not depend on the other rows (:mod:`unmask.models.row_tiles`).
@@ -102,15 +105,15 @@ def weighted_sums(experts: Experts, slots_TK: Tensor, weights_TK: Tensor, rows_T
         weights_TK: How much each choice counts.
         rows_TD: Hidden states; like the others on any device.
     """
-    device = experts.down_proj.device
+    device = experts.device
     slots_TK, weights_TK, rows_TD = (given.to(device) for given in (slots_TK, weights_TK, rows_TD))
-    num_experts, choices = len(experts.down_proj), slots_TK.shape[1]
+    num_experts, choices = experts.count, slots_TK.shape[1]
     chosen_N = slots_TK.flatten().to(torch.int64)
     absent_N = (chosen_N < 0) | (chosen_N >= num_experts)
     chosen_N = chosen_N.masked_fill(absent_N, num_experts)  # behind all others
     order_N = torch.argsort(chosen_N, stable=True)
     counts_E = torch.bincount(chosen_N, minlength=num_experts + 1)[:num_experts]
-    rows_TD = rows_TD.to(experts.down_proj.dtype)
+    rows_TD = rows_TD.to(experts.dtype)
     here = int(counts_E.sum())
     if here == 0:
         return torch.zeros_like(rows_TD)
@@ -223,7 +226,10 @@ class Holding:
             if digest_of(checkpoint) != self.revision:
                 raise ModelError(f"{self.path}: the weights are others than when the shard began; restart it")
             slots = [slot for slot in matching_slots(checkpoint) if slot.expert in range(first, stop)]
-            layers = self._empty(stop - first, DTYPES[checkpoint.tensors[slots[0].name].dtype])
+            dtype = DTYPES[checkpoint.tensors[slots[0].name].dtype]
+            if can_reorder(self._device, dtype):
+                return Held(first, self._reordered(checkpoint, slots, first, stop))
+            layers = self._empty(stop - first, dtype)
             state = {
                 f"layers.{layer}.feed_forward.experts.{name}": parameter.detach()
                 for layer, experts in layers.items()
@@ -233,6 +239,23 @@ class Holding:
                 own = Slot(slot.name, slot.parameter, slot.shape, _moved(slot, first))
                 copy_tensor(checkpoint, slot.name, own.view(state).view(-1))
         return Held(first, layers)
+
+    def _reordered(
+        self, checkpoint: Checkpoint, slots: Iterable[Slot], first: int, stop: int
+    ) -> dict[int, ReorderedExperts]:
+        """The experts of each layer, laid out for oneDNN as their tensors are read."""
+        layers = {
+            layer: ReorderedExperts(stop - first, self.shape.hidden_size, self.shape.expert_width)
+            for layer in self.shape.layers
+        }
+        named = {f"layers.{layer}.feed_forward.experts": experts for layer, experts in layers.items()}
+        for slot in slots:
+            value = torch.empty(slot.shape)
+            copy_tensor(checkpoint, slot.name, value.view(-1))
+            module, _, parameter = slot.parameter.rpartition(".")
+            named[module].put(parameter, _moved(slot, first), value)
+        assert all(experts.is_complete for experts in layers.values())
+        return layers
 
     def _empty(self, experts: int, dtype: torch.dtype) -> dict[int, Experts]:
         """Experts of each layer, whose weights are not set."""

@@ -23,7 +23,7 @@ and O the inner and outer width of a product; T, D, E, K as in :mod:`unmask.mode
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +33,16 @@ from unmask.attention import kernels
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
 from unmask.models.moe import Experts, Routing, sorted_by_expert
-from unmask.models.transformer import Transformer
-from unmask.models.weight_only_int8 import WeightOnlyExperts, WeightOnlyLinear, quantised_channels
+from unmask.models.products import Arrangement, Product, rearrange
+from unmask.models.weight_only_int8 import WEIGHT_ONLY, quantised_channels
 
 __all__ = [
     "TOKEN_LEVELS",
     "WEIGHT_LEVELS",
     "Int8Experts",
     "Int8Linear",
-    "Int8Product",
     "check_int8",
-    "expect_int8",
-    "int8_products",
+    "int8_on",
     "quantise",
     "scaled_tokens",
 ]
@@ -158,7 +156,7 @@ def _fbgemm() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Product):
     """What takes the place of ``nn.Linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -168,15 +166,15 @@ class Int8Linear(nn.Module):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole weight is there."""
+        """See :attr:`Product.is_complete`."""
         return self._matrix.is_packed
 
     def clear(self) -> None:
-        """Forget the weight; another one will be given."""
+        """See :meth:`Product.clear`."""
         self._matrix.clear()
 
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """Take the part ``index`` of the float ``weight``, as a slot has it."""
+        """See :meth:`Product.put`."""
         assert parameter == "weight", parameter
         rows = index[0] if index else slice(0, self._matrix.shape[0])
         assert isinstance(rows, slice)
@@ -188,8 +186,10 @@ class Int8Linear(nn.Module):
         return self._matrix.times(scaled_NI).mul_(scale_N1).view(*x.shape[:-1], self._matrix.shape[0])
 
 
-class Int8Experts(nn.Module):
+class Int8Experts(Product):
     """What takes the place of :class:`~unmask.models.moe.Experts`."""
+
+    parameters_of = ("gate_up_proj", "down_proj")
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         """Without weights; see :meth:`put`."""
@@ -200,16 +200,16 @@ class Int8Experts(nn.Module):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all weights of all experts are there."""
+        """See :attr:`Product.is_complete`."""
         return all(matrix.is_packed for matrix in (*self._gate_up, *self._down))
 
     def clear(self) -> None:
-        """Forget all weights; others will be given."""
+        """See :meth:`Product.clear`."""
         for matrix in (*self._gate_up, *self._down):
             matrix.clear()
 
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """Take the part ``index`` of ``gate_up_proj`` or ``down_proj``, as a slot has it; of one expert."""
+        """See :meth:`Product.put`; of one expert."""
         expert, *rest = index
         assert isinstance(expert, int)
         matrix = {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert]
@@ -257,65 +257,24 @@ def _grouped(matrices: list[_Matrix], scaled_NI: Tensor, counts: list[int]) -> T
     return torch.cat([matrix.times(part) for matrix, part in zip(matrices, parts, strict=True) if len(part)])
 
 
-Int8Product: TypeAlias = Int8Linear | Int8Experts | WeightOnlyLinear | WeightOnlyExperts
-"""What multiplies by weights of eight bits."""
+def _linear(replaced: nn.Linear | nn.Embedding) -> Product:
+    outer, inner = replaced.weight.shape
+    return Int8Linear(inner, outer)
 
 
-def expect_int8(model: LanguageModel, *, device: str | torch.device) -> None:
-    """Replace what multiplies by weights; the replacements wait for theirs, and have none so far.
-
-    A model whose embedding is its output layer gets an output layer of its own. The router stays as it is.
-
-    Args:
-        model: On any device, the meta device too.
-        device: Where it is to compute.
-    """
-    weights_alone = kernels.run_on(torch.device(device))
-
-    def linear(weight_OI: Tensor) -> Int8Linear | WeightOnlyLinear:
-        outer, inner = weight_OI.shape
-        if weights_alone:
-            return WeightOnlyLinear(inner, outer, device=weight_OI.device)
-        return Int8Linear(inner, outer)
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                assert getattr(child, "bias", None) is None, f"{name}: biases are not known here"
-                setattr(module, name, linear(child.weight))
-            elif isinstance(child, Experts):
-                experts, hidden, inner = child.down_proj.shape
-                where = child.down_proj.device
-                made = WeightOnlyExperts(experts, hidden, inner, device=where) if weights_alone else None
-                setattr(module, name, made or Int8Experts(experts, hidden, inner))
-    if isinstance(model, Transformer) and model.head is None:
-        model.head = linear(model.embedding.weight)
+def _experts(replaced: Experts) -> Product:
+    return Int8Experts(*replaced.down_proj.shape)
 
 
-def int8_products(model: LanguageModel) -> dict[str, Int8Product]:
-    """The modules that wait for weights, or have them, by the names of the parameters that they take."""
-    products: dict[str, Int8Product] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Linear | WeightOnlyLinear):
-            products[f"{name}.weight"] = module
-        elif isinstance(module, Int8Experts | WeightOnlyExperts):
-            products[f"{name}.gate_up_proj"] = products[f"{name}.down_proj"] = module
-    return products
+_ON_A_CPU = Arrangement(_linear, _experts, tied_output=True)
 
 
-@torch.no_grad()
+def int8_on(device: str | torch.device) -> Arrangement:
+    """How weights of eight bits are arranged for ``device``."""
+    return WEIGHT_ONLY if kernels.run_on(torch.device(device)) else _ON_A_CPU
+
+
 def quantise(model: LanguageModel) -> LanguageModel:
     """The same model with int8 weights, made in place; float weights are let go one after the other."""
     check_int8(model.device)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tied = isinstance(model, Transformer) and model.head is None
-    expect_int8(model, device=model.device)
-    for name, product in int8_products(model).items():
-        weight = weights["embedding.weight"] if tied and name == "head.weight" else weights.pop(name)
-        parameter = name.rpartition(".")[2]
-        if isinstance(product, Int8Linear | WeightOnlyLinear):
-            product.put(parameter, (), weight)
-        else:
-            for expert, own in enumerate(weight):
-                product.put(parameter, (expert,), own)
-    return model
+    return rearrange(model, int8_on(model.device))

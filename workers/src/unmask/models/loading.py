@@ -29,8 +29,10 @@ from unmask.models.checkpoint_files import (
 )
 from unmask.models.config import ModelConfig
 from unmask.models.folder import CHECKSUMS, new_folder, read_json_inside
-from unmask.models.int8 import check_int8, expect_int8, int8_products
+from unmask.models.int8 import check_int8, int8_on
 from unmask.models.moe import mixtures_of
+from unmask.models.onednn import REORDERED, can_reorder
+from unmask.models.products import expect, products_of
 from unmask.models.registry import CONFIG, family_of
 from unmask.models.slots import Slot
 from unmask.models.tensor_file import Piece, StoredTensor
@@ -104,11 +106,14 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantization: Quantization = "none",
+    reordered: bool = False,
 ) -> LanguageModel:
     """Load the checkpoint in the folder ``path``, in ``dtype`` (that of its tensors by default).
 
     With ``quantization="int8"`` weights are quantised one tensor after the other as they are read
-    (:mod:`unmask.models.int8`), and on a CPU what is not a product's weight is float32.
+    (:mod:`unmask.models.int8`), and on a CPU what is not a product's weight is float32. Where ``reordered``,
+    weights of float32 on a CPU are laid out for oneDNN (:mod:`unmask.models.onednn`): faster, for whoever
+    needs neither gradients nor a state dict.
 
     Raises:
         UsageError: If ``device`` cannot compute with weights so quantised.
@@ -118,7 +123,9 @@ def load(
     if quantization == "int8":  # before anything is read
         check_int8(device)
     with Checkpoint(path) as checkpoint:
-        return load_open(checkpoint, device=device, dtype=dtype, quantization=quantization)
+        return load_open(
+            checkpoint, device=device, dtype=dtype, quantization=quantization, reordered=reordered
+        )
 
 
 def load_open(
@@ -127,6 +134,7 @@ def load_open(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantization: Quantization = "none",
+    reordered: bool = False,
     experts: Literal["here", "elsewhere"] = "here",
 ) -> LanguageModel:
     """:func:`load` of a checkpoint that is open.
@@ -139,9 +147,11 @@ def load_open(
     if quantization == "int8":
         weights_alone = kernels.run_on(torch.device(device))
         model = _on_meta(checkpoint.config, dtype or own if weights_alone else torch.float32)
-        expect_int8(model, device=device)
+        expect(model, int8_on(device))
     else:
         model = _on_meta(checkpoint.config, dtype or own)
+        if reordered and can_reorder(device, dtype or own):
+            expect(model, REORDERED)
     if experts == "elsewhere":
         slots = [slot for slot in slots if slot.expert is None]
         for mixture in mixtures_of(model).values():
@@ -274,7 +284,7 @@ def fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
     Raises:
         ModelError: A number is not finite, or a file is shorter than it was.
     """
-    state, products = model.state_dict(), int8_products(model)
+    state, products = model.state_dict(), products_of(model)
     for product in products.values():
         product.clear()
     with torch.no_grad():

@@ -157,6 +157,26 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
+    @property
+    def count(self) -> int:
+        """E."""
+        return len(self.down_proj)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self.gate_up_proj.nbytes + self.down_proj.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.down_proj.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their number format."""
+        return self.down_proj.dtype
+
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts, (T, D).
 

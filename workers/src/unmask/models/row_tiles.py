@@ -5,7 +5,9 @@ order it adds up, may depend on how many rows there are. Of float32 products on 
 2.15 with MKL, on an AMD EPYC with AVX2, one thread and two): up to three rows that a thread is left with are
 computed in another way than the rest, and everything else is the same bit for bit, whatever the number of
 rows and the place of a row among them. So products of whole tiles of 4 rows do not differ, and rows that
-fill up a tile are all it takes. ``tests/unit/test_row_tiles.py`` says whether it holds on another machine.
+fill up a tile are all it takes. Of oneDNN's products (:mod:`unmask.models.onednn`) that holds as well, with
+AVX-512 and with AVX2; there only a product of a single row was found to differ. What another machine does,
+``tests/unit/test_row_tiles.py`` says.
 """
 
 import torch

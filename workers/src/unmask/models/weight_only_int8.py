@@ -9,9 +9,10 @@ bfloat16. They are rounded to whole multiples of a scale of their output channel
 import torch
 from torch import Tensor, nn
 
-from unmask.models.moe import Routing
+from unmask.models.moe import Experts, Routing
+from unmask.models.products import Arrangement, Product
 
-__all__ = ["LEVELS", "WeightOnlyExperts", "WeightOnlyLinear", "quantised_channels"]
+__all__ = ["LEVELS", "WEIGHT_ONLY", "WeightOnlyExperts", "WeightOnlyLinear", "quantised_channels"]
 
 LEVELS = 127
 """The largest number that stands for a weight."""
@@ -27,7 +28,7 @@ def quantised_channels(weight_OI: Tensor, *, levels: int) -> tuple[Tensor, Tenso
     return (weight_OI / scale_O.unsqueeze(1)).round_().to(torch.int8), scale_O
 
 
-class WeightOnlyLinear(nn.Module):
+class WeightOnlyLinear(Product):
     """What takes the place of ``nn.Linear``."""
 
     levels: Tensor
@@ -43,15 +44,15 @@ class WeightOnlyLinear(nn.Module):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole weight is there."""
+        """See :attr:`Product.is_complete`."""
         return self._missing == 0
 
     def clear(self) -> None:
-        """Forget the weight; another one will be given."""
+        """See :meth:`Product.clear`."""
         self._missing = len(self.scale)
 
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """Take the part ``index`` of the float ``weight``, as a slot has it."""
+        """See :meth:`Product.put`."""
         assert parameter == "weight", parameter
         rows = index[0] if index else slice(None)
         assert isinstance(rows, slice)
@@ -67,8 +68,10 @@ class WeightOnlyLinear(nn.Module):
         return linear_of_levels(rows_NI, self.levels, self.scale).view(*x.shape[:-1], -1)
 
 
-class WeightOnlyExperts(nn.Module):
+class WeightOnlyExperts(Product):
     """What takes the place of :class:`~unmask.models.moe.Experts`."""
+
+    parameters_of = ("gate_up_proj", "down_proj")
 
     gate_up_levels: Tensor
     """int8 (E, 2I, D)."""
@@ -91,15 +94,15 @@ class WeightOnlyExperts(nn.Module):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all weights of all experts are there."""
+        """See :attr:`Product.is_complete`."""
         return self._missing == 0
 
     def clear(self) -> None:
-        """Forget all weights; others will be given."""
+        """See :meth:`Product.clear`."""
         self._missing = self.gate_up_scale.numel() + self.down_scale.numel()
 
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """Take the part ``index`` of ``gate_up_proj`` or ``down_proj``, as a slot has it; of one expert."""
+        """See :meth:`Product.put`; of one expert."""
         name = parameter.removesuffix("_proj")
         target, scales = self.get_buffer(f"{name}_levels"), self.get_buffer(f"{name}_scale")
         levels, scale = quantised_channels(weight, levels=LEVELS)
@@ -129,3 +132,15 @@ def _add_weight(
     module.register_buffer(
         scale, torch.empty(shape[:-1], dtype=torch.float32, device=device), persistent=False
     )
+
+
+def _linear(replaced: nn.Linear | nn.Embedding) -> Product:
+    outer, inner = replaced.weight.shape
+    return WeightOnlyLinear(inner, outer, device=replaced.weight.device)
+
+
+def _experts(replaced: Experts) -> Product:
+    return WeightOnlyExperts(*replaced.down_proj.shape, device=replaced.down_proj.device)
+
+
+WEIGHT_ONLY = Arrangement(_linear, _experts, tied_output=True)

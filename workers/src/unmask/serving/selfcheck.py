@@ -69,7 +69,7 @@ def run_checks(folder: Path, *, device: str = "cpu") -> Iterator[CheckResult]:
         ModelError: If the model or the vectors cannot be read, or there are none.
     """
     vectors = _read_vectors(folder / "golden.safetensors")
-    model = load(folder, device=device, dtype=torch.float32)
+    model = load(folder, device=device, dtype=torch.float32, reordered=True)
     groups = sorted({name.rpartition(".")[0] for name in vectors})
     for group in groups:
         kind = group.partition(".")[0]

@@ -55,7 +55,7 @@ class ServedWeights:
             check_int8(device)
         with Checkpoint(folder) as checkpoint:
             self.network: LanguageModel = load_open(
-                checkpoint, device=device, quantization=quantization, experts=experts
+                checkpoint, device=device, quantization=quantization, reordered=True, experts=experts
             )
             sharded = experts == "elsewhere"
             self.revision = digest_of(checkpoint) if checkpoint.checked or sharded else None

@@ -1,0 +1,182 @@
+"""Weights of float32 in oneDNN's own layout, for forwards on a CPU without gradients.
+
+MKL's product lays the weight out anew at every call, in pieces that its kernels like. Where an expert has
+four rows, that takes longer than the product. oneDNN can be given a weight that was laid out once. With one
+thread of an AMD EPYC (AVX-512, busy with other things; torch 2.15.0, 2026-11-28), a product by 512 x 1,024
+numbers that come from memory takes 132 us in the place of 207 for 4 rows, 394 for 574 of 32, and 1,290 for
+1,658 of 128.
+
+A row of a product is the same to the bit whatever the number of rows and its place among them, but for a
+product of a single row: so with whole tiles (:mod:`unmask.models.row_tiles`) it is the same always.
+``tests/unit/test_row_tiles.py`` says whether that holds on another machine.
+
+The two operations used are those that torch's own compiler makes of a linear layer whose weight does not
+change. Shape letters: N rows, I and O the inner and outer width of a product; T, D, E as in
+:mod:`unmask.models.moe`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.models.base import LanguageModel
+from unmask.models.moe import Experts, Routing, sorted_by_expert
+from unmask.models.products import Arrangement, Product, rearrange
+from unmask.models.row_tiles import tiled
+
+__all__ = ["REORDERED", "ReorderedExperts", "ReorderedLinear", "can_reorder", "reorder"]
+
+_ROWS = 512
+"""Rows to lay a weight out for; more or fewer were as fast."""
+
+
+def can_reorder(device: str | torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights of that number format on that device can be laid out so."""
+    return (
+        torch.device(device).type == "cpu" and dtype is torch.float32 and torch.backends.mkldnn.is_available()
+    )
+
+
+class _Weight:
+    """One weight (O, I), laid out when all its rows are there."""
+
+    def __init__(self, outer: int, inner: int) -> None:
+        self.shape = outer, inner
+        self._missing = outer
+        self._rows_OI: Tensor | None = None
+        self._reordered: Tensor | None = None
+
+    @property
+    def is_reordered(self) -> bool:
+        return self._reordered is not None
+
+    def clear(self) -> None:
+        self._missing, self._rows_OI, self._reordered = self.shape[0], None, None
+
+    def put(self, rows: slice, weight: Tensor) -> None:
+        """Take some rows; each is given once."""
+        if len(weight) < self.shape[0]:
+            if self._rows_OI is None:
+                self._rows_OI = torch.empty(self.shape)
+            self._rows_OI[rows] = weight
+            weight = self._rows_OI
+            self._missing -= len(range(*rows.indices(self.shape[0])))
+        else:
+            self._missing = 0
+        if self._missing == 0:
+            whole = weight.detach().to(torch.float32).contiguous()
+            self._reordered, self._rows_OI = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS), None
+
+    def times(self, x_NI: Tensor) -> Tensor:
+        """(N, I) by the weight: (N, O)."""
+        assert self._reordered is not None, "a weight that was never given"
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._reordered, None, "none", [], "")
+        return product
+
+
+class ReorderedLinear(Product):
+    """What takes the place of ``nn.Linear``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Without a weight; see :meth:`put`."""
+        super().__init__()
+        self._weight = _Weight(out_features, in_features)
+
+    @property
+    def is_complete(self) -> bool:
+        """See :attr:`Product.is_complete`."""
+        return self._weight.is_reordered
+
+    def clear(self) -> None:
+        """See :meth:`Product.clear`."""
+        self._weight.clear()
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """See :meth:`Product.put`."""
+        assert parameter == "weight", parameter
+        rows = index[0] if index else slice(None)
+        assert isinstance(rows, slice)
+        self._weight.put(rows, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        return self._weight.times(x.flatten(0, -2)).view(*x.shape[:-1], self._weight.shape[0])
+
+
+class ReorderedExperts(Product):
+    """What takes the place of :class:`~unmask.models.moe.Experts`."""
+
+    parameters_of = ("gate_up_proj", "down_proj")
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        """Without weights; see :meth:`put`."""
+        super().__init__()
+        self._gate_up = [_Weight(2 * intermediate_size, hidden_size) for _ in range(num_experts)]
+        self._down = [_Weight(hidden_size, intermediate_size) for _ in range(num_experts)]
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return len(self._down)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        shapes = (weight.shape for weight in (*self._gate_up, *self._down))
+        return sum(outer * inner * self.dtype.itemsize for outer, inner in shapes)
+
+    @property
+    def is_complete(self) -> bool:
+        """See :attr:`Product.is_complete`."""
+        return all(weight.is_reordered for weight in (*self._gate_up, *self._down))
+
+    def clear(self) -> None:
+        """See :meth:`Product.clear`."""
+        for weight in (*self._gate_up, *self._down):
+            weight.clear()
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """See :meth:`Product.put`; of one expert."""
+        expert, *rest = index
+        assert isinstance(expert, int)
+        rows = rest[0] if rest else slice(None)
+        assert isinstance(rows, slice)
+        {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert].put(rows, weight)
+
+    def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of each token's experts, (T, D)."""
+        return self.of_copies(hidden_TD, *sorted_by_expert(routing, len(self._gate_up)))
+
+    def of_copies(self, hidden_TD: Tensor, token_N: Tensor, weights_N: Tensor, counts_E: Tensor) -> Tensor:
+        """The same of copies of tokens that are sorted already; see :meth:`Experts.of_copies`."""
+        counts = counts_E.tolist()
+        copies_RD = hidden_TD.new_zeros(tiled(max(counts)), hidden_TD.shape[1])
+        total_TD = torch.zeros_like(hidden_TD)
+        parts = zip(counts, token_N.split(counts), weights_N.split(counts), strict=True)
+        for expert, (count, token_C, weights_C) in enumerate(parts):
+            if not count:
+                continue
+            torch.index_select(hidden_TD, 0, token_C, out=copies_RD[:count])  # behind them lie any numbers
+            gate, up = self._gate_up[expert].times(copies_RD[: tiled(count)]).chunk(2, dim=-1)
+            out_CD = self._down[expert].times(F.silu(gate).mul_(up))[:count]
+            total_TD.index_add_(0, token_C, out_CD.mul_(weights_C.unsqueeze(1)))
+        return total_TD
+
+
+def _linear(replaced: nn.Linear | nn.Embedding) -> Product:
+    outer, inner = replaced.weight.shape
+    return ReorderedLinear(inner, outer)
+
+
+def _experts(replaced: Experts) -> Product:
+    return ReorderedExperts(*replaced.down_proj.shape)
+
+
+REORDERED = Arrangement(_linear, _experts, tied_output=False)
+
+
+def reorder(model: LanguageModel) -> LanguageModel:
+    """The same model with weights laid out for oneDNN, made in place; its parameters are float32 on a CPU."""
+    return rearrange(model, REORDERED)

@@ -42,6 +42,7 @@ from unmask.diffusion.batch import Batch, Committed, Finished, Prefilled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.diffusion.generation import BlockBatch
 from unmask.models.loading import LanguageModel, build
+from unmask.models.onednn import reorder
 from unmask.models.registry import parse_config
 from unmask.serving.ragged import RaggedBatch
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=3, help="requests of each user")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the clock is this thread's
-    model = build(parse_config(json.loads(given.config.read_text()))).eval()
+    model = reorder(build(parse_config(json.loads(given.config.read_text()))).eval())
     print(f"{platform.machine()}, torch {torch.__version__}, 1 thread", flush=True)
     ratios: dict[str, object] = {}
     if "steps" in given.only:

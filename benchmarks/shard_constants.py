@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from unmask.experts.holding import weighted_sums
 from unmask.experts.planning.constants import Machine, Transport
 from unmask.experts.planning.forward import answer_bytes, frame_bytes
-from unmask.models.moe import Experts
+from unmask.models.onednn import ReorderedExperts, ReorderedLinear
 from unmask.models.shape import ModelShape
 
 __all__ = ["FRAMES", "fitted", "machine", "transport"]
@@ -29,7 +28,7 @@ _LARGE = 8192
 
 @torch.inference_mode()
 def machine(shape: ModelShape, *, threads: int, tokens: int, part: float = 1.0, repeats: int = 7) -> Machine:
-    """What so many threads of this process's torch take, float32.
+    """What so many threads of this process's torch take, float32; weights are as in servers and shards.
 
     Args:
         shape: Of the model; its widths and experts are what products are measured with.
@@ -45,11 +44,13 @@ def machine(shape: ModelShape, *, threads: int, tokens: int, part: float = 1.0, 
         vector = torch.rand(_LARGE)
         reading = _median(lambda: large @ vector, repeats)
         rows = torch.randn(tokens, shape.hidden)
-        wide = torch.randn(4 * shape.hidden, shape.hidden)
-        multiplying = _median(lambda: F.linear(rows, wide), repeats)
-        experts = Experts(held, shape.hidden, layer.expert_width)
-        for parameter in experts.parameters():
-            parameter.normal_()
+        wide = ReorderedLinear(shape.hidden, 4 * shape.hidden)
+        wide.put("weight", (), torch.randn(4 * shape.hidden, shape.hidden))
+        multiplying = _median(lambda: wide(rows), repeats)
+        experts = ReorderedExperts(held, shape.hidden, layer.expert_width)
+        for expert in range(held):
+            experts.put("gate_up_proj", (expert,), torch.randn(2 * layer.expert_width, shape.hidden))
+            experts.put("down_proj", (expert,), torch.randn(shape.hidden, layer.expert_width))
         chosen = torch.stack([torch.randperm(layer.num_experts)[: layer.chosen] for _ in range(tokens)])
         slots = torch.where(chosen < held, chosen, -1)
         weights = torch.rand(tokens, layer.chosen)
@@ -57,7 +58,7 @@ def machine(shape: ModelShape, *, threads: int, tokens: int, part: float = 1.0, 
     here = int((slots >= 0).sum())
     return Machine(
         memory_bytes_per_second=large.nbytes / reading,
-        flops_per_second=2 * tokens * wide.numel() / multiplying,
+        flops_per_second=2 * tokens * 4 * shape.hidden**2 / multiplying,
         # Sorting rows by expert and adding them up is in this rate.
         expert_flops_per_second=2 * here * 3 * shape.hidden * layer.expert_width / serving,
         expert_layer_seconds=0.0,

@@ -317,11 +317,11 @@ def _steps(folder: Path, repeats: int, processors: int, written: Path | None) ->
         )
         assert exchange.wait_complete(300), exchange.missing
         with Checkpoint(path) as checkpoint:
-            sharded = load_open(checkpoint, experts="elsewhere")
+            sharded = load_open(checkpoint, experts="elsewhere", reordered=True)
         watch = _Watch(exchange)
         shard_experts(sharded, exchange)
         assert isinstance(sharded, Transformer)
-        whole, split, turns = _Steps(load(path)), _Steps(sharded), _Steps(sharded)
+        whole, split, turns = _Steps(load(path, reordered=True)), _Steps(sharded), _Steps(sharded)
 
         def in_turns() -> None:
             sharded.micro_batches = 2

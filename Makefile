@@ -65,11 +65,11 @@ MESSAGES ?= 1000000
 ABORTS ?= 1000
 STREAMS ?= 10000
 
-test-serving: setup ## Prove what a server holds: REQUESTS=200, MESSAGES=1000000, ABORTS=1000, STREAMS=10000
+test-serving: setup-eval ## Prove what a server holds: REQUESTS=200, MESSAGES=1000000, ABORTS=1000, STREAMS=10000
 	@UNMASK_REQUESTS=$(REQUESTS) UNMASK_MESSAGES=$(MESSAGES) UNMASK_ABORTS=$(ABORTS) UNMASK_STREAMS=$(STREAMS) \
 	  $(PYTEST) $(SPREAD) -m serving
 
-test-shards: setup ## Prove that a lost expert shard changes no token: every layer and step, every fault
+test-shards: setup-eval ## Prove that a lost expert shard changes no token: every layer and step, every fault
 	@UNMASK_FULL=1 $(PYTEST) -m shards
 
 # How often `make test-kills` kills.

@@ -103,7 +103,8 @@ class CountingBatch:
         yield Filled(ticket, block, len(row.tokens) - 1, (position,), (token,), (0.5,), left)
         done = row.total == row.params.max_new_tokens
         if done or not left:
-            yield Committed(ticket, block, tuple(row.tokens), len(row.tokens), usage=replace(row.usage))
+            count = len(row.tokens)
+            yield Committed(ticket, block, tuple(row.tokens), count, (0.5,) * count, usage=replace(row.usage))
             row.tokens = []
         if done:
             del self._rows[ticket]

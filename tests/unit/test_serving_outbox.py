@@ -13,7 +13,7 @@ def filled(block: int, step: int, *positions: int) -> Filled:
 
 
 def committed(block: int) -> Committed:
-    return Committed(0, block, (block,), 1)
+    return Committed(0, block, (block,), 1, (0.5,))
 
 
 def outbox() -> Outbox:

@@ -31,7 +31,7 @@ def test_a_forward_may_read_store_and_fill():
         [
             traced(Reused(0, 8)),  # without a forward of its own
             traced(Prefilled(0, 4)),
-            traced(filled(1, 0), Committed(0, 3, (100, 101), 1)),
+            traced(filled(1, 0), Committed(0, 3, (100, 101), 1, (0.5, 0.5))),
             traced(Persisted(0), filled(2, block=4)),
             traced(filled(3, 2, block=4, step=1)),
         ],

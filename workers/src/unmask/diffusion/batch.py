@@ -132,7 +132,7 @@ class Committed:
     """Its generated tokens, up to the first end of text and ``max_new_tokens``."""
     forwards: int
     """Denoise forwards that it took."""
-    confidences: tuple[float, ...] = ()
+    confidences: tuple[float, ...]
     """The probability with which each token was accepted last."""
     usage: ForwardCounts = field(default_factory=ForwardCounts)
     """What the request has taken so far."""

@@ -26,7 +26,7 @@ from unmask.v1.generation_pb2_grpc import GenerationStub
 
 pytestmark = pytest.mark.serving
 
-STREAMS = counts.of(sample=300, full=10_000, variable="UNMASK_STREAMS")
+STREAMS = counts.of(sample=2000, full=10_000, variable="UNMASK_STREAMS")
 ROWS = STREAMS // 4
 """As many run at a time; the others wait, with their streams open."""
 CHANNELS = 8

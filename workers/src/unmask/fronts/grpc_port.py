@@ -17,6 +17,7 @@ __all__ = ["GrpcLimits", "GrpcPort", "address_of", "follow_certificates"]
 _READ_S = 10.0
 """How often the files of certificates are read. Each new connection has them read as well: this is for the
 metrics and the log of a server that nobody connects to."""
+_PENDING_CALLS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,9 @@ def address_of(host: str, port: int) -> str:
 
 
 def _options(limits: GrpcLimits) -> list[tuple[str, int]]:
+    # gRPC ends some calls as CANCELLED where more than so many wait to be looked at, by default a thousand: a
+    # crowd that comes at once. What is too much, is to be refused as that.
+    pending = max(_PENDING_CALLS, 2 * limits.calls)
     options = [
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),
@@ -124,6 +128,8 @@ def _options(limits: GrpcLimits) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # how often clients may ping
+        ("grpc.server.max_pending_requests", pending),
+        ("grpc.server.max_pending_requests_hard_limit", pending),
     ]
     if limits.connection_age_s is not None:
         options += [

@@ -342,7 +342,12 @@ def _steps(folder: Path, repeats: int, processors: int, written: Path | None) ->
     print(
         f"  whole model: {1000 * seconds['whole']:.1f} ms a step with {processors} threads; 8 rows of {BLOCK}"
     )
-    print(f"  2 shards:    {1000 * seconds['sharded']:.1f} ms a step; same tokens filled: {same}")
+    told = (
+        "the same tokens filled"
+        if same
+        else "other tokens, from where two choices are equal but for rounding"
+    )
+    print(f"  2 shards:    {1000 * seconds['sharded']:.1f} ms a step; {told}")
     print(f"  the same, its rows in two parts that take turns: {1000 * seconds['in turns']:.1f} ms")
     print(
         f"  of {1000 * total:.1f} ms a step: {1000 * watch.sending / steps:.1f} making and sending frames, "

@@ -213,6 +213,32 @@ def settled(server: RunningServer, others: int) -> Left:
     return seen[-1]
 
 
+def wait_until_gone(server: RunningServer, batch: RaggedBatch, before: Left, others: int) -> None:
+    """Return as soon as nothing is there that was not before."""
+    last: list[Left] = []
+
+    def gone() -> bool:
+        last[:] = [settled(server, others)]
+        return batch.active == 0 and last[0].within(before)
+
+    try:
+        wait_until(gone, timeout_s=300)
+    except AssertionError as error:
+        names = sorted(thread.name for thread in threading.enumerate())
+        raise AssertionError(
+            f"{last}, {batch.active} rows; before {before}; threads {names}; files {open_files()}"
+        ) from error
+
+
+def open_files() -> list[str]:
+    """Where this process's descriptors lead."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # of the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
 @pytest.mark.timeout(1800)
 def test_aborts_at_random_moments_leave_nothing_behind(
     tmp_path: Path, record_measurement: Callable[[str, float | str], None]
@@ -229,7 +255,7 @@ def test_aborts_at_random_moments_leave_nothing_behind(
         clients.run(abort(server, random.Random(1), 7))  # what is made once and kept is there from here on
         before = settled(server, others)
         aborted = clients.run(abort(server, random.Random(2), ABORTS))
-        wait_until(lambda: batch.active == 0 and settled(server, others).within(before), timeout_s=600)
+        wait_until_gone(server, batch, before, others)
         assert batch.cache_usage == 0 and not any(batch._pool._holders)
         engine = server.server.engine
         assert not (engine._waiting or engine._running or engine._cancelled)

@@ -249,8 +249,12 @@ class Holding:
             for layer in self.shape.layers
         }
         named = {f"layers.{layer}.feed_forward.experts": experts for layer, experts in layers.items()}
+        values: dict[tuple[int, ...], Tensor] = {}
         for slot in slots:
-            value = torch.empty(slot.shape)
+            # The same memory for all of a shape: what is let go between weights that stay, is lost there.
+            if slot.shape not in values:
+                values[slot.shape] = torch.empty(slot.shape)
+            value = values[slot.shape]
             copy_tensor(checkpoint, slot.name, value.view(-1))
             module, _, parameter = slot.parameter.rpartition(".")
             named[module].put(parameter, _moved(slot, first), value)

@@ -290,11 +290,17 @@ def fill(model: LanguageModel, slots: list[Slot], source: TensorSource) -> None:
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
+        of_experts: dict[tuple[int, ...], Tensor] = {}
         for slot in slots:
             if slot.parameter in state:
                 copy_tensor(source, slot.name, slot.view(state).view(-1))
             else:
-                value = torch.empty(slot.shape)
+                # The same memory for all experts: what is let go between weights that stay, is lost there.
+                value = of_experts.get(slot.shape) if slot.expert is not None else None
+                if value is None:
+                    value = torch.empty(slot.shape)
+                if slot.expert is not None:
+                    of_experts[slot.shape] = value
                 copy_tensor(source, slot.name, value.view(-1))
                 products[slot.parameter].put(slot.parameter.rpartition(".")[2], slot.index, value)
         head = products.get("head.weight")

@@ -38,10 +38,15 @@ def can_reorder(device: str | torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Weight:
-    """One weight (O, I), laid out when all its rows are there."""
+    """One weight (O, I), laid out when all its rows are there.
 
-    def __init__(self, outer: int, inner: int) -> None:
+    Until then they are kept in memory that ``spare`` has for weights of the same shape, and goes back to it:
+    what is let go between weights that stay, is lost there.
+    """
+
+    def __init__(self, outer: int, inner: int, spare: list[Tensor]) -> None:
         self.shape = outer, inner
+        self._spare = spare
         self._missing = outer
         self._rows_OI: Tensor | None = None
         self._reordered: Tensor | None = None
@@ -57,7 +62,7 @@ class _Weight:
         """Take some rows; each is given once."""
         if len(weight) < self.shape[0]:
             if self._rows_OI is None:
-                self._rows_OI = torch.empty(self.shape)
+                self._rows_OI = self._spare.pop() if self._spare else torch.empty(self.shape)
             self._rows_OI[rows] = weight
             weight = self._rows_OI
             self._missing -= len(range(*rows.indices(self.shape[0])))
@@ -65,7 +70,10 @@ class _Weight:
             self._missing = 0
         if self._missing == 0:
             whole = weight.detach().to(torch.float32).contiguous()
-            self._reordered, self._rows_OI = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS), None
+            self._reordered = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS)
+            if self._rows_OI is not None:
+                self._spare.append(self._rows_OI)
+                self._rows_OI = None
 
     def times(self, x_NI: Tensor) -> Tensor:
         """(N, I) by the weight: (N, O)."""
@@ -80,7 +88,7 @@ class ReorderedLinear(Product):
     def __init__(self, in_features: int, out_features: int) -> None:
         """Without a weight; see :meth:`put`."""
         super().__init__()
-        self._weight = _Weight(out_features, in_features)
+        self._weight = _Weight(out_features, in_features, spare=[])
 
     @property
     def is_complete(self) -> bool:
@@ -113,8 +121,10 @@ class ReorderedExperts(Product):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         """Without weights; see :meth:`put`."""
         super().__init__()
-        self._gate_up = [_Weight(2 * intermediate_size, hidden_size) for _ in range(num_experts)]
-        self._down = [_Weight(hidden_size, intermediate_size) for _ in range(num_experts)]
+        self._spare: tuple[list[Tensor], list[Tensor]] = ([], [])
+        gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        self._gate_up = [_Weight(*gate_up, spare=self._spare[0]) for _ in range(num_experts)]
+        self._down = [_Weight(*down, spare=self._spare[1]) for _ in range(num_experts)]
 
     @property
     def count(self) -> int:
@@ -144,6 +154,9 @@ class ReorderedExperts(Product):
         rows = rest[0] if rest else slice(None)
         assert isinstance(rows, slice)
         {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert].put(rows, weight)
+        if self.is_complete:
+            for spare in self._spare:
+                spare.clear()
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts, (T, D)."""

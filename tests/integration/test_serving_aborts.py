@@ -213,11 +213,14 @@ def settled(server: RunningServer, others: int) -> Left:
     return seen[-1]
 
 
-def wait_until_gone(server: RunningServer, batch: RaggedBatch, before: Left, others: int) -> None:
-    """Return as soon as nothing is there that was not before."""
+def wait_until_gone(
+    server: RunningServer, batch: RaggedBatch, before: Left, others: int, meanwhile: Callable[[], None]
+) -> None:
+    """Return as soon as nothing is there that was not before; calls ``meanwhile`` again and again."""
     last: list[Left] = []
 
     def gone() -> bool:
+        meanwhile()
         last[:] = [settled(server, others)]
         return batch.active == 0 and last[0].within(before)
 
@@ -255,7 +258,8 @@ def test_aborts_at_random_moments_leave_nothing_behind(
         clients.run(abort(server, random.Random(1), 7))  # what is made once and kept is there from here on
         before = settled(server, others)
         aborted = clients.run(abort(server, random.Random(2), ABORTS))
-        wait_until_gone(server, batch, before, others)
+        # Their loop has to go on: it holds connections until it hears that calls have ended.
+        wait_until_gone(server, batch, before, others, lambda: clients.run(asyncio.sleep(0.1)))
         assert batch.cache_usage == 0 and not any(batch._pool._holders)
         engine = server.server.engine
         assert not (engine._waiting or engine._running or engine._cancelled)

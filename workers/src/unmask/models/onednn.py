@@ -1,10 +1,10 @@
 """Weights of float32 in oneDNN's own layout, for forwards on a CPU without gradients.
 
 MKL's product lays the weight out anew at every call, in pieces that its kernels like. Where an expert has
-four rows, that takes longer than the product. oneDNN can be given a weight that was laid out once. With one
-thread of an AMD EPYC (AVX-512, busy with other things; torch 2.15.0, 2026-11-28), a product by 512 x 1,024
-numbers that come from memory takes 132 us in the place of 207 for 4 rows, 394 for 574 of 32, and 1,290 for
-1,658 of 128.
+four rows, that is a third to more than half of the time, by the shape of the weight. oneDNN can be given one
+that was laid out once. With one thread of an AMD EPYC (AVX-512, busy with other things; torch 2.15.0,
+2026-11-28), a product by 512 x 1,024 numbers that come from memory takes 132 us in the place of 207 for 4
+rows, 394 for 574 of 32, and 1,290 for 1,658 of 128.
 
 A row of a product is the same to the bit whatever the number of rows and its place among them, but for a
 product of a single row: so with whole tiles (:mod:`unmask.models.row_tiles`) it is the same always.

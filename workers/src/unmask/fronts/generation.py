@@ -1,10 +1,11 @@
 """``unmask.v1.Generation``: a call's events, written as they come or gathered into one answer."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
-from grpc.aio import ServicerContext
+from grpc.aio import InternalError, ServicerContext
 
 from unmask.fronts.generating import Ending, Generating, gather
 from unmask.fronts.refusals import Refused, Violation, invalid
@@ -51,7 +52,7 @@ class GenerationService(GenerationServicer):
             told = self._answers.events(request.request, deadline=ended.deadline, canvas=canvas)
             async with aclosing(told) as events:
                 async for event in events:
-                    await context.write(event)
+                    await _written(event, context)
                     ended.by(event)
 
         await self._answered(context, answer)
@@ -66,6 +67,20 @@ class GenerationService(GenerationServicer):
         # Not while the refusal is handled, and out of all context managers: gRPC keeps what it ends a call
         # with until another call comes, and with it every frame and exception that this leads to.
         await context.abort_with_status(status)
+
+
+async def _written(event: pb.GenerateStreamResponse, context: Context) -> None:
+    """Write an event.
+
+    Raises:
+        asyncio.CancelledError: The client is gone.
+    """
+    try:
+        await context.write(event)
+    except InternalError as error:
+        # What gRPC says where the call ends in the middle of a write. The task is cancelled in a moment, as
+        # it would have been before the write, and nobody is left to be told of a failure.
+        raise asyncio.CancelledError from error
 
 
 def check_canvas(options: pb.StreamOptions) -> bool:

@@ -33,7 +33,14 @@ from unmask.attention import kernels
 from unmask.errors import UsageError
 from unmask.models.base import LanguageModel
 from unmask.models.moe import Experts, Routing, sorted_by_expert
-from unmask.models.products import Arrangement, Product, rearrange
+from unmask.models.products import (
+    Arrangement,
+    ExpertsProduct,
+    LinearProduct,
+    Product,
+    Weight,
+    rearrange,
+)
 from unmask.models.weight_only_int8 import WEIGHT_ONLY, quantised_channels
 
 __all__ = [
@@ -95,33 +102,27 @@ def scaled_tokens(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     return x_NI / scale_N1, scale_N1
 
 
-class _Matrix:
+class _Matrix(Weight):
     """One weight (O, I), quantised row by row as it comes in, and packed when it is complete."""
 
     def __init__(self, outer: int, inner: int) -> None:
-        self.shape = outer, inner
-        self._missing = outer
+        super().__init__(outer, inner)
         self._levels_OI: Tensor | None = None
         self._scale_O = torch.empty(0)
         self._packed: Any = None
 
-    @property
-    def is_packed(self) -> bool:
-        return self._packed is not None
-
-    def clear(self) -> None:
-        """Forget the weight; another one will be given."""
-        self._missing, self._levels_OI, self._packed = self.shape[0], None, None
-
-    def put(self, rows: slice, weight: Tensor) -> None:
-        """Take the float weights of some rows; each row is given once."""
+    def _take(self, rows: slice, weight: Tensor) -> None:
         if self._levels_OI is None:
             self._levels_OI = torch.empty(self.shape, dtype=torch.int8)
             self._scale_O = torch.empty(self.shape[0])
         self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight, levels=WEIGHT_LEVELS)
-        self._missing -= len(weight)
-        if self._missing == 0:
-            self._packed, self._levels_OI = _pack(self._levels_OI, self._scale_O), None
+
+    def _arrange(self) -> None:
+        assert self._levels_OI is not None
+        self._packed, self._levels_OI = _pack(self._levels_OI, self._scale_O), None
+
+    def _forget(self) -> None:
+        self._levels_OI = self._packed = None
 
     def times(self, scaled_NI: Tensor) -> Tensor:
         """Whole-number products of the rows, times the channels' scales: float32 (N, O).
@@ -129,7 +130,7 @@ class _Matrix:
         Args:
             scaled_NI: Of :func:`scaled_tokens`; rounded here, half to even.
         """
-        assert self.is_packed, "a weight that was never given"
+        assert self._packed is not None, "a weight that was never given"
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             scaled_NI, 1.0, _ZERO_POINT, self._packed
         )
@@ -156,66 +157,29 @@ def _fbgemm() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-class Int8Linear(Product):
+class Int8Linear(LinearProduct[_Matrix]):
     """What takes the place of ``nn.Linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         """Without a weight; see :meth:`put`."""
-        super().__init__()
-        self._matrix = _Matrix(out_features, in_features)
-
-    @property
-    def is_complete(self) -> bool:
-        """See :attr:`Product.is_complete`."""
-        return self._matrix.is_packed
-
-    def clear(self) -> None:
-        """See :meth:`Product.clear`."""
-        self._matrix.clear()
-
-    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """See :meth:`Product.put`."""
-        assert parameter == "weight", parameter
-        rows = index[0] if index else slice(0, self._matrix.shape[0])
-        assert isinstance(rows, slice)
-        self._matrix.put(rows, weight)
+        super().__init__(_Matrix(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to float32 (..., O)."""
         scaled_NI, scale_N1 = scaled_tokens(x.flatten(0, -2))
-        return self._matrix.times(scaled_NI).mul_(scale_N1).view(*x.shape[:-1], self._matrix.shape[0])
+        return self._weight.times(scaled_NI).mul_(scale_N1).view(*x.shape[:-1], self._weight.shape[0])
 
 
-class Int8Experts(Product):
+class Int8Experts(ExpertsProduct[_Matrix]):
     """What takes the place of :class:`~unmask.models.moe.Experts`."""
-
-    parameters_of = ("gate_up_proj", "down_proj")
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         """Without weights; see :meth:`put`."""
-        super().__init__()
+        super().__init__(
+            gate_up=[_Matrix(2 * intermediate_size, hidden_size) for _ in range(num_experts)],
+            down=[_Matrix(hidden_size, intermediate_size) for _ in range(num_experts)],
+        )
         self.widths = hidden_size, intermediate_size
-        self._gate_up = [_Matrix(2 * intermediate_size, hidden_size) for _ in range(num_experts)]
-        self._down = [_Matrix(hidden_size, intermediate_size) for _ in range(num_experts)]
-
-    @property
-    def is_complete(self) -> bool:
-        """See :attr:`Product.is_complete`."""
-        return all(matrix.is_packed for matrix in (*self._gate_up, *self._down))
-
-    def clear(self) -> None:
-        """See :meth:`Product.clear`."""
-        for matrix in (*self._gate_up, *self._down):
-            matrix.clear()
-
-    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """See :meth:`Product.put`; of one expert."""
-        expert, *rest = index
-        assert isinstance(expert, int)
-        matrix = {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert]
-        rows = rest[0] if rest else slice(0, matrix.shape[0])
-        assert isinstance(rows, slice)
-        matrix.put(rows, weight)
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's experts, (T, D)."""

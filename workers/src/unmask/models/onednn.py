@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from unmask.models.base import LanguageModel
 from unmask.models.moe import Experts, Routing, sorted_by_expert
-from unmask.models.products import Arrangement, Product, rearrange
+from unmask.models.products import (
+    Arrangement,
+    ExpertsProduct,
+    LinearProduct,
+    Product,
+    Weight,
+    rearrange,
+)
 from unmask.models.row_tiles import tiled
 
 __all__ = ["REORDERED", "ReorderedExperts", "ReorderedLinear", "can_reorder", "reorder"]
@@ -37,7 +44,7 @@ def can_reorder(device: str | torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-class _Weight:
+class _Weight(Weight):
     """One weight (O, I), laid out when all its rows are there.
 
     Until then they are kept in memory that ``spare`` has for weights of the same shape, and goes back to it:
@@ -45,35 +52,27 @@ class _Weight:
     """
 
     def __init__(self, outer: int, inner: int, spare: list[Tensor]) -> None:
-        self.shape = outer, inner
+        super().__init__(outer, inner)
         self._spare = spare
-        self._missing = outer
         self._rows_OI: Tensor | None = None
         self._reordered: Tensor | None = None
 
-    @property
-    def is_reordered(self) -> bool:
-        return self._reordered is not None
+    def _take(self, rows: slice, weight: Tensor) -> None:
+        if len(weight) == self.shape[0]:
+            self._reordered = _laid_out(weight)
+            return
+        if self._rows_OI is None:
+            self._rows_OI = self._spare.pop() if self._spare else torch.empty(self.shape)
+        self._rows_OI[rows] = weight
 
-    def clear(self) -> None:
-        self._missing, self._rows_OI, self._reordered = self.shape[0], None, None
+    def _arrange(self) -> None:
+        if self._rows_OI is not None:
+            self._reordered = _laid_out(self._rows_OI)
+            self._spare.append(self._rows_OI)
+            self._rows_OI = None
 
-    def put(self, rows: slice, weight: Tensor) -> None:
-        """Take some rows; each is given once."""
-        if len(weight) < self.shape[0]:
-            if self._rows_OI is None:
-                self._rows_OI = self._spare.pop() if self._spare else torch.empty(self.shape)
-            self._rows_OI[rows] = weight
-            weight = self._rows_OI
-            self._missing -= len(range(*rows.indices(self.shape[0])))
-        else:
-            self._missing = 0
-        if self._missing == 0:
-            whole = weight.detach().to(torch.float32).contiguous()
-            self._reordered = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS)
-            if self._rows_OI is not None:
-                self._spare.append(self._rows_OI)
-                self._rows_OI = None
+    def _forget(self) -> None:
+        self._rows_OI = self._reordered = None
 
     def times(self, x_NI: Tensor) -> Tensor:
         """(N, I) by the weight: (N, O)."""
@@ -82,49 +81,39 @@ class _Weight:
         return product
 
 
-class ReorderedLinear(Product):
+def _laid_out(weight_OI: Tensor) -> Tensor:
+    whole = weight_OI.detach().to(torch.float32).contiguous()
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(whole, _ROWS)
+    return reordered
+
+
+class ReorderedLinear(LinearProduct[_Weight]):
     """What takes the place of ``nn.Linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         """Without a weight; see :meth:`put`."""
-        super().__init__()
-        self._weight = _Weight(out_features, in_features, spare=[])
-
-    @property
-    def is_complete(self) -> bool:
-        """See :attr:`Product.is_complete`."""
-        return self._weight.is_reordered
-
-    def clear(self) -> None:
-        """See :meth:`Product.clear`."""
-        self._weight.clear()
-
-    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
-        """See :meth:`Product.put`."""
-        assert parameter == "weight", parameter
-        rows = index[0] if index else slice(None)
-        assert isinstance(rows, slice)
-        self._weight.put(rows, weight)
+        super().__init__(_Weight(out_features, in_features, spare=[]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
         return self._weight.times(x.flatten(0, -2)).view(*x.shape[:-1], self._weight.shape[0])
 
 
-class ReorderedExperts(Product):
+class ReorderedExperts(ExpertsProduct[_Weight]):
     """What takes the place of :class:`~unmask.models.moe.Experts`."""
 
-    parameters_of = ("gate_up_proj", "down_proj")
     device = torch.device("cpu")
     dtype = torch.float32
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
         """Without weights; see :meth:`put`."""
-        super().__init__()
-        self._spare: tuple[list[Tensor], list[Tensor]] = ([], [])
+        spare: tuple[list[Tensor], list[Tensor]] = ([], [])
         gate_up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
-        self._gate_up = [_Weight(*gate_up, spare=self._spare[0]) for _ in range(num_experts)]
-        self._down = [_Weight(*down, spare=self._spare[1]) for _ in range(num_experts)]
+        super().__init__(
+            gate_up=[_Weight(*gate_up, spare=spare[0]) for _ in range(num_experts)],
+            down=[_Weight(*down, spare=spare[1]) for _ in range(num_experts)],
+        )
+        self._spare = spare
 
     @property
     def count(self) -> int:
@@ -137,23 +126,9 @@ class ReorderedExperts(Product):
         shapes = (weight.shape for weight in (*self._gate_up, *self._down))
         return sum(outer * inner * self.dtype.itemsize for outer, inner in shapes)
 
-    @property
-    def is_complete(self) -> bool:
-        """See :attr:`Product.is_complete`."""
-        return all(weight.is_reordered for weight in (*self._gate_up, *self._down))
-
-    def clear(self) -> None:
-        """See :meth:`Product.clear`."""
-        for weight in (*self._gate_up, *self._down):
-            weight.clear()
-
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
         """See :meth:`Product.put`; of one expert."""
-        expert, *rest = index
-        assert isinstance(expert, int)
-        rows = rest[0] if rest else slice(None)
-        assert isinstance(rows, slice)
-        {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter][expert].put(rows, weight)
+        super().put(parameter, index, weight)
         if self.is_complete:
             for spare in self._spare:
                 spare.clear()

@@ -2,12 +2,14 @@
 
 Whatever the arrangement (eight bits, or how a library likes them), weights come in as a checkpoint has them:
 tensor by tensor, of which several may make one product's weight. A state dict does not have them any more.
+
+Shape letters: O and I the outer and inner width of a product.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,16 @@ from unmask.models.base import LanguageModel
 from unmask.models.moe import Experts
 from unmask.models.transformer import Transformer
 
-__all__ = ["Arrangement", "Product", "expect", "products_of", "rearrange"]
+__all__ = [
+    "Arrangement",
+    "ExpertsProduct",
+    "LinearProduct",
+    "Product",
+    "Weight",
+    "expect",
+    "products_of",
+    "rearrange",
+]
 
 
 class Product(nn.Module, ABC):
@@ -37,6 +48,104 @@ class Product(nn.Module, ABC):
     @abstractmethod
     def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
         """Take the part ``index`` of the float ``parameter``, as a slot has it; each part is given once."""
+
+
+class Weight(ABC):
+    """One weight (O, I): rows are taken as they come, and arranged when all are there."""
+
+    def __init__(self, outer: int, inner: int) -> None:
+        self.shape = outer, inner
+        self._missing = outer
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rows are there."""
+        return self._missing == 0
+
+    def clear(self) -> None:
+        """Forget the weight; another one will be given."""
+        self._missing = self.shape[0]
+        self._forget()
+
+    def put(self, rows: slice, weight: Tensor) -> None:
+        """Take the float weights of some rows; each row is given once."""
+        self._take(rows, weight)
+        self._missing -= len(weight)
+        if self.is_complete:
+            self._arrange()
+
+    @abstractmethod
+    def _take(self, rows: slice, weight: Tensor) -> None:
+        """Keep some rows, or all of them."""
+
+    @abstractmethod
+    def _arrange(self) -> None:
+        """Make of the rows what products are computed with."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Let go of all that was taken and made."""
+
+
+W = TypeVar("W", bound=Weight)
+
+
+class LinearProduct(Product, Generic[W]):
+    """What takes the place of ``nn.Linear`` and has one :class:`Weight`."""
+
+    def __init__(self, weight: W) -> None:
+        """With a weight that is not there yet."""
+        super().__init__()
+        self._weight = weight
+
+    @property
+    def is_complete(self) -> bool:
+        """See :attr:`Product.is_complete`."""
+        return self._weight.is_complete
+
+    def clear(self) -> None:
+        """See :meth:`Product.clear`."""
+        self._weight.clear()
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """See :meth:`Product.put`."""
+        assert parameter == "weight", parameter
+        self._weight.put(_rows(index), weight)
+
+
+class ExpertsProduct(Product, Generic[W]):
+    """What takes the place of :class:`~unmask.models.moe.Experts` and has two of :class:`Weight` for each."""
+
+    parameters_of = ("gate_up_proj", "down_proj")
+
+    def __init__(self, gate_up: list[W], down: list[W]) -> None:
+        """With weights that are not there yet, of expert after expert."""
+        super().__init__()
+        self._gate_up, self._down = gate_up, down
+
+    @property
+    def is_complete(self) -> bool:
+        """See :attr:`Product.is_complete`."""
+        return all(weight.is_complete for weight in (*self._gate_up, *self._down))
+
+    def clear(self) -> None:
+        """See :meth:`Product.clear`."""
+        for weight in (*self._gate_up, *self._down):
+            weight.clear()
+
+    def put(self, parameter: str, index: tuple[int | slice, ...], weight: Tensor) -> None:
+        """See :meth:`Product.put`; of one expert."""
+        expert, *rows = index
+        assert isinstance(expert, int)
+        weights = {"gate_up_proj": self._gate_up, "down_proj": self._down}[parameter]
+        weights[expert].put(_rows(rows), weight)
+
+
+def _rows(index: Sequence[int | slice]) -> slice:
+    """The rows that an index is about; all of them where it says nothing."""
+    rows = index[0] if index else slice(None)
+    assert isinstance(rows, slice)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

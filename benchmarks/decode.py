@@ -51,7 +51,7 @@ from unmask.diffusion.batch import Filled, Finished, Persisted, Prefilled
 from unmask.diffusion.decoding import DecodingParams
 from unmask.models.base import LanguageModel
 from unmask.models.feedforward import FeedForward
-from unmask.models.int8 import Int8Experts, quantise
+from unmask.models.int8 import Int8Experts, Int8Linear, quantise
 from unmask.models.loading import build
 from unmask.models.moe import Experts, MixtureOfExperts, Router
 from unmask.models.onednn import ReorderedExperts, ReorderedLinear, reorder
@@ -359,13 +359,13 @@ def _step_against_memory(subject: Subject, prompt: int) -> dict[str, float]:
             f"of a layer hit, {weights / 1e9:.2f} GB, {weights / speed * 1e3:.0f} ms to read them",
             flush=True,
         )
-        if side == "float32":
-            found["float32 against products"] = round(seconds / _products_seconds(subject, experts), 3)
+        arithmetic = _products_seconds(subject, experts, side) + _attention_seconds(subject, prompt)
+        found[f"{side} against arithmetic"] = round(seconds / arithmetic, 3)
     return found
 
 
-def _products_seconds(subject: Subject, experts: float) -> float:
-    """Seconds of the float32 products of a denoise step, each as fast as any way of so many rows is.
+def _products_seconds(subject: Subject, experts: float, side: str) -> float:
+    """Seconds of a denoise step's products by weights, each as fast as any way of so many rows is.
 
     Each of the ``experts`` of a layer that are hit has as many rows as the others, in whole tiles; the output
     layer has the positions that are masked in the mean. Weights are in the cache, which a step has to read.
@@ -379,24 +379,39 @@ def _products_seconds(subject: Subject, experts: float) -> float:
     routed = 2 * BLOCK * stacked * config.num_experts_per_tok / config.num_experts
     others = 2 * (BLOCK * dense + masked * output)
     few, all_of_them = (
-        _products_per_second(rows, config.hidden_size),
-        _products_per_second(BLOCK, config.hidden_size),
+        _products_per_second(rows, config.hidden_size, side),
+        _products_per_second(BLOCK, config.hidden_size, side),
     )
     seconds = routed / few + others / all_of_them
     print(
-        f"products: {few / 1e9:.0f} GFLOP/s with {rows} rows, {all_of_them / 1e9:.0f} with {BLOCK}; a step's "
-        f"experts {routed / 1e9:.1f} GFLOP, the rest {others / 1e9:.1f}: {seconds * 1e3:.0f} ms",
+        f"{side} products: {few / 1e9:.0f} G/s with {rows} rows, {all_of_them / 1e9:.0f} with {BLOCK}; "
+        f"a step's experts {routed / 1e9:.1f} G, the rest {others / 1e9:.1f}: {seconds * 1e3:.0f} ms",
         flush=True,
     )
     return seconds
 
 
-def _products_per_second(rows: int, inner: int) -> float:
-    """Floating-point operations of the fastest way to multiply so many rows by a weight in the cache."""
+def _attention_seconds(subject: Subject, prompt: int) -> float:
+    """Seconds of a denoise step's attention to a prompt and itself, keys and values in the cache."""
+    config = subject.config
+    heads, size = config.num_key_value_heads, config.head_dim
+    query = torch.randn(1, heads, config.num_attention_heads // heads * BLOCK, size)
+    key, value = torch.randn(2, 1, heads, prompt + BLOCK, size)
+    once = min(_seconds(lambda: F.scaled_dot_product_attention(query, key, value)) for _ in range(100))
+    seconds = once * config.num_hidden_layers
+    print(f"attention to {prompt + BLOCK} positions: {seconds * 1e3:.0f} ms", flush=True)
+    return seconds
+
+
+def _products_per_second(rows: int, inner: int, side: str) -> float:
+    """Operations, two for each product, of the fastest way to multiply by a weight in the cache."""
     x, weight = torch.randn(rows, inner), torch.randn(512, inner)
-    turned, reordered = weight.T.contiguous(), ReorderedLinear(inner, 512)
-    reordered.put("weight", (), weight)
-    ways = (lambda: F.linear(x, weight), lambda: x @ turned, lambda: weight @ x.T, lambda: reordered(x))
+    arranged = Int8Linear(inner, 512) if side == "int8" else ReorderedLinear(inner, 512)
+    arranged.put("weight", (), weight)
+    ways: list[Callable[[], Tensor]] = [lambda: arranged(x)]
+    if side == "float32":
+        turned = weight.T.contiguous()
+        ways += [lambda: F.linear(x, weight), lambda: x @ turned, lambda: weight @ x.T]
     return 2 * rows * weight.numel() / min(_seconds(way) for way in ways for _ in range(100))
 
 

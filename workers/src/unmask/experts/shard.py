@@ -22,6 +22,7 @@ from unmask.experts.answering import MOST_CHOICES, Answering
 from unmask.experts.holding import Holding
 from unmask.experts.sessions import Refused, Sessions
 from unmask.experts.socket_port import SocketPort
+from unmask.ports import taking
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
 from unmask.transport_security import PeersAllowed, ServerCertificates, ServerTls
@@ -154,22 +155,13 @@ class Shard:
         options = self._options
         if self._socket:
             self._socket.bind()
-        address = (
-            f"[{options.host}]:{options.port}" if ":" in options.host else f"{options.host}:{options.port}"
-        )
-        try:
+        with taking("--port", options.host, options.port) as address:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
             else:
                 self.port = self._grpc.add_secure_port(address, self._certificates.server_credentials())
-        except RuntimeError as error:
-            raise UsageError(f"--port: cannot listen on {address}; is it in use?") from error
-        try:
+        with taking("--metrics-port", options.host, options.metrics_port):
             self._metrics = Listener(options.host, options.metrics_port, self.recorder.registry, self._well)
-        except OSError as error:
-            raise UsageError(
-                f"--metrics-port: cannot listen on {options.metrics_port}: {error.strerror}"
-            ) from error
         self.metrics_port = self._metrics.port
         self.recorder.gauge(metrics.SHARD_WEIGHT_BYTES, self.holding.nbytes)
         if self._socket:

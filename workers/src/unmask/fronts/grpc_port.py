@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import grpc
 
-from unmask.errors import UsageError
 from unmask.fronts.unreadable import UnreadableRefused
+from unmask.ports import taking
 from unmask.telemetry import Recorder, metrics
 from unmask.transport_security import AsyncPeersAllowed, ServerCertificates, ServerTls
 
-__all__ = ["GrpcLimits", "GrpcPort", "address_of", "follow_certificates"]
+__all__ = ["GrpcLimits", "GrpcPort", "follow_certificates"]
 
 _READ_S = 10.0
 """How often the files of certificates are read. Each new connection has them read as well: this is for the
@@ -88,13 +88,10 @@ class GrpcPort:
         Raises:
             UsageError: It is taken; ``option`` names it.
         """
-        address = address_of(host, port)
-        try:
+        with taking(option, host, port) as address:
             if self._certificates is None:
                 return self.server.add_insecure_port(address)
             return self.server.add_secure_port(address, self._certificates.server_credentials())
-        except RuntimeError as error:
-            raise UsageError(f"{option}: cannot listen on {address}; is it in use?") from error
 
     def look(self) -> None:
         """See whether there are other certificates; blocks for as long as the files take."""
@@ -109,11 +106,6 @@ async def follow_certificates(ports: Sequence[GrpcPort]) -> None:
         await asyncio.sleep(_READ_S)
         for port in secured:
             await asyncio.to_thread(port.look)
-
-
-def address_of(host: str, port: int) -> str:
-    """``HOST:PORT``."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _options(limits: GrpcLimits) -> list[tuple[str, int]]:

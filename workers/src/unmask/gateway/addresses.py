@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from unmask.errors import UsageError
-from unmask.fronts.grpc_port import address_of
+from unmask.ports import address_of
 
 __all__ = ["Target", "look_up"]
 

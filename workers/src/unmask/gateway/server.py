@@ -16,15 +16,15 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
-from unmask.errors import UsageError
 from unmask.fronts.generation import GenerationService
-from unmask.fronts.grpc_port import GrpcLimits, GrpcPort, address_of, follow_certificates
+from unmask.fronts.grpc_port import GrpcLimits, GrpcPort, follow_certificates
 from unmask.fronts.http_front import HttpFront, HttpLimits
 from unmask.fronts.process import asked_to_end, turns
 from unmask.fronts.refusals import Refused
 from unmask.gateway.addresses import Target, look_up
 from unmask.gateway.pool import LookUp, Pool, PoolOptions
 from unmask.gateway.relay import Relay, RelayOptions
+from unmask.ports import taking
 from unmask.telemetry import Recorder, metrics
 from unmask.telemetry.listener import Listener
 from unmask.transport_security import ServerTls
@@ -122,20 +122,14 @@ class Gateway:
         """
         host = self._options.host
         self.port = self._grpc.bind(host, self._options.port, option="--port")
-        try:
+        with taking("--metrics-port", host, self._options.metrics_port):
             self._metrics = Listener(
                 host, self._options.metrics_port, self.recorder.registry, self._well, self._alive
             )
-        except OSError as error:
-            address = address_of(host, self._options.metrics_port)
-            raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
         self.metrics_port = self._metrics.port
         if self._options.http_port is not None:
-            try:
+            with taking("--http-port", host, self._options.http_port):
                 await self._http.start(host, self._options.http_port)
-            except OSError as error:
-                address = address_of(host, self._options.http_port)
-                raise UsageError(f"--http-port: cannot listen on {address}: {error.strerror}") from error
             self.http_port = self._http.port
             if self._options.tls is not None:
                 logger.warning(

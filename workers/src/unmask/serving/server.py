@@ -17,11 +17,11 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 
 from unmask.diffusion.batch import Batch
-from unmask.errors import UsageError
 from unmask.fronts.generation import GenerationService
-from unmask.fronts.grpc_port import GrpcLimits, GrpcPort, address_of, follow_certificates
+from unmask.fronts.grpc_port import GrpcLimits, GrpcPort, follow_certificates
 from unmask.fronts.http_front import HttpFront, HttpLimits
 from unmask.fronts.process import asked_to_end, turns
+from unmask.ports import taking
 from unmask.serving.calls import Calls
 from unmask.serving.control import ControlService, Gate
 from unmask.serving.engine import Engine
@@ -162,20 +162,14 @@ class Server:
             self.control_port = self._control.bind(
                 self._options.control_host, self._options.control_port or 0, option="--control-port"
             )
-        try:
+        with taking("--metrics-port", host, self._options.metrics_port):
             self._metrics = Listener(
                 host, self._options.metrics_port, self.recorder.registry, self._well, self._alive
             )
-        except OSError as error:
-            address = address_of(host, self._options.metrics_port)
-            raise UsageError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from error
         self.metrics_port = self._metrics.port
         if self._options.http_port is not None:
-            try:
+            with taking("--http-port", host, self._options.http_port):
                 await self._http.start(host, self._options.http_port)
-            except OSError as error:
-                address = address_of(host, self._options.http_port)
-                raise UsageError(f"--http-port: cannot listen on {address}: {error.strerror}") from error
             self.http_port = self._http.port
             if self._options.tls is not None:
                 logger.warning(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from unmask.errors import UsageError
+from unmask.ports import taking
 from unmask.telemetry import metrics
 from unmask.telemetry.listener import Listener
 from unmask.telemetry.metrics import Recorder
@@ -38,12 +38,8 @@ class Exporter:
         if port is None:
             yield None
             return
-        try:
+        with taking("spec.telemetry.port", host, port):
             listener = Listener(host, port, self.recorder.registry, self._health)
-        except OSError as error:
-            raise UsageError(
-                f"spec.telemetry.port: cannot listen on {port} ({error.strerror}); name a free port, or none"
-            ) from error
         with listener:
             yield listener
 

@@ -5,15 +5,17 @@ its token, and what is added up are products of these numbers. That is symmetric
 (LLM.int8, arXiv 2208.07339, section 2.1) of everything, outliers included. The sums are exact in int32. So a
 token's result depends on its own numbers alone: not on who else is in the batch, nor on the order of adding.
 
-The products are FBGEMM's, which torch has on x86. Without VNNI it adds two products in sixteen bits before it
-widens them, and what does not fit is cut off in silence. Activations have all eight bits, plus or minus 127,
-which it holds as 1 to 255; weights are kept within plus or minus 63, for 2 x 255 x 63 fits sixteen bits.
+The products are FBGEMM's, which torch has on x86. Weights and activations have all eight bits, plus or minus
+127; the latter are held as 1 to 255. But without VNNI FBGEMM adds two products in sixteen bits before it
+widens them, and cuts off in silence what does not fit: there weights are kept within plus or minus 63, for
+2 x 255 x 63 fits. Which of the two it is, a processor is asked with the largest sums (:func:`weight_levels`).
 
-Two others were tried on an AMD EPYC with AVX2 and no VNNI (torch 2.15, one thread of a busy machine,
-2026-11-27). torch's ``_int_mm`` is a plain loop there, 19 times slower than float32 for 32 rows by 1,024 x
-1,024. ``onednn::qlinear_pointwise``, as fast as FBGEMM from 32 rows on, takes twice as long for the products
-of an expert with four. torch means to give up one day the kind of tensors that FBGEMM's weights are made
-from; what is used of them is in :func:`_pack` alone.
+Two others were tried (torch 2.15, one thread of a busy machine). On an AMD EPYC with AVX2 and no VNNI
+(2026-11-27) torch's ``_int_mm`` is a plain loop, 19 times slower than float32 for 32 rows by 1,024 x 1,024;
+``onednn::qlinear_pointwise``, as fast as FBGEMM from 32 rows on, takes twice as long for the products of an
+expert with four. On one with AVX-512 and VNNI (2026-11-28) a layer of 64 experts took 9.8 ms with the latter
+in the place of 7.3 for 32 tokens, and 34 of 36 for 512. torch means to give up one day the kind of tensors
+that FBGEMM's weights are made from; what is used of them is in :func:`_pack` alone.
 
 Embedding, norms, router, rotation and attention stay float32. On a GPU weights alone are of eight bits
 (:mod:`unmask.models.weight_only_int8`), and all else keeps the model's own format. Shape letters: N rows, I
@@ -21,8 +23,9 @@ and O the inner and outer width of a product; T, D, E, K as in :mod:`unmask.mode
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,21 +48,22 @@ from unmask.models.weight_only_int8 import WEIGHT_ONLY, quantised_channels
 
 __all__ = [
     "TOKEN_LEVELS",
-    "WEIGHT_LEVELS",
     "Int8Experts",
     "Int8Linear",
     "check_int8",
+    "holds_largest_sums",
     "int8_on",
     "quantise",
     "scaled_tokens",
+    "weight_levels",
 ]
 
-WEIGHT_LEVELS = 63
-"""The largest number that stands for a weight."""
 TOKEN_LEVELS = 127
 """The largest number that stands for an activation."""
 _ZERO_POINT = 128
 """FBGEMM's activations are unsigned."""
+_WIDE, _NARROW = 127, 63
+"""The largest number that stands for a weight: of all eight bits, and where sums have sixteen."""
 _ENGINE = "fbgemm"
 _ROWS_AT_ONCE = 512
 """Of experts; with 1,024 numbers a row, 2 MiB of float32."""
@@ -102,6 +106,28 @@ def scaled_tokens(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     return x_NI / scale_N1, scale_N1
 
 
+@cache
+def weight_levels() -> int:
+    """The largest number that stands for a weight on this processor: 127, or 63 where sums would not fit."""
+    return _WIDE if holds_largest_sums(_WIDE, _product_of_largest) else _NARROW
+
+
+def holds_largest_sums(levels: int, product: Callable[[int, Tensor], Tensor]) -> bool:
+    """Whether products of weights of ``levels`` by the largest activations come out as they are.
+
+    Args:
+        levels: Of all weights.
+        product: Of such weights and of rows of activations, whole numbers (N, I); gives (N, O).
+    """
+    ends_NI = torch.tensor([TOKEN_LEVELS, -TOKEN_LEVELS]).unsqueeze(1).expand(2, 64).float()
+    return bool((product(levels, ends_NI) == 64 * levels * ends_NI[:, :1]).all())
+
+
+def _product_of_largest(levels: int, rows_NI: Tensor) -> Tensor:
+    weight_OI = torch.full((32, rows_NI.shape[1]), levels, dtype=torch.int8)
+    return _product(rows_NI, _pack(weight_OI, torch.ones(32)))
+
+
 class _Matrix(Weight):
     """One weight (O, I), quantised row by row as it comes in, and packed when it is complete."""
 
@@ -115,7 +141,7 @@ class _Matrix(Weight):
         if self._levels_OI is None:
             self._levels_OI = torch.empty(self.shape, dtype=torch.int8)
             self._scale_O = torch.empty(self.shape[0])
-        self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight, levels=WEIGHT_LEVELS)
+        self._levels_OI[rows], self._scale_O[rows] = quantised_channels(weight, levels=weight_levels())
 
     def _arrange(self) -> None:
         assert self._levels_OI is not None
@@ -131,10 +157,14 @@ class _Matrix(Weight):
             scaled_NI: Of :func:`scaled_tokens`; rounded here, half to even.
         """
         assert self._packed is not None, "a weight that was never given"
-        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            scaled_NI, 1.0, _ZERO_POINT, self._packed
-        )
-        return product
+        return _product(scaled_NI, self._packed)
+
+
+def _product(scaled_NI: Tensor, packed: Any) -> Tensor:
+    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        scaled_NI, 1.0, _ZERO_POINT, packed
+    )
+    return product
 
 
 def _pack(levels_OI: Tensor, scale_O: Tensor) -> Any:

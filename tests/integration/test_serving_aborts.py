@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import threading
@@ -244,7 +245,7 @@ def open_files() -> list[str]:
 
 @pytest.mark.timeout(1800)
 def test_aborts_at_random_moments_leave_nothing_behind(
-    tmp_path: Path, record_measurement: Callable[[str, float | str], None]
+    tmp_path: Path, record_measurement: Callable[[str, float | str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     others = requests_there()  # a test that ran in this process may have left some
     folder = served_folder(tmp_path / "tiny", block_length=8)
@@ -266,5 +267,6 @@ def test_aborts_at_random_moments_leave_nothing_behind(
         with Client(server.address) as client:
             assert client.generate("w5 w6 w7", max_tokens=40).token_ids == expected.token_ids
     record_measurement("aborts", str(dict(aborted)))
+    assert not [line for line in caplog.records if line.levelno >= logging.ERROR], "no failure of the server"
     assert aborted.total() >= ABORTS
     assert aborted.keys() == {way.__name__ for way in WAYS} and min(aborted.values()) > 0

@@ -1,5 +1,8 @@
 """A fault at each write of the operator, pauses of the leader, and planted bugs that the rig has to see."""
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 from support import counts, fault_rig
@@ -11,6 +14,14 @@ RECONCILERS = [
     pytest.param(fault_rig.TRAINING, 60, 10, id="training jobs"),
     pytest.param(fault_rig.SERVING, 12, 2, id="services"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged() -> Iterator[None]:
+    """Each of a thousand lives is full of failures, and pytest keeps them with all that their frames hold."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.slow

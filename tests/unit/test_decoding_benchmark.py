@@ -95,7 +95,7 @@ def test_every_part_is_measured_and_the_last_line_says_so(decode, monkeypatch, c
     assert set(found["p1"]) == set(found["p2"]) == set(found["p3"]) == set(found["p4"]) == expected
     named = [item for part in ("p1", "p2", "p3", "p4", "p5") for item in found[part].items()]
     ratios = [ratio for name, ratio in named if not name.endswith("counts")]  # which takes no time at all
-    assert len(ratios) == 4 + 4 + 4 + 4 + 3 and min(ratios) > 0
+    assert len(ratios) == 4 + 4 + 4 + 4 + 4 and min(ratios) > 0
     assert all(0 < share < 1 for share in found["p7"].values())
     spent = found["parts"]["float32, 1"]
     assert {"attention", "router", "experts", "dense feed-forward", "output layer", "choice", "host"} < set(

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support import counts
@@ -231,6 +231,7 @@ def test_experts_are_those_of_whole_numbers_one_by_one(experts, choose, tokens):
 
 @settings(max_examples=counts.of(sample=30, full=500), deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=20))
+@example([_ROWS_AT_ONCE + 1, 0])
 def test_experts_are_computed_in_parts_of_few_rows(rows):
     parts = list(_in_parts(rows))
     covered = [expert for part in parts for expert in range(part.start, part.stop)]

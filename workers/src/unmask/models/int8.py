@@ -237,7 +237,7 @@ def _in_parts(counts: list[int]) -> Iterator[slice]:
     """
     first = rows = 0
     for expert, count in enumerate(counts):
-        if rows and rows + count > _ROWS_AT_ONCE:
+        if rows and count and rows + count > _ROWS_AT_ONCE:
             yield slice(first, expert)
             first, rows = expert, 0
         rows += count
